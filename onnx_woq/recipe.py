@@ -1,0 +1,181 @@
+"""What to do to a model: `Spec` says what the numbers look like, `Recipe` which method makes them and where."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any
+
+from onnx_woq.errors import RecipeError, nearest
+
+ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The integer grid of one weight.
+
+    Attributes:
+        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are stored in the next wider one, values unchanged.
+        group_size: how many consecutive input channels (rows of `weight [K, N]`) share one scale;
+            -1 for all of them (per output channel), otherwise a multiple of 16.
+        symmetric: zero point fixed at `2**(bits-1)` instead of one per group.
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        for name, kind in (("bits", int), ("group_size", int), ("symmetric", bool)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                raise RecipeError(f"{name} must be {kind.__name__}, not {value!r}")
+        if not 1 <= self.bits <= 8:
+            raise RecipeError(f"bits={self.bits} is out of range: choose 1 to 8 (2, 4 and 8 are native)")
+        if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
+            raise RecipeError(
+                f"group_size={self.group_size} is out of range: choose -1 (one group per output channel) "
+                "or a multiple of 16 (16, 32, 64, 128 and 256 are native)"
+            )
+
+    def resolved_group(self, k: int) -> int:
+        """Rows per group for a weight with `k` input channels: never more than `k`."""
+        return k if self.group_size == -1 else min(self.group_size, k)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what `quantize` does to a model, apart from the calibration data.
+
+    Attributes:
+        method: "rtn", "gptq" or "awq" (`onnx_woq.core.methods.METHODS`).
+        spec: the grid of every weight that no override names.
+        options: keyword arguments of the method's solver; unknown ones are refused before any work.
+        include: regular expressions; when given, only sites where one is found are quantized.
+        exclude: regular expressions; sites where one is found stay float.
+            All expressions are searched in the node name, output value name and weight name of a site.
+        overrides: expression -> Spec for the sites it finds, or None to leave them float; the last match wins.
+        lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
+        accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
+        true_sequential: collect each tap's statistics with every earlier tap already quantized.
+        nsamples: calibration samples used at most.
+        pad_max_length: longest calibration sample, in tokens.
+        use_max_length: use only samples of exactly `pad_max_length` tokens.
+    """
+
+    method: str = "rtn"
+    spec: Spec = field(default_factory=Spec)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: Mapping[str, Spec | None] = field(default_factory=dict)
+    lm_head: bool = True
+    accuracy_level: int = 4
+    true_sequential: bool = False
+    nsamples: int = 128
+    pad_max_length: int = 2048
+    use_max_length: bool = False
+
+    def __post_init__(self) -> None:
+        from onnx_woq.core.methods import METHODS, check_options
+
+        if self.method not in METHODS:
+            raise RecipeError(f"unknown method {self.method!r}: {nearest(str(self.method), METHODS)}")
+        check_options(METHODS[self.method], self.options)
+        if self.accuracy_level not in ACCURACY_LEVELS:
+            raise RecipeError(f"accuracy_level={self.accuracy_level!r} is out of range: choose 0 to 4")
+        for name in ("nsamples", "pad_max_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
+        for name in ("lm_head", "true_sequential", "use_max_length"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
+        object.__setattr__(self, "include", _expressions("include", self.include))
+        object.__setattr__(self, "exclude", _expressions("exclude", self.exclude))
+        _expressions("overrides", tuple(self.overrides))
+        object.__setattr__(self, "options", MappingProxyType(dict(sorted(self.options.items()))))
+        object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+
+    def spec_for(self, *names: str) -> tuple[Spec | None, str]:
+        """The spec of a site known by `names`, or None with the reason why it stays float."""
+        found = lambda expression: any(re.search(expression, name) for name in names if name)  # noqa: E731
+        if self.include and not any(map(found, self.include)):
+            return None, "not named by --include"
+        if hit := next(filter(found, self.exclude), None):
+            return None, f"excluded by {hit!r}"
+        spec: Spec | None = self.spec
+        for expression, override in self.overrides.items():
+            if found(expression):
+                spec = override
+        return spec, "" if spec else "left float by an override"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` gives the same recipe back."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        return out | {
+            "spec": asdict(self.spec),
+            "options": dict(self.options),
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "overrides": {k: v and asdict(v) for k, v in self.overrides.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Builds a recipe from JSON or TOML; recipe fields written among the options are lifted out of them.
+
+        Raises:
+            RecipeError: an unknown field or option, naming the nearest known one.
+        """
+        data = dict(_table("recipe", data))
+        options = dict(_table("options", data.pop("options", {})))
+        known = {f.name for f in fields(cls)} - {"options"}
+        data |= {name: options.pop(name) for name in list(options) if name in known}
+        if unknown := next((name for name in data if name not in known), None):
+            raise RecipeError(f"unknown recipe field {unknown!r}: {nearest(unknown, sorted(known | {'options'}))}")
+        if "spec" in data:
+            data["spec"] = _spec(data["spec"])
+        if "overrides" in data:
+            data["overrides"] = {k: v and _spec(v) for k, v in _table("overrides", data["overrides"]).items()}
+        return cls(**data, options=options)
+
+    def fingerprint(self) -> str:
+        """A short hash of everything in the recipe, for journals and metadata."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def with_spec(self, **changes: Any) -> Recipe:
+        """The same recipe on another grid: `with_spec(bits=8)`."""
+        return replace(self, spec=replace(self.spec, **changes))
+
+
+def _spec(data: Any) -> Spec:
+    if isinstance(data, Spec):
+        return data
+    known = [f.name for f in fields(Spec)]
+    if unknown := next((name for name in _table("spec", data) if name not in known), None):
+        raise RecipeError(f"unknown spec field {unknown!r}: {nearest(unknown, known)}")
+    return Spec(**data)
+
+
+def _table(name: str, data: Any) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{name} must be a table of names and values, not {data!r}")
+    return data
+
+
+def _expressions(name: str, expressions: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(expressions, str):
+        expressions = (expressions,)
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except (re.error, TypeError) as error:
+            raise RecipeError(f"{name}: {expression!r} is not a regular expression ({error})") from error
+    return tuple(expressions)
