@@ -1,0 +1,86 @@
+"""The solvers by name. A method is one file with `solve`; its keyword-only arguments are its options.
+
+Adding one: write the file, add a line to `METHODS`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from onnx_woq.core.methods import awq, gptq, rtn
+from onnx_woq.errors import RecipeError, nearest
+
+
+@dataclass(frozen=True)
+class Method:
+    """A solver: `solve(weight [K, N], stats, spec, *, scale_dtype, **options) -> QuantizedTensor`.
+
+    Attributes:
+        name: what recipes call it.
+        solve: the function; `stats` may be None when `needs_data` is false.
+        needs_data: whether it reads calibration statistics.
+    """
+
+    name: str
+    solve: Callable[..., Any]
+    needs_data: bool
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options users may set, with their defaults, read from the signature of `solve`."""
+        parameters = inspect.signature(self.solve).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale_dtype"}
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "rtn": Method("rtn", rtn.solve, needs_data=False),
+        "gptq": Method("gptq", gptq.solve, needs_data=True),
+        "awq": Method("awq", awq.solve, needs_data=True),
+    }
+)
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Refuses what `method.solve` would not understand, before any work is done.
+
+    The default of each option says its type; a JSON list is as good as a tuple.
+
+    Raises:
+        RecipeError: an unknown option (the nearest one is named), a value of the wrong type or out of range.
+    """
+    known = method.options
+    for name, value in options.items():
+        if name not in known:
+            raise RecipeError(f"unknown {method.name} option {name!r}: {nearest(str(name), sorted(known))}")
+        default = known[name]
+        if isinstance(default, bool):
+            _require(isinstance(value, bool), name, value, "true or false")
+        elif isinstance(default, int):
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and value >= 1, name, value, "a whole number of at least 1")
+        elif isinstance(default, float):
+            _require(_is_number(value) and value > 0, name, value, "a number above 0")
+        else:
+            _require(_is_range(value), name, value, "three numbers (start, stop, step), 0 < start <= stop <= 1, step > 0")
+
+
+def _require(fine: bool, name: str, value: object, wanted: str) -> None:
+    if not fine:
+        raise RecipeError(f"{name}={value!r} must be {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_range(value: object) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(_is_number, value)):
+        return False
+    start, stop, step = value
+    return bool(0 < start <= stop <= 1 and step > 0)
