@@ -1,0 +1,441 @@
+"""The corridor `tune()`: try configurations in order, on one calibration, until the accuracy holds."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from onnx_woq import journal
+from onnx_woq.errors import DataError, RecipeError
+from onnx_woq.folder import Destination, destination, find_model
+from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
+from onnx_woq.graph.taps import Tap, find_taps
+from onnx_woq.judge import Judge, built_in_judge, user_judge
+from onnx_woq.pipeline import MEMORY_BUDGET, Progress, feeds_hash, metadata, plan, solve, write
+from onnx_woq.presets import PRESETS, preset
+from onnx_woq.recipe import Recipe
+from onnx_woq.shared_statistics import SharedStatistics
+
+if TYPE_CHECKING:
+    from onnx_woq.core.stats import Stats
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = 8
+"""Samples the built-in judge takes at most; never more than a third of what there is, the rest calibrates."""
+
+Objective = Literal["first", "smallest", "best"]
+Feeds = list[dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration that was tried.
+
+    Attributes:
+        name: of the configuration.
+        status: "ok", "failed" (it raised) or "nan" (its metric is not a finite number).
+        metric: what `eval_fn` or the judge gave; None unless status is "ok".
+        met: whether the metric is within the limit.
+        bytes: of the model file and its data; None when it was not written.
+        seconds: quantizing and evaluating.
+        error: what was raised.
+        recipe: the configuration itself.
+        resumed: taken from the journal of an earlier run.
+        path: the model file, while it is kept.
+    """
+
+    name: str
+    status: Literal["ok", "failed", "nan"]
+    metric: float | None
+    met: bool
+    bytes: int | None
+    seconds: float
+    error: str
+    recipe: Recipe
+    resumed: bool = False
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(replace(self, recipe=None)) | {  # type: ignore[arg-type]
+            "recipe": self.recipe.to_dict(),
+            "path": self.path and str(self.path),
+        }
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The history of a tuning run and its best model.
+
+    Attributes:
+        met: whether `best` is within the tolerance; if not it is merely the best so far.
+        best: the chosen trial; None when no trial gave a model.
+        path: the chosen model on disk.
+        trials: all trials in the order they were made.
+        metric_name: "eval_fn", "kl" or "sqnr_db".
+        baseline: the metric of the float model.
+        limit: a metric up to (or from, if higher is better) this value is within the tolerance.
+        float_bytes: of the float model's files.
+        stopped: why no more trials were made: "met", "all tried", "max_trials" or "timeout".
+    """
+
+    met: bool
+    best: Trial | None
+    path: Path | None
+    trials: tuple[Trial, ...]
+    metric_name: str
+    baseline: float
+    limit: float
+    higher_is_better: bool
+    float_bytes: int
+    stopped: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "met": self.met,
+            "best": self.best and self.best.name,
+            "path": self.path and str(self.path),
+            "trials": [trial.to_dict() for trial in self.trials],
+            "metric": self.metric_name,
+            "baseline": self.baseline,
+            "limit": self.limit,
+            "higher_is_better": self.higher_is_better,
+            "float_bytes": self.float_bytes,
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+        }
+
+
+def tune(
+    model: str | Path,
+    eval_fn: Callable[[Path], float] | None = None,
+    dataloader: Any = None,
+    *,
+    configs: Sequence[str | Recipe] | Mapping[str, Recipe] | None = None,
+    tolerance: float = 0.01,
+    criterion: Literal["relative", "absolute"] = "relative",
+    higher_is_better: bool = True,
+    objective: Objective = "first",
+    max_trials: int | None = None,
+    timeout: float | None = None,
+    workdir: str | Path | None = None,
+    output: str | Path | None = None,
+    judge_limit: float | None = None,
+    samples: int | None = None,
+    seqlen: int | None = None,
+    tokenizer: str | Path | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> TuneResult:
+    """Quantizes `model` with one configuration after another until the accuracy holds.
+
+    The float model is evaluated once and calibrated once for all configurations. A trial that raises or gives NaN
+    is recorded and the next goes on. The best model so far is always returned.
+
+    Args:
+        model: an .onnx file, or a folder that holds one.
+        eval_fn: gets the path of an .onnx file, returns its metric. Without it the built-in judge is used: mean KL
+            divergence to the float model (language models, limit `KL_LIMIT`) or output SQNR (others, `SQNR_LIMIT`)
+            on data held out from calibration.
+        dataloader: calibration data, in any form that `quantize` takes.
+        configs: preset names or recipes, in tuning order; the five presets by default.
+        tolerance: how much worse than the float model's metric is accepted.
+        criterion: the tolerance is a fraction of the float metric ("relative") or a difference ("absolute").
+        higher_is_better: direction of `eval_fn`'s metric.
+        objective: "first" stops at the first configuration within the tolerance; "smallest" tries all and takes the
+            fewest bytes within it; "best" tries all and takes the best metric.
+        max_trials: trials at most, those of a resumed run included.
+        timeout: seconds; no trial starts later, and one being solved is given up.
+        workdir: folder of the journal and the trial models; a run killed there resumes. Temporary by default.
+        output: where the best model goes, an .onnx file or a folder; by default it stays in `workdir`.
+        judge_limit: replaces the built-in judge's limit.
+        samples, seqlen: replace `nsamples` and `pad_max_length` of every recipe.
+        tokenizer: folder of the tokenizer for text data, when it is not beside the model.
+        memory_budget: bytes that calibration may hold at once.
+        progress: called with (stage, done, total).
+
+    Raises:
+        OnnxWoqError: model, data, configs or output cannot be used at all.
+    """
+    start = time.monotonic()
+    _check(tolerance, criterion, objective, max_trials, timeout)
+    path = find_model(model)
+    place = destination(output, path) if output is not None else None
+    recipes = _recipes(configs, samples, seqlen)
+    source = load(path)
+    for recipe in recipes.values():
+        plan(source, recipe)
+    folder = Path(workdir) if workdir is not None else Path(tempfile.mkdtemp(prefix="onnx-woq-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    calibration, held_out = _split(source, recipes, dataloader, tokenizer, judged=eval_fn is None)
+    run = _Run(source, folder, f"{model_hash(path)}/{feeds_hash(calibration)}", start, timeout, progress)
+    if eval_fn is not None:
+        run.say("evaluate", 0, 1)
+        judge = user_judge(
+            eval_fn,
+            path,
+            run.journal,
+            run.key,
+            tolerance=tolerance,
+            criterion=criterion,
+            higher_is_better=higher_is_better,
+        )
+    else:
+        judge = built_in_judge(source, held_out, judge_limit, partial(run.say, "evaluate"))
+    with SharedStatistics(source, list(recipes.values()), calibration, memory_budget, progress) as shared:
+        trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
+        best = _choose(trials, judge, objective)
+        if best and best.path is None:  # an earlier run made it and its file is gone since
+            run.timeout = None
+            best = replace(best, path=run.trial_path(best.name, best.recipe))
+            _make(run, best.path, best.recipe, shared)
+    final = best.path if best else None
+    if best and place and final:
+        write(load(final), place, metadata(path, best.recipe, feeds_hash(calibration)), path.parent)
+        final = place.onnx
+    return TuneResult(
+        met=bool(best and best.met),
+        best=best,
+        path=final,
+        trials=tuple(trials),
+        metric_name=judge.name,
+        baseline=judge.baseline,
+        limit=judge.limit,
+        higher_is_better=judge.higher_is_better,
+        float_bytes=file_bytes(source),
+        stopped=stopped,
+        seconds=time.monotonic() - start,
+    )
+
+
+@dataclass
+class _Run:
+    """What every trial of one run shares."""
+
+    source: Model
+    folder: Path
+    key: str
+    start: float
+    timeout: float | None
+    progress: Progress | None
+
+    @property
+    def journal(self) -> Path:
+        """The file that lets a killed run resume."""
+        return self.folder / "journal.jsonl"
+
+    def say(self, stage: str, done: int, total: int) -> None:
+        """Reports progress to whoever asked for it."""
+        if self.progress:
+            self.progress(stage, done, total)
+
+    def trial_path(self, name: str, recipe: Recipe) -> Path:
+        """Where a trial's model stands, in a folder of its own with tokenizer and config beside it."""
+        return self.folder / f"{name}-{recipe.fingerprint()}" / self.source.path.name
+
+    def out_of_time(self) -> bool:
+        """Whether no more work may begin."""
+        return self.timeout is not None and time.monotonic() - self.start > self.timeout
+
+
+class _OutOfTime(Exception):
+    """Raised between two taps when the run's time is over."""
+
+
+def _check(tolerance: float, criterion: str, objective: str, max_trials: int | None, timeout: float | None) -> None:
+    if criterion not in ("relative", "absolute"):
+        raise RecipeError(f"criterion={criterion!r}: choose relative or absolute")
+    if objective not in ("first", "smallest", "best"):
+        raise RecipeError(f"objective={objective!r}: choose first, smallest or best")
+    if not math.isfinite(tolerance) or tolerance < 0:
+        raise RecipeError(f"tolerance={tolerance!r} must be a number of at least 0")
+    if max_trials is not None and max_trials < 1:
+        raise RecipeError(f"max_trials={max_trials!r} must be at least 1")
+    if timeout is not None and not timeout > 0:
+        raise RecipeError(f"timeout={timeout!r} must be more than 0 seconds")
+
+
+def _recipes(
+    configs: Sequence[str | Recipe] | Mapping[str, Recipe] | None, samples: int | None, seqlen: int | None
+) -> dict[str, Recipe]:
+    changes = {k: v for k, v in (("nsamples", samples), ("pad_max_length", seqlen)) if v is not None}
+    if configs is None:
+        configs = PRESETS
+    if isinstance(configs, str):
+        configs = [configs]
+    named: dict[str, Recipe] = {}
+    items = configs.items() if isinstance(configs, Mapping) else ((None, config) for config in configs)
+    for name, config in items:
+        recipe = preset(config) if isinstance(config, str) else config
+        label = name or (config.upper() if isinstance(config, str) else f"{recipe.method}-{recipe.fingerprint()}")
+        named[label] = replace(recipe, **changes)  # type: ignore[arg-type]
+    if not named:
+        raise RecipeError("configs is empty: name at least one, or leave it out for the five presets")
+    return named
+
+
+def _split(
+    source: Model, recipes: Mapping[str, Recipe], data: Any, tokenizer: str | Path | None, *, judged: bool
+) -> tuple[Feeds, Feeds]:
+    """Calibration samples and, for the built-in judge, samples held out from them."""
+    from onnx_woq.core.methods import METHODS
+    from onnx_woq.runtime.data import feeds, model_inputs
+
+    needed = judged or any(METHODS[recipe.method].needs_data for recipe in recipes.values())
+    if not needed:
+        return [], []
+    if data is None:
+        raise DataError(
+            "tuning needs calibration data: give --calib FILE (text, JSONL, .npz, .npy or a folder of arrays), "
+            "in Python the `dataloader` argument"
+        )
+    first = next(iter(recipes.values()))
+    wanted = max(recipe.nsamples for recipe in recipes.values())
+    batches = feeds(
+        data,
+        model_inputs(source),
+        samples=wanted + (HELD_OUT if judged else 0),
+        seqlen=first.pad_max_length,
+        exact_length=first.use_max_length,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        model_dir=source.path.parent,
+    )
+    if not judged:
+        return batches, []
+    if len(batches) < 2:
+        raise DataError(
+            "the built-in judge needs at least 2 samples, one to calibrate and one held out: give more data, "
+            "a shorter --seqlen, or an evaluation function of your own (--eval)"
+        )
+    held = min(HELD_OUT, max(1, len(batches) // 3))
+    calibrating = min(wanted, len(batches) - held)
+    return batches[:calibrating], batches[calibrating : calibrating + held]
+
+
+def _try_all(
+    run: _Run,
+    recipes: Mapping[str, Recipe],
+    judge: Judge,
+    shared: SharedStatistics,
+    objective: Objective,
+    max_trials: int | None,
+) -> tuple[list[Trial], str]:
+    """Makes the trials in order; returns them and why it stopped."""
+    trials: list[Trial] = []
+    known = journal.read(run.journal)
+    for name, recipe in recipes.items():
+        if max_trials is not None and len(trials) >= max_trials:
+            return trials, "max_trials"
+        key = f"{run.key}/{recipe.fingerprint()}/{judge.key}"
+        if key in known:
+            trial = _remembered(name, recipe, judge, known[key])
+        elif run.out_of_time():
+            return trials, "timeout"
+        else:
+            try:
+                trial = _try(run, name, recipe, judge, shared)
+            except _OutOfTime:
+                return trials, "timeout"
+            journal.append(run.journal, {"key": key} | trial.to_dict())
+        trials.append(trial)
+        if trial.met and objective == "first":
+            return trials, "met"
+        _drop_all_but(trials, _choose(trials, judge, objective))
+    return trials, "all tried"
+
+
+def _try(run: _Run, name: str, recipe: Recipe, judge: Judge, shared: SharedStatistics) -> Trial:
+    start = time.monotonic()
+    run.say(name, 0, 0)
+    path, size, metric, error = run.trial_path(name, recipe), None, math.nan, ""
+    try:
+        _make(run, path, recipe, shared)
+        size = file_bytes(load(path))
+        metric = judge.score(path)
+        status: Literal["ok", "failed", "nan"] = "ok" if math.isfinite(metric) else "nan"
+        if status == "nan":
+            error = f"the metric is {metric}"
+    except _OutOfTime:
+        raise
+    except Exception as exception:
+        status, error = "failed", f"{type(exception).__name__}: {exception}"
+        logger.warning("%s failed: %s", name, error)
+    if status != "ok":
+        shutil.rmtree(path.parent, ignore_errors=True)
+    return Trial(
+        name=name,
+        status=status,
+        metric=metric if status == "ok" else None,
+        met=status == "ok" and judge.met(metric),
+        bytes=size,
+        seconds=time.monotonic() - start,
+        error=error,
+        recipe=recipe,
+        path=path if status == "ok" else None,
+    )
+
+
+def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
+    """Quantizes the float model by `recipe` and writes it to `path`."""
+    model = clone(run.source)
+    taps, _ = find_taps(model, recipe)
+
+    def while_time_lasts() -> Iterator[tuple[Tap, Stats | None]]:
+        for item in shared.of(model, recipe, taps):
+            if run.out_of_time():
+                raise _OutOfTime
+            yield item
+
+    solve(model, recipe, while_time_lasts(), len(taps), run.progress)
+    properties = metadata(run.source.path, recipe, feeds_hash(shared.batches))
+    write(model, Destination(path, path.parent), properties, run.source.path.parent)
+
+
+def _remembered(name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
+    """A trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
+    path = Path(entry["path"]) if entry.get("path") else None
+    metric = entry.get("metric")
+    return Trial(
+        name=name,
+        status=entry["status"],
+        metric=metric,
+        met=metric is not None and judge.met(metric),
+        bytes=entry.get("bytes"),
+        seconds=entry.get("seconds", 0.0),
+        error=entry.get("error", ""),
+        recipe=recipe,
+        resumed=True,
+        path=path if path and path.exists() else None,
+    )
+
+
+def _choose(trials: Sequence[Trial], judge: Judge, objective: Objective) -> Trial | None:
+    """The trial to return: within the limit by the objective, otherwise the best metric so far."""
+    done = [trial for trial in trials if trial.metric is not None]
+    met = [trial for trial in done if trial.met]
+    if met and objective == "first":
+        return met[0]
+    if met and objective == "smallest":
+        return min(met, key=lambda t: (t.bytes or 0, judge.rank(t.metric or 0.0)))
+    return min(met or done, key=lambda t: judge.rank(t.metric or 0.0), default=None)
+
+
+def _drop_all_but(trials: list[Trial], keep: Trial | None) -> None:
+    """Removes the models of trials that can no longer win: disk use stays at two models."""
+    for index, trial in enumerate(trials):
+        if trial is not keep and trial.path is not None:
+            shutil.rmtree(trial.path.parent, ignore_errors=True)
+            trials[index] = replace(trial, path=None)

@@ -1,0 +1,94 @@
+"""Where a model is read from and where its result goes: files, folders, and the small files beside a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_woq.errors import ModelError, OutputError
+
+COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""What a tokenizer or `optimum` needs beside a model: copied into an output folder."""
+
+MAX_COMPANION_BYTES = 64 << 20
+
+
+def find_model(path: str | Path) -> Path:
+    """The .onnx file that `path` names: the file itself, or the only (or `model.onnx`) one in a folder.
+
+    Raises:
+        ModelError: nothing there, or several candidates.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob("*.onnx"))
+    if path / "model.onnx" in found:
+        return path / "model.onnx"
+    if len(found) == 1:
+        return found[0]
+    what = "several .onnx files: name one of them" if found else "no .onnx file"
+    raise ModelError(f"{path} is a folder with {what}")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a result goes: `onnx` is the file; `folder` is set when the companions go along."""
+
+    onnx: Path
+    folder: Path | None
+
+
+def destination(output: str | Path, source: Path) -> Destination:
+    """Reads `output` as an .onnx file, or as a folder that gets a model of the source's name and its companions.
+
+    Raises:
+        OutputError: the place cannot be written, or is the source itself. Checked before any work is done.
+    """
+    output = Path(output)
+    is_file = output.suffix == ".onnx" and not output.is_dir()
+    place = Destination(output if is_file else output / source.name, None if is_file else output)
+    if place.onnx.is_dir():
+        raise OutputError(f"{place.onnx} is a folder: choose another output")
+    if place.onnx.exists() and place.onnx.samefile(source):
+        raise OutputError(f"output {place.onnx} is the input model: choose another output, the input is never modified")
+    above = place.onnx.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise OutputError(f"{above} is not a folder: choose another output")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{above} is not writable: choose another output or change its permissions")
+    return place
+
+
+def companions(folder: Path) -> list[Path]:
+    """The tokenizer and config files in `folder`, weights left out."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES)
+
+
+def copy_companions(source: Path, target: Path) -> list[Path]:
+    """Copies the companions of a model's folder into `target`; returns the files that were new there."""
+    if source.resolve() == target.resolve():
+        return []
+    new = []
+    for path in companions(source):
+        copy = target / path.name
+        if not copy.exists():
+            new.append(copy)
+        shutil.copyfile(path, copy)
+    return new
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Creates `path` and its missing parents; returns what was created, innermost first."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir()
+    return missing

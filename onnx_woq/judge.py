@@ -1,0 +1,118 @@
+"""How a tuning trial is judged: by the user's own evaluation, or by divergence from the float model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_woq import journal
+from onnx_woq.errors import DataError, OnnxWoqError
+from onnx_woq.graph.model import Model
+
+KL_LIMIT = 0.1
+"""Mean KL divergence to the float model, nats per token, that the built-in judge accepts for language models."""
+
+SQNR_LIMIT = 15.0
+"""Output signal to quantization noise ratio, dB, that the built-in judge accepts for other models."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """`score(path)` against `limit`.
+
+    Attributes:
+        name: of the metric: "eval_fn", "kl" (nats per token) or "sqnr_db" (dB).
+        key: what identifies it in a journal, its data included.
+        baseline: the float model's metric.
+        limit: the last value that is accepted.
+    """
+
+    name: str
+    key: str
+    score: Callable[[Path], float]
+    baseline: float
+    limit: float
+    higher_is_better: bool
+
+    def met(self, metric: float) -> bool:
+        """Whether a metric is within the limit."""
+        return metric >= self.limit if self.higher_is_better else metric <= self.limit
+
+    def rank(self, metric: float) -> float:
+        """A sort key: smaller is better."""
+        return -metric if self.higher_is_better else metric
+
+
+def user_judge(
+    eval_fn: Callable[[Path], float],
+    float_model: Path,
+    journal_file: Path,
+    run_key: str,
+    *,
+    tolerance: float,
+    criterion: str,
+    higher_is_better: bool,
+) -> Judge:
+    """A judge by `eval_fn`; the float model is evaluated once, an earlier run's value in the journal counts.
+
+    Raises:
+        DataError: `eval_fn` raises, or gives no finite number, on the float model.
+    """
+    name = f"{getattr(eval_fn, '__module__', '')}:{getattr(eval_fn, '__qualname__', type(eval_fn).__name__)}"
+    key = f"{run_key}/float/{name}"
+    if known := journal.read(journal_file).get(key):
+        baseline = float(known["metric"])
+    else:
+        baseline = _evaluate_float(eval_fn, float_model)
+        journal.append(journal_file, {"key": key, "metric": baseline})
+    room = tolerance * abs(baseline) if criterion == "relative" else tolerance
+    limit = baseline - room if higher_is_better else baseline + room
+    return Judge("eval_fn", name, lambda path: float(eval_fn(path)), baseline, limit, higher_is_better)
+
+
+def built_in_judge(
+    float_model: Model,
+    held_out: list[dict[str, np.ndarray]],
+    limit: float | None,
+    report: Callable[[int, int], None] | None,
+) -> Judge:
+    """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration."""
+    from onnx_woq.runtime.data import data_hash
+    from onnx_woq.runtime.evaluate import compare, is_language_model
+
+    language = is_language_model(float_model, held_out[0])
+    name, default, baseline = ("kl", KL_LIMIT, 0.0) if language else ("sqnr_db", SQNR_LIMIT, math.inf)
+
+    def score(path: Path) -> float:
+        return float(getattr(compare(path, float_model.path, held_out, progress=report), name))
+
+    return Judge(
+        name=name,
+        key=f"{name}/{data_hash(held_out)}",
+        score=score,
+        baseline=baseline,
+        limit=default if limit is None else limit,
+        higher_is_better=not language,
+    )
+
+
+def _evaluate_float(eval_fn: Callable[[Path], Any], path: Path) -> float:
+    try:
+        baseline = float(eval_fn(path))
+    except OnnxWoqError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the evaluation function failed on the float model ({type(error).__name__}: {error}): "
+            "it must take the path of an .onnx file and return a number"
+        ) from error
+    if not math.isfinite(baseline):
+        raise DataError(
+            f"the evaluation function gives {baseline} for the float model: nothing can be compared with it"
+        )
+    return baseline

@@ -1,0 +1,378 @@
+"""The corridor `quantize()`: load, find, calibrate, solve, lower, save. One way, no going back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnx_woq.core.methods import METHODS
+from onnx_woq.core.stats import output_error
+from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize, OutputError
+from onnx_woq.folder import Destination, copy_companions, destination, find_model, make_folder
+from onnx_woq.graph.fold import can_fold, divide_input
+from onnx_woq.graph.lower.matmulnbits import lower_tap, minimum_runtime, packed_bytes
+from onnx_woq.graph.model import Model, file_bytes, load, low_bit_nodes, model_hash, save
+from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
+from onnx_woq.presets import preset
+from onnx_woq.recipe import Recipe, Spec
+
+if TYPE_CHECKING:
+    from onnx_woq.core.stats import Stats
+    from onnx_woq.runtime.evaluate import Metrics
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, steps done, steps in all)."""
+
+MEMORY_BUDGET = 2 << 30
+"""Bytes that calibration may hold in activations and Gram matrices at once, unless the caller says otherwise."""
+
+
+@dataclass(frozen=True)
+class TapReport:
+    """What happened to one tap: the MatMuls and Gemms that read one activation.
+
+    Attributes:
+        name: the activation's name.
+        sites: output value names of the nodes that were replaced.
+        spec, k, n: the grid, and the shape of the concatenated weights `[k, n]`.
+        bytes_before, bytes_after: of these weights.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data; None without data.
+        scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    spec: Spec
+    k: int
+    n: int
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+    scaling: str
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` did. Bytes are of files on disk; `copies` are float weights that others still read."""
+
+    model: Path
+    output: Path
+    recipe: Recipe
+    taps: tuple[TapReport, ...]
+    skipped: tuple[Skipped, ...]
+    copies: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+    calibration: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "model": str(self.model),
+            "output": str(self.output),
+            "recipe": self.recipe.to_dict(),
+            "taps": [asdict(tap) for tap in self.taps],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "copies": dict(self.copies),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "calibration": self.calibration,
+            "seconds": self.seconds,
+        }
+
+
+def quantize(
+    model: str | Path,
+    output: str | Path,
+    recipe: Recipe | str = "RTN_G32ASYM",
+    data: Any = None,
+    *,
+    tokenizer: str | Path | None = None,
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Replaces a model's heavy MatMul weights by low-bit ones that ONNX Runtime runs natively.
+
+    Args:
+        model: an .onnx file, or a folder that holds one. It is never modified.
+        output: an .onnx file, or a folder (then tokenizer and config files are copied along).
+        recipe: what to do, or the name of a preset.
+        data: calibration data; needed by GPTQ and AWQ. An iterable of input dictionaries, of `(inputs, labels)`
+            or of arrays; the path of a .npz, .npy, .txt or .jsonl file, or of a folder of arrays; or "random".
+        tokenizer: folder of the tokenizer for text data, when it is not beside the model.
+        memory_budget: bytes that calibration may hold at once.
+        progress: called with (stage, done, total).
+
+    Raises:
+        OnnxWoqError: the model, data, recipe or output cannot be used; nothing has been written then.
+    """
+    start = time.monotonic()
+    recipe = preset(recipe) if isinstance(recipe, str) else recipe
+    path = find_model(model)
+    source = load(path)
+    place = destination(output, path)
+    taps, skipped = plan(source, recipe)
+    before = file_bytes(source)
+    batches = calibration_feeds(source, recipe, data, tokenizer)
+    collected = collect(source, recipe, taps, batches, memory_budget, progress)
+    reports = solve(source, recipe, collected, len(taps), progress)
+    copies = shared_copy_bytes(source, taps)
+    calibration = feeds_hash(batches)
+    write(source, place, metadata(path, recipe, calibration), path.parent)
+    return QuantizeReport(
+        model=path,
+        output=place.onnx,
+        recipe=recipe,
+        taps=tuple(reports),
+        skipped=tuple(skipped),
+        copies=copies,
+        bytes_before=before,
+        bytes_after=file_bytes(load(place.onnx)),
+        calibration=calibration,
+        seconds=time.monotonic() - start,
+    )
+
+
+def plan(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
+    """The taps that `recipe` quantizes in `model`, and every node it leaves float.
+
+    Raises:
+        AlreadyQuantized: the model carries low-bit weights already.
+        NothingToQuantize: no site is eligible; the message gives the reasons.
+    """
+    if nodes := low_bit_nodes(model):
+        raise AlreadyQuantized(
+            f"{model.path} is already quantized ({nodes} low-bit nodes): nothing to do, and nothing was written. "
+            "Start from the float model to quantize it differently"
+        )
+    taps, skipped = find_taps(model, recipe)
+    if not taps:
+        reasons = sorted({s.reason for s in skipped})
+        raise NothingToQuantize(
+            f"{model.path} has no MatMul or Gemm to quantize under this recipe"
+            + (f" ({'; '.join(reasons)}): see `onnx-woq inspect`" if reasons else ": it has none at all")
+        )
+    return taps, skipped
+
+
+def calibration_feeds(
+    model: Model, recipe: Recipe, data: Any, tokenizer: str | Path | None
+) -> list[dict[str, np.ndarray]]:
+    """Reads the calibration samples a recipe needs; none when its method works without data.
+
+    Raises:
+        DataError: the method needs data and there is none, or it does not fit the model.
+    """
+    from onnx_woq.runtime.data import feeds, model_inputs
+
+    if not METHODS[recipe.method].needs_data:
+        return []
+    if data is None:
+        raise DataError(
+            f"{recipe.method} needs calibration data: give --calib FILE (text, JSONL, .npz, .npy or a folder of "
+            "arrays), in Python the `data` argument; the method rtn works without"
+        )
+    return feeds(
+        data,
+        model_inputs(model),
+        samples=recipe.nsamples,
+        seqlen=recipe.pad_max_length,
+        exact_length=recipe.use_max_length,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        model_dir=model.path.parent,
+    )
+
+
+def feeds_hash(batches: list[dict[str, np.ndarray]]) -> str:
+    """A short hash of the calibration data, "" for none."""
+    from onnx_woq.runtime.data import data_hash
+
+    return data_hash(batches) if batches else ""
+
+
+def collect(
+    model: Model,
+    recipe: Recipe,
+    taps: list[Tap],
+    batches: list[dict[str, np.ndarray]],
+    memory_budget: int = MEMORY_BUDGET,
+    progress: Progress | None = None,
+) -> Iterator[tuple[Tap, Stats | None]]:
+    """Every tap with its statistics, in graph order; without data the statistics are None."""
+    if not batches:
+        return ((tap, None) for tap in taps)
+    from onnx_woq.runtime.calibrate import walk
+
+    report = (lambda done, total: progress("calibrate", done, total)) if progress else None
+    return walk(model, taps, batches, memory_budget=memory_budget, sequential=recipe.true_sequential, progress=report)
+
+
+def solve(
+    model: Model,
+    recipe: Recipe,
+    collected: Iterable[tuple[Tap, Stats | None]],
+    total: int,
+    progress: Progress | None = None,
+) -> list[TapReport]:
+    """Solves each tap and puts the result into `model`; `collected` may still be running on it."""
+    reports = []
+    for done, (tap, stats) in enumerate(collected, 1):
+        reports.append(_solve_tap(model, recipe, tap, stats))
+        if progress:
+            progress("solve", done, total)
+    return reports
+
+
+def _solve_tap(model: Model, recipe: Recipe, tap: Tap, stats: Stats | None) -> TapReport:
+    weight = tap.weight()
+    options = dict(recipe.options)
+    folding = bool(options.get("folding", False))
+    if folding and not can_fold(tap):
+        options["enable_auto_scale"] = False
+    q = METHODS[recipe.method].solve(weight, stats, tap.spec, scale_dtype=tap.scale_dtype, **options)
+    error = None
+    if stats is not None:
+        energy = output_error(weight, stats.gram)
+        error = output_error(q.effective() - weight, stats.gram) / energy if energy else 0.0
+    scaling = "" if q.input_scale is None else divide_input(tap, q.input_scale, allow_mul=not folding)
+    lower_tap(model, tap, q, accuracy_level=recipe.accuracy_level)
+    return TapReport(
+        name=tap.name,
+        sites=tuple(site.name for site in tap.sites),
+        spec=tap.spec,
+        k=tap.k,
+        n=tap.n,
+        bytes_before=tap.weight_bytes,
+        bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
+        error=error,
+        scaling=scaling,
+    )
+
+
+def metadata(path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:
+    """What a written model says of itself: recipe, version, calibration hash, source hash, minimum runtime."""
+    import json
+
+    from onnx_woq.version import version
+
+    return {
+        "onnx_woq.version": version(),
+        "onnx_woq.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
+        "onnx_woq.calibration": calibration,
+        "onnx_woq.source": model_hash(path),
+        "onnx_woq.minimum_onnxruntime": minimum_runtime(recipe.spec.bits),
+    }
+
+
+def write(model: Model, place: Destination, properties: Mapping[str, str], companions_from: Path) -> None:
+    """Writes the result and, into a folder, its companions; on failure everything new is removed again."""
+    with ExitStack() as undo:
+        try:
+            for folder in make_folder(place.onnx.parent):
+                undo.callback(_remove_folder, folder)
+            if place.folder is not None:
+                for copy in copy_companions(companions_from, place.folder):
+                    undo.callback(copy.unlink, missing_ok=True)
+            save(model, place.onnx, metadata=properties)
+        except OSError as error:
+            raise OutputError(f"cannot write {place.onnx}: {error.strerror or error}") from error
+        undo.pop_all()
+
+
+def _remove_folder(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        logger.warning("left %s behind: it is not empty", folder)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `quantize` would do: `rows` are the taps as (name, sites, k, n, spec, bytes before, bytes after)."""
+
+    model: Path
+    recipe: Recipe
+    taps: tuple[TapReport, ...]
+    skipped: tuple[Skipped, ...]
+    copies: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "model": str(self.model),
+            "taps": [asdict(tap) for tap in self.taps],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "copies": dict(self.copies),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspection:
+    """What a recipe would quantize in a model, what not and why, and the bytes before and after (estimated)."""
+    recipe = preset(recipe) if isinstance(recipe, str) else recipe
+    path = find_model(model)
+    source = load(path)
+    taps, skipped = find_taps(source, recipe)
+    rows = tuple(
+        TapReport(
+            name=tap.name,
+            sites=tuple(site.name for site in tap.sites),
+            spec=tap.spec,
+            k=tap.k,
+            n=tap.n,
+            bytes_before=tap.weight_bytes,
+            bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
+            error=None,
+            scaling="",
+        )
+        for tap in taps
+    )
+    copies = shared_copy_bytes(source, taps)
+    before = file_bytes(source)
+    saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())
+    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved)
+
+
+def evaluate(
+    model: str | Path,
+    reference: str | Path,
+    data: Any,
+    *,
+    samples: int = 8,
+    seqlen: int = 512,
+    tokenizer: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Metrics:
+    """How far a quantized model is from its float original on `data` (forms as in `quantize`).
+
+    Language models get mean KL divergence (nats per token) with its standard error, same-top-1 share and
+    perplexities; other models SQNR (dB) and cosine of their outputs.
+    """
+    from onnx_woq.runtime.data import feeds, model_inputs
+    from onnx_woq.runtime.evaluate import compare
+
+    path, original = find_model(model), find_model(reference)
+    float_model = load(original)
+    batches = feeds(
+        data,
+        model_inputs(float_model),
+        samples=samples,
+        seqlen=seqlen,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        model_dir=original.parent,
+    )
+    report = (lambda done, total: progress("evaluate", done, total)) if progress else None
+    return compare(path, original, batches, progress=report)
