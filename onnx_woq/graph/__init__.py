@@ -1,0 +1,1 @@
+"""Models: load, find what to quantize, fold, lower, save. Built on onnx_ir; never runs a model."""

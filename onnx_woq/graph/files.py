@@ -1,0 +1,132 @@
+"""Where a model's external data lies, and which of it may be read.
+
+A model names its data files itself, so a hostile one could name any file on the machine and have it copied into the
+result. The rule: a data file is read only when its real path lies under the folder the model file really lies in.
+The user's own choice is honoured by following links from the path they named, never from one the model names:
+
+* the Hugging Face cache: `snapshots/x/model.onnx` and `snapshots/x/model.onnx_data` are links into one `blobs/` folder.
+  The .onnx the user named is a link, its real folder is `blobs/`, and the data file's real path lies there too;
+* a link to a model elsewhere: data missing beside the link is looked for beside the link's target;
+* hard links (`cp -al`, deduplicated stores) show no target to check, and an archive can contain them, so a data file
+  with several names is read only when the .onnx is linked in the same way and the data lies directly beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path, PureWindowsPath
+
+import onnx_ir as ir
+
+from onnx_woq.errors import ModelError
+
+
+class LinkedTensor(ir.ExternalTensor):
+    """An external tensor in a hard-linked file that `data_file` has accepted; onnx_ir alone would refuse it."""
+
+    __slots__ = ()
+
+    def _check_path_containment(self) -> None:
+        """Nothing: checked when the model was loaded. If onnx_ir renames its check, reading is refused again."""
+
+
+def real_path(named: Path) -> Path:
+    """The real path of the model file the user named.
+
+    Raises:
+        ModelError: nothing is there, or a folder, or something that is not a file.
+    """
+    try:
+        real = named.resolve(strict=True)
+        mode = real.stat().st_mode
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, on Python 3.12 and older
+        what = "is a broken link" if named.is_symlink() else "does not exist"
+        raise ModelError(f"{named} {what}: check the path") from error
+    if stat.S_ISDIR(mode):
+        inside = sorted(p.relative_to(named).as_posix() for p in named.glob("**/*.onnx"))[:3]
+        hint = f"name the .onnx file in it: {', '.join(inside)}" if inside else "and there is no .onnx file in it"
+        raise ModelError(f"{named} is a folder: {hint}")
+    if not stat.S_ISREG(mode):
+        raise ModelError(f"{named} is not a regular file: copy the model to one first")
+    return real
+
+
+def data_file(location: str, named: Path, real: Path) -> Path:
+    """The real path of the data file a model calls `location`, below `real.parent`.
+
+    Args:
+        location: as the model writes it.
+        named: the .onnx path the user gave.
+        real: what it resolves to.
+
+    Raises:
+        ModelError: the file is missing, or may not be read under the rule at the top of this file.
+    """
+    parts = re.split(r"[/\\]", location)
+    if not location or "\0" in location or ".." in parts or os.path.isabs(location) or PureWindowsPath(location).drive:
+        raise ModelError(f"{named} wants its weights from {location!r}, outside its own folder; refused as unsafe")
+    candidates = [named.parent / location, real.parent / location]
+    found = next((c for c in candidates if os.path.lexists(c)), None)
+    if found is None:
+        raise ModelError(
+            f"{named} needs its weights from {location!r}, which is not beside it: "
+            f"put the file into {named.parent.resolve()}"
+        )
+    target = Path(os.path.realpath(found))
+    if not target.is_relative_to(real.parent):
+        raise ModelError(
+            f"{found} is a link to {target}, outside the model's folder {real.parent}; refused as unsafe: "
+            "copy the data file beside the model"
+        )
+    try:
+        status = target.stat()
+    except OSError as error:
+        raise ModelError(f"{found} cannot be read ({error.strerror}): fetch the model's data file again") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError(f"{found} is not a regular file: put the model's data file there")
+    if status.st_nlink > 1 and not _linked_alike(location, named, real):
+        raise ModelError(
+            f"{found} has {status.st_nlink} hard links while {named.name} is an ordinary file; refused as unsafe: "
+            "replace the data file by a copy of itself"
+        )
+    return target
+
+
+def _linked_alike(location: str, named: Path, real: Path) -> bool:
+    """Whether a hard-linked data file is what the user pointed at: their .onnx is a link as well, and beside it."""
+    return (named.is_symlink() or real.stat().st_nlink > 1) and location == os.path.basename(location)
+
+
+def placed(tensor: ir.ExternalTensor, target: Path, folder: Path) -> ir.ExternalTensor:
+    """`tensor` with its data in the file `target` under `folder`, once its place in that file is checked.
+
+    Raises:
+        ModelError: the file is too short, or the sizes contradict each other.
+    """
+    status = target.stat()
+    dims = tensor.shape.numpy()
+    size, offset = tensor.nbytes, tensor.offset or 0
+    if any(d < 0 for d in dims) or offset < 0 or tensor.length not in (None, 0, size):
+        raise ModelError(
+            f"tensor {tensor.name!r} with dimensions {list(dims)} needs {size} bytes, but the model says offset "
+            f"{offset}, length {tensor.length}: the model is damaged, fetch it again"
+        )
+    if offset + size > status.st_size:
+        raise ModelError(
+            f"{target} is too short: tensor {tensor.name!r} needs bytes {offset} to {offset + size}, "
+            f"the file has {status.st_size}: fetch it again"
+        )
+    kind = LinkedTensor if status.st_nlink > 1 else ir.ExternalTensor
+    return kind(
+        target.relative_to(folder).as_posix(),
+        offset,
+        size,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name or "",
+        doc_string=tensor.doc_string,
+        metadata_props=tensor.metadata_props,
+        base_dir=folder,
+    )

@@ -1,0 +1,198 @@
+"""MatMulNBits: the operator of ONNX Runtime that multiplies by 2, 4 and 8 bit weights as they are.
+
+What it takes is narrower than its schema; the limits here were measured (docs of `native_layout` and `lower_tap`).
+Other widths are stored in the next wider one and other groups in smaller blocks with repeated scales: same numbers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.graph.constants import add_initializer, prune, resolve
+from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
+from onnx_woq.graph.model import Model
+from onnx_woq.graph.taps import Site, Tap
+from onnx_woq.recipe import Spec
+
+if TYPE_CHECKING:
+    from onnx_woq.core.grid import QuantizedTensor
+
+DOMAIN = "com.microsoft"
+_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
+_RUNTIMES = {2: "1.24", 4: "1.20", 8: "1.22"}
+_SCALE_BYTES = 4
+
+
+def minimum_runtime(bits: int) -> str:
+    """The oldest onnxruntime that runs weights of `bits` bits as `lower_tap` writes them."""
+    return _RUNTIMES[_container(bits)]
+
+
+def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
+    """How a weight is stored: (bits per stored code, rows per block).
+
+    A block divides the group, so that every block has one scale. A native group size is its own block; otherwise the
+    block that takes the fewest bytes, the larger of equals. At 2 bits only blocks of 32, 64 and 128 have the int8
+    kernel; groups that are no multiple of 32 need blocks of 16 all the same.
+
+    Args:
+        bits: 1 to 8.
+        group_size: rows per scale, -1 for all.
+        k: input channels.
+    """
+    container = _container(bits)
+    native = _BLOCKS[container]
+    whole = group_size == -1 or group_size >= k
+    if not whole and group_size in native:
+        return container, group_size
+    fitting = [block for block in native if whole or group_size % block == 0] or [16]
+
+    def column_bytes(block: int) -> int:
+        blocks = -(-k // block)
+        return blocks * (block * container // 8 + _SCALE_BYTES)
+
+    return container, min(fitting, key=lambda block: (column_bytes(block), -block))
+
+
+def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating]) -> int:
+    """Bytes that a weight `[k, n]` takes once quantized: codes, scales and zero points."""
+    container, block = native_layout(spec.bits, spec.group_size, k)
+    blocks = -(-k // block)
+    zeros = 0 if spec.symmetric else -(-blocks * container // 8)
+    return n * (blocks * (block * container // 8 + np.dtype(scale_dtype).itemsize) + zeros)
+
+
+def lower_tap(model: Model, tap: Tap, q: QuantizedTensor, *, accuracy_level: int) -> None:
+    """Rewrites every site of `tap` in place as MatMulNBits reading `q`.
+
+    Nodes and outputs keep their names. Sites that share a weight share the new initializers. A Gemm's constant bias
+    becomes the bias input, any other C an Add. bfloat16, which has no CPU kernel, is computed in float32 between
+    Casts. Float weights go when nothing reads them any more.
+
+    Args:
+        model: the model `tap` was found in.
+        tap: every site of it is rewritten.
+        q: of `tap.weight()`, codes `[K, n]`.
+        accuracy_level: 4 computes with int8 activations, 0 in float.
+    """
+    model.ir.opset_imports.setdefault(DOMAIN, 1)
+    shared: dict[tuple[int, int], _Packed] = {}
+    for site, columns in list(tap.slices()):
+        place = (columns.start, columns.stop)
+        if place not in shared:
+            shared[place] = _pack(model, site, q.columns(columns), tap.scale_dtype)
+        _rewrite(model, site, shared[place], accuracy_level)
+
+
+def _container(bits: int) -> int:
+    """The width a code of `bits` bits is stored in."""
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+class _Packed:
+    """The initializers of one weight and how they are laid out."""
+
+    def __init__(self, inputs: tuple[ir.Value | None, ...], bits: int, block: int, k: int, n: int) -> None:
+        self.inputs = inputs  # B, scales, zero points or None
+        self.attributes = {"K": k, "N": n, "bits": bits, "block_size": block}
+
+
+def _pack(model: Model, site: Site, q: QuantizedTensor, scale_dtype: type[np.floating]) -> _Packed:
+    k, n = q.codes.shape
+    container, block = native_layout(q.bits, q.group_size, k)
+    # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
+    shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric else 0
+    stem = model.fresh(f"{site.weight_name}_Q{q.bits}")
+    graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
+    codes = add_initializer(graph, stem, pack_codes(q.codes, container, block, shift))
+    scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
+    inputs: list[ir.Value | None] = [codes, add_initializer(graph, model.fresh(f"{stem}_scales"), scales)]
+    if q.symmetric:
+        inputs.append(None)
+    else:
+        zeros = pack_zeros(spread(q.zeros, k, q.group_size, block), container)
+        inputs.append(add_initializer(graph, model.fresh(f"{stem}_zero_points"), zeros))
+    return _Packed(tuple(inputs), container, block, k, n)
+
+
+def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> None:
+    """Turns one node into MatMulNBits, and adds the nodes around it for what the float one did itself."""
+    node = site.node
+    old = list(node.inputs)
+    activation = old[0]
+    bias, addend = _bias(model, site)
+    if addend is not None:
+        _after(model, node, "Add", [addend], "product")
+    if site.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
+        activation = _before(model, node, "Cast", [activation], "float32", to=ir.DataType.FLOAT)
+        _after(model, node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
+    inputs = [activation, *packed.inputs, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+    node.domain, node.op_type, node.version = DOMAIN, "MatMulNBits", None
+    node.attributes.clear()
+    for name, number in (*packed.attributes.items(), ("accuracy_level", accuracy_level)):
+        node.attributes.add(ir.AttrInt64(name, number))
+    for value in old[1:]:
+        prune(value)
+
+
+def _bias(model: Model, site: Site) -> tuple[ir.Value | None, ir.Value | None]:
+    """What Gemm adds, `beta * C`, as the kernel's bias `[N]`, or as a value to add behind it."""
+    c = site.node.inputs[2] if site.kind == "Gemm" and len(site.node.inputs) > 2 else None
+    attribute = site.node.attributes.get("beta")
+    beta = 1.0 if attribute is None else attribute.as_float()
+    if c is None or beta == 0.0:
+        return None, None
+    constant = resolve(c)
+    if constant is None or constant.overridable:
+        return None, c if beta == 1.0 else _scaled(model, site, c, beta)
+    per_channel = constant.shape in ((), (1,), (site.n,), (1, 1), (1, site.n))
+    dtype = ir.DataType.FLOAT if per_channel and site.dtype == ir.DataType.BFLOAT16 else site.dtype
+    if beta == 1.0 and (constant.shape == (site.n,) or not per_channel) and constant.dtype == dtype:
+        return (c, None) if per_channel else (None, c)
+    array = constant.array() * np.float32(beta)
+    if per_channel:
+        array = np.broadcast_to(array.reshape(-1), (site.n,))
+    name = model.fresh(f"{site.name}_bias")
+    value = add_initializer(model.ir.graph, name, np.ascontiguousarray(array.astype(dtype.numpy())), dtype)
+    return (value, None) if per_channel else (None, value)
+
+
+def _scaled(model: Model, site: Site, c: ir.Value, beta: float) -> ir.Value:
+    factor = np.array(beta, site.dtype.numpy())
+    constant = add_initializer(model.ir.graph, model.fresh(f"{site.name}_beta"), factor, site.dtype)
+    return _before(model, site.node, "Mul", [c, constant], "bias")
+
+
+def _before(
+    model: Model, node: ir.Node, op: str, inputs: list[ir.Value | None], suffix: str, **attributes: int
+) -> ir.Value:
+    """Inserts a node before `node` and returns its output."""
+    name = model.fresh(f"{node.outputs[0].name}_{suffix}")
+    new = ir.node(op, inputs, attributes=attributes, name=name)
+    new.outputs[0].name = name
+    assert node.graph is not None
+    node.graph.insert_before(node, new)
+    return new.outputs[0]
+
+
+def _after(model: Model, node: ir.Node, op: str, others: list[ir.Value], suffix: str, **attributes: int) -> None:
+    """Inserts a node behind `node` that takes over its output: name, type and readers."""
+    product = node.outputs[0]
+    assert node.graph is not None and product.name
+    name = product.name
+    new = ir.node(op, [None, *others], attributes=attributes, name=f"{node.name or name}_{op}")
+    result = new.outputs[0]
+    result.type, result.shape = product.type, product.shape
+    node.graph.insert_after(node, new)
+    product.replace_all_uses_with(result, replace_graph_outputs=True)
+    new.replace_input_with(0, product)
+    product.name, result.name = model.fresh(f"{name}_{suffix}"), name
+    product.type = ir.TensorType(ir.DataType.FLOAT) if op == "Cast" else product.type

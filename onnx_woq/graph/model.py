@@ -1,0 +1,272 @@
+"""Load a model with its weights left on disk, copy its structure, hand it to a session."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+from onnx_woq.errors import ModelError
+from onnx_woq.graph import files, wire
+from onnx_woq.graph.save import check_output, save
+
+__all__ = [
+    "Model", "check_output", "clone", "load", "low_bit_nodes", "memory_tensors", "model_hash", "save", "serialize",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+OPSETS = range(13, 26)
+LARGE = wire.LARGE  # bytes; smaller tensors are part of the structure
+MEMORY = "in memory"  # where `serialize` says that the tensors of `memory_tensors` lie
+
+_LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
+_LOW_BIT_TYPES = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.FLOAT4E2M1}
+
+
+@dataclass
+class Model:
+    """A model in memory, its large tensors in files.
+
+    Attributes:
+        ir: the graph. External tensors have locations relative to `path.parent`.
+        path: the real path of the .onnx file.
+        files: real paths of every file the weights are read from, `path` first.
+        names: every value name ever used in it; `fresh` adds to it.
+    """
+
+    ir: ir.Model
+    path: Path
+    files: tuple[Path, ...] = ()
+    names: set[str] = field(default_factory=set, repr=False)
+
+    def fresh(self, name: str) -> str:
+        """`name`, or `name_2`, `name_3` … when it is taken; taken from now on."""
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+
+def load(path: str | Path) -> Model:
+    """Loads the structure of `path`; its large weights stay on disk and are read when asked for.
+
+    Value names are made unique over all subgraphs (inputs and outputs of the model keep theirs), and functions that
+    contain a MatMul or Gemm are inlined.
+
+    Raises:
+        ModelError: the file cannot be used; the message says what to do.
+    """
+    named = Path(path)
+    real = files.real_path(named)
+    proto = _read(named, real)
+    _check_opset(named, proto)
+    model = Model(_to_ir(named, proto), real)
+    LiftConstantsToInitializersPass(size_limit=LARGE // 16)(model.ir)  # 16 bytes: the largest element
+    model.files = _place_tensors(model.ir, named, real)
+    _sort(model.ir.graph)
+    model.names = _unique_names(model.ir)
+    return model
+
+
+def clone(model: Model) -> Model:
+    """A copy of the structure to edit freely; the tensors are shared."""
+    return Model(model.ir.clone(), model.path, model.files, set(model.names))
+
+
+def serialize(model: Model) -> bytes:
+    """The structure as .onnx bytes for a session, next to no weights in them.
+
+    Large tensors on disk are external, at locations relative to `model.path.parent`; large tensors in memory are
+    external at the place `MEMORY`, and `memory_tensors` has them under their names.
+    """
+    structure = model.ir.clone()
+    for name, tensor in _memory(structure):
+        place = ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=_shape(tensor), name=name)
+        structure.graph.initializers[name].const_value = place
+    return ir.to_proto(structure).SerializeToString()
+
+
+def memory_tensors(model: Model) -> dict[str, np.ndarray]:
+    """The arrays to hand to a session beside `serialize(model)`, by initializer name."""
+    return {name: tensor.numpy() for name, tensor in _memory(model.ir)}
+
+
+def model_hash(path: str | Path) -> str:
+    """A hash of the contents of the .onnx file and of its external data files, whatever they are called."""
+    digest = hashlib.blake2b(digest_size=16)
+    for file in load(path).files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def low_bit_nodes(model: Model) -> int:
+    """How many nodes already carry weights below 8 bits or in a blockwise format."""
+    return sum(map(_is_low_bit, all_nodes(model.ir)))
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of the graph, its subgraphs and its functions; an outer node comes before its bodies."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _is_low_bit(node: ir.Node) -> bool:
+    if node.op_type in _LOW_BIT_OPS:
+        return True
+    if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+        return False
+    return any(v is not None and v.dtype in _LOW_BIT_TYPES for v in (*node.inputs, *node.outputs))
+
+
+def _read(named: Path, real: Path) -> onnx.ModelProto:
+    """The structure of a file that is an ONNX model, or a ModelError that says what it is instead."""
+    with real.open("rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{named} is a Git LFS pointer, not the model: run 'git lfs pull' beside it")
+    if head[4:8] == b"ORTM":
+        raise ModelError(f"{named} is an ORT-format model: give the .onnx file it was made from")
+    try:
+        proto = wire.read_structure(real)
+    except wire.WireError as error:
+        raise ModelError(f"{named} is not an ONNX model, or a truncated one ({error}): fetch or export it again") from error
+    except OSError as error:
+        raise ModelError(f"{named} cannot be read: {error.strerror}") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ModelError(f"{named} is not an ONNX model: it has no graph; fetch or export it again")
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{named} has sparse initializers, which are not supported: export it with dense weights")
+    return proto
+
+
+def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
+    version = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    if version is None:
+        raise ModelError(f"{named} does not say which version of the ONNX operators it uses: export it again")
+    if version < OPSETS[0]:
+        raise ModelError(
+            f"{named} uses opset {version}, older than {OPSETS[0]}: export it with a newer opset, "
+            "or convert it with onnx.version_converter"
+        )
+    if version > OPSETS[-1]:
+        raise ModelError(f"{named} uses opset {version}, newer than {OPSETS[-1]}: export it with opset {OPSETS[-1]}")
+
+
+def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:  # onnx_ir wraps whatever it meets
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__  # type: ignore[assignment]
+        raise ModelError(f"{named} is not a valid ONNX model: {cause}") from error
+    heavy = _heavy_functions(model)
+    if not heavy:
+        return model
+    try:
+        InlinePass(lambda function: function.identifier() in heavy)(model)
+    except Exception as error:  # the pass raises ValueError or its own; it may stop half way, so start over
+        logger.warning("the functions of %s cannot be inlined (%s); the MatMuls inside them stay float", named, error)
+        return ir.from_proto(proto)
+    return model
+
+
+def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """The functions that contain a MatMul or Gemm, directly or through functions they call."""
+    heavy: set[ir.OperatorIdentifier] = set()
+    while True:
+        more = {
+            key
+            for key, function in model.functions.items()
+            if any(n.op_type in ("MatMul", "Gemm") or n.op_identifier() in heavy for n in function.all_nodes())
+        }
+        if more == heavy:
+            return heavy
+        heavy = more
+
+
+def _place_tensors(model: ir.Model, named: Path, real: Path) -> tuple[Path, ...]:
+    """Checks every external tensor and points it at its real file; returns the files, `real` first."""
+    targets: dict[str, Path] = {real.name: real}
+    folder = real.parent
+
+    def place(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+        location = str(tensor.location)
+        if location not in targets:
+            targets[location] = files.data_file(location, named, real)
+        return files.placed(tensor, targets[location], folder)
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = place(value.const_value)
+            elif value.const_value is not None:
+                _check_embedded(named, value.const_value)
+    for node in all_nodes(model):
+        for name, attribute in list(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+                # Only initializers may be external in every runtime version.
+                loaded = ir.Tensor(place(attribute.value).numpy().copy(), name=attribute.value.name)
+                node.attributes[name] = ir.AttrTensor(name, loaded)
+    return tuple(dict.fromkeys(targets.values()))
+
+
+def _check_embedded(named: Path, tensor: ir.TensorProtocol) -> None:
+    """Refuses a tensor whose data is missing before anything allocates what its dimensions claim."""
+    proto = getattr(tensor, "raw", None)
+    if not isinstance(proto, onnx.TensorProto) or tensor.nbytes <= LARGE:
+        return
+    if any(d < 0 for d in proto.dims) or proto.ByteSize() < tensor.nbytes // 4:  # varints take a byte per element
+        raise ModelError(f"{named}: tensor {proto.name!r} with dimensions {list(proto.dims)} has no data: export it again")
+
+
+def _sort(graph: ir.Graph) -> None:
+    """Puts nodes behind the nodes they read, where an exporter did not."""
+    seen: set[ir.Node | None] = {None}
+    for node in graph:
+        if not all(v is None or v.producer() in seen or v.graph is not graph for v in node.inputs):
+            graph.sort()
+            return
+        seen.add(node)
+
+
+def _unique_names(model: ir.Model) -> set[str]:
+    """Gives values in subgraphs names that no other value has, and returns all names."""
+    used: set[str] = set()
+    for graph in model.graphs():  # the main graph comes first, and keeps its names
+        values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+        for value in dict.fromkeys(values):
+            if not value.name:
+                continue
+            name, count = value.name, 1
+            while name in used:
+                count += 1
+                name = f"{value.name}_{count}"
+            used.add(name)
+            value.name = name
+    return used
+
+
+def _memory(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Large tensors of the main graph that no file has. Sessions take only those from outside."""
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and not isinstance(tensor, (ir.ExternalTensor, ir.StringTensor)) and tensor.nbytes > LARGE:
+            yield name, tensor
+
+
+def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
+    return ir.Shape(tensor.shape.numpy())

@@ -1,0 +1,323 @@
+"""Find what can be quantized: every MatMul and Gemm with a constant weight, grouped by the activation it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.errors import ModelError
+from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
+from onnx_woq.graph.model import Model
+from onnx_woq.graph.shapes import Ranks
+from onnx_woq.recipe import Recipe, Spec
+
+SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
+
+_MULTIPLIES = {"MatMul": ("",), "Gemm": ("",), "FusedMatMul": ("com.microsoft",), "FusedGemm": ("com.microsoft",)}
+
+# What may stand between the last MatMul and the output it makes: one computed input, channels kept in place.
+_TAIL_OPS = {
+    "Add", "Cast", "Clip", "Div", "Identity", "LogSoftmax", "Max", "Min", "Mul", "Reshape", "Sigmoid", "Slice",
+    "Softmax", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One MatMul or Gemm to quantize: `y = x @ W`, weight [K, N].
+
+    Attributes:
+        name: its output value name, the unique key.
+        node: the node; lowering rewrites it in place.
+        node_name: may be empty.
+        weight_name: of the initializer, before any transpose or cast.
+        k: input channels.
+        n: output channels.
+        dtype: of the activation.
+        kind: "MatMul" or "Gemm".
+        scale: Gemm's alpha, 1 for MatMul; part of the weight.
+    """
+
+    name: str
+    node: ir.Node
+    node_name: str
+    weight_name: str
+    k: int
+    n: int
+    dtype: ir.DataType
+    kind: str
+    scale: float = 1.0
+
+    def constant(self) -> Constant:
+        """The weight as it is in the graph now: folding may have replaced it since the site was found."""
+        constant = resolve(self.node.inputs[1])
+        if constant is None:
+            raise ModelError(f"the weight of {self.name!r} is no longer constant")
+        return constant
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for sites that read the same numbers."""
+        return (*self.constant().key, self.transposed(), self.scale)
+
+    def transposed(self) -> bool:
+        """Whether the graph stores the weight as [N, K] and Gemm transposes it."""
+        attribute = self.node.attributes.get("transB")
+        return self.kind == "Gemm" and attribute is not None and bool(attribute.as_int())
+
+    def weight(self) -> np.ndarray:
+        """The weight [K, N] in float32, a copy."""
+        array = self.constant().array()
+        array = array.T if self.transposed() else array.reshape(self.k, self.n)
+        if self.scale != 1.0:
+            array *= np.float32(self.scale)
+        return array
+
+
+@dataclass(eq=False)
+class Tap:
+    """One activation and everything that multiplies it by a constant: quantized together.
+
+    Attributes:
+        name: of its first site; unique.
+        values: names of the activations, several only where sites share a weight.
+        sites: in graph order.
+        spec: the grid of all of them.
+        k: input channels.
+        n: output channels, summed over distinct weights.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    sites: tuple[Site, ...]
+    spec: Spec
+    k: int
+    n: int
+
+    def weight(self) -> np.ndarray:
+        """The distinct weights side by side, [K, n] in float32, a copy.
+
+        Raises:
+            ModelError: a weight is not finite or cannot be read.
+        """
+        parts = []
+        for site in self._distinct():
+            part = site.weight()
+            if part.size and not (np.isfinite(part.min()) and np.isfinite(part.max())):  # min and max pass NaN on
+                raise ModelError(
+                    f"weight {site.weight_name!r} of {site.node_name or site.name!r} has NaN or infinite values: "
+                    "export the model again, or exclude this node"
+                )
+            parts.append(part)
+        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def slices(self) -> Iterator[tuple[Site, slice]]:
+        """Each site with its columns of `weight()`; sites that read the same constant share them."""
+        places: dict[tuple[object, ...], slice] = {}
+        start = 0
+        for site in self.sites:
+            key = site.key()
+            if key not in places:
+                places[key] = slice(start, start + site.n)
+                start += site.n
+            yield site, places[key]
+
+    @property
+    def scale_dtype(self) -> type[np.float32] | type[np.float16]:
+        """What the model stores scales in."""
+        return np.float16 if self.sites[0].dtype == ir.DataType.FLOAT16 else np.float32
+
+    def _distinct(self) -> list[Site]:
+        return list({site.key(): site for site in reversed(self.sites)}.values())[::-1]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A matrix product that stays as it is.
+
+    Attributes:
+        name: its output value name.
+        node_name: may be empty.
+        op_type: "MatMul", "Gemm" or a fused form.
+        reason: why.
+        weight_bytes: of its constant factor; 0 when both are computed.
+    """
+
+    name: str
+    node_name: str
+    op_type: str
+    reason: str
+    weight_bytes: int
+
+
+def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
+    """The taps in graph order, and every other matrix product with the reason why it is left alone.
+
+    With `recipe.lm_head` off, the MatMul that makes the model's first float output is left out: the one found by
+    walking back from that output through elementwise and reshaping nodes (into both branches of an If). A model
+    without one, such as an encoder that ends in a norm, leaves out the last site of its main graph.
+    """
+    ranks = Ranks(model)
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    for node in model.ir.graph.all_nodes():
+        if node.domain in _MULTIPLIES.get(node.op_type, ()):
+            found = _examine(node, ranks)
+            (sites if isinstance(found, Site) else skipped).append(found)  # type: ignore[arg-type]
+    for function in model.ir.functions.values():
+        for node in function.all_nodes():
+            if node.op_type in ("MatMul", "Gemm"):
+                skipped.append(_skip(node, f"inside the function {function.name}, which could not be inlined"))
+    heads = set() if recipe.lm_head else _heads(model.ir.graph, sites)
+    chosen: list[tuple[Site, Spec]] = []
+    for site in sites:
+        spec, reason = recipe.spec_for(site.node_name, site.name, site.weight_name)
+        if site.node in heads:
+            spec, reason = None, "the last MatMul, left float by the recipe"
+        if spec is None:
+            skipped.append(_skip(site.node, reason))
+        else:
+            chosen.append((site, spec))
+    return _group(chosen), skipped
+
+
+def shared_copy_bytes(model: Model, taps: Iterable[Tap]) -> dict[str, int]:
+    """Bytes of float weights that stay in the model although all `taps` are quantized, by weight name.
+
+    They stay because something else reads them: the Gather of a tied embedding, a skipped site, a graph output.
+    """
+    sites = [site for tap in taps for site in tap.sites]
+    quantized = {site.node for site in sites}
+    copies: dict[str, int] = {}
+    for site in sites:
+        constant = site.constant()
+        others = any(node not in quantized or index != 1 for node, index in readers(constant.root))
+        if others or constant.root.is_graph_output():
+            copies[site.weight_name] = constant.tensor.nbytes
+    return copies
+
+
+def _examine(node: ir.Node, ranks: Ranks) -> Site | Skipped:
+    """The site `node` is, or why it is none."""
+    left, right = (resolve(v) for v in node.inputs[:2])
+    if node.op_type.startswith("Fused"):
+        return _skip(node, f"{node.op_type} is not supported: export the model without runtime optimizations")
+    if right is None:
+        return _skip(node, _computed(node, left))
+    if reason := _unfit(node, right, ranks):
+        return _skip(node, reason)
+    transposed = node.op_type == "Gemm" and _int(node, "transB", 0)
+    k, n = right.shape[-2:] if not transposed else right.shape[::-1]
+    return Site(
+        name=node.outputs[0].name or "",
+        node=node,
+        node_name=node.name or "",
+        weight_name=right.root.name or "",
+        k=k,
+        n=n,
+        dtype=right.dtype,
+        kind=node.op_type,
+        scale=_float(node, "alpha", 1.0) if node.op_type == "Gemm" else 1.0,
+    )
+
+
+def _computed(node: ir.Node, left: Constant | None) -> str:
+    """Why a product whose right factor is not constant is skipped."""
+    if left is not None:
+        return "the constant is the left factor"
+    producer = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear" and resolve(producer.inputs[0]):
+        return "the weight is quantized already (DequantizeLinear)"
+    return "both inputs are computed"
+
+
+def _unfit(node: ir.Node, weight: Constant, ranks: Ranks) -> str:
+    """Why a product with a constant right factor cannot be quantized, or nothing."""
+    if weight.overridable:
+        return "the weight is also a graph input, which a caller may override: remove it from the inputs"
+    if resolve(node.inputs[0]) is not None:
+        return "both inputs are constant"
+    if weight.dtype not in FLOATS or weight.tensor.dtype not in FLOATS:
+        return f"the weight is {weight.tensor.dtype.name.lower()}, not float32, float16 or bfloat16"
+    if len(weight.shape) < 2:
+        return "the weight is a vector"
+    if any(d != 1 for d in weight.shape[:-2]):
+        return f"the weight is a stack of matrices {list(weight.shape)}"
+    if len(weight.shape) > 2 and (ranks.of(node.inputs[0]) or 0) < len(weight.shape):
+        return f"the weight has {len(weight.shape)} dimensions and the activation is not known to have as many"
+    if node.op_type == "Gemm" and _int(node, "transA", 0):
+        return "Gemm with transA=1"
+    k = weight.shape[-1] if node.op_type == "Gemm" and _int(node, "transB", 0) else weight.shape[-2]
+    if k < SMALLEST_K or 0 in weight.shape:
+        return f"only {k} input channels, fewer than the smallest block ({SMALLEST_K})"
+    return ""
+
+
+def _skip(node: ir.Node, reason: str) -> Skipped:
+    constants = [c for v in node.inputs[:2] if (c := resolve(v)) is not None]
+    size = sum(c.tensor.nbytes for c in constants)
+    return Skipped(node.outputs[0].name or "", node.name or "", node.op_type, reason, size)
+
+
+def _heads(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Node]:
+    """The nodes that `lm_head=False` leaves float."""
+    by_node = {site.node: site for site in sites}
+    output = next((v for v in graph.outputs if v.dtype in FLOATS), graph.outputs[0] if graph.outputs else None)
+    found: set[ir.Node] = set()
+    pending = [output]
+    while pending:
+        value = pending.pop()
+        node = value.producer() if value is not None else None
+        if node is None or value is None:
+            continue
+        if node in by_node:
+            found.add(node)
+        elif node.op_type == "If":
+            pending += [branch.as_graph().outputs[value.index() or 0] for branch in node.attributes.values()]
+        elif node.op_type in _TAIL_OPS:
+            computed = [v for v in node.inputs if v is not None and resolve(v) is None and not v.is_graph_input()]
+            # Slice, Reshape and their like compute their other inputs; only the first is data.
+            data = computed if node.op_type in ("Add", "Sub", "Mul", "Div", "Max", "Min") else computed[:1]
+            pending += data if len(data) == 1 else []
+    last = [site.node for site in sites if site.node.graph is graph]
+    return found or set(last[-1:])
+
+
+def _group(chosen: Sequence[tuple[Site, Spec]]) -> list[Tap]:
+    """Joins sites that read the same value or the same weight, of one spec each; keeps their order."""
+    leaders: dict[int, int] = {}
+
+    def leader(i: int) -> int:
+        while leaders[i] != i:
+            i = leaders[i]
+        return i
+
+    first: dict[object, int] = {}
+    for i, (site, spec) in enumerate(chosen):
+        leaders[i] = i
+        for mark in (("value", id(site.node.inputs[0]), spec), ("weight", *site.key(), spec)):
+            other = leader(first.setdefault(mark, i))
+            low, high = sorted((other, leader(i)))
+            leaders[high] = low
+    groups: dict[int, list[Site]] = {}
+    for i, (site, _) in enumerate(chosen):
+        groups.setdefault(leader(i), []).append(site)
+    return [_tap(tuple(sites), chosen[i][1]) for i, sites in groups.items()]
+
+
+def _tap(sites: tuple[Site, ...], spec: Spec) -> Tap:
+    values = tuple(dict.fromkeys(v.name or "" for s in sites if (v := s.node.inputs[0]) is not None))
+    n = sum({site.key(): site.n for site in sites}.values())
+    return Tap(sites[0].name, values, sites, spec, sites[0].k, n)
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _float(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_float()

@@ -1,0 +1,147 @@
+"""Read an .onnx file's structure without its weights: the big tensors stay in the file and become external references.
+
+A model saved in one piece carries its weights inside the protobuf. Parsing it whole costs two copies of them before the
+first node is seen; walking the wire format costs a few kilobytes, and every large tensor then lives on disk, as if it
+had been saved beside the model (https://protobuf.dev/programming-guides/encoding/).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+
+LARGE = 1024  # bytes; a tensor above it stays in the file
+
+# The messages on the way to tensors, by (message, field number) of onnx.proto. "constant" is a node known to be a
+# Constant: tensors in attributes of other operators may not be external.
+_CHILDREN = {
+    ("model", 7): "graph",
+    ("graph", 1): "node",
+    ("graph", 5): "tensor",
+    ("node", 5): "attribute",
+    ("constant", 5): "constant attribute",
+    ("attribute", 6): "graph",
+    ("attribute", 11): "graph",
+    ("constant attribute", 5): "tensor",
+}
+_NODE_OP_TYPE, _TENSOR_RAW_DATA = 4, 9
+_VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
+
+
+class WireError(ValueError):
+    """The bytes are not a protobuf message, or end too early."""
+
+
+def read_structure(path: Path) -> onnx.ModelProto:
+    """The model in `path`, its large raw tensors replaced by references to their place in `path` itself.
+
+    Raises:
+        WireError: not a protobuf message, or a truncated one.
+        OSError: the file cannot be read.
+    """
+    proto = onnx.ModelProto()
+    with path.open("rb", buffering=0) as file:
+        stripped = _strip(_Bytes(file), 0, path.stat().st_size, "model", path.name)
+    if not stripped:
+        raise WireError("it is empty")
+    try:
+        proto.ParseFromString(stripped)
+    except Exception as error:  # the class protobuf raises differs between its implementations
+        raise WireError(str(error)) from error
+    return proto
+
+
+class _Bytes:
+    """Random access to a file through one small window: a memory map would count every page it passes as memory."""
+
+    WINDOW = 1 << 16
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.start = 0
+        self.window = b""
+
+    def byte(self, at: int) -> int:
+        """The byte at `at`."""
+        if not 0 <= at - self.start < len(self.window):
+            self.start, self.window = at, self.read(at, at + self.WINDOW)
+        return self.window[at - self.start]
+
+    def read(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to `end`."""
+        if self.start <= start and end <= self.start + len(self.window):
+            return self.window[start - self.start : end - self.start]
+        self.file.seek(start)
+        return self.file.read(end - start)
+
+
+def _varint(data: _Bytes, at: int, end: int) -> tuple[int, int]:
+    """The number encoded at `at`, and the place after it."""
+    value = shift = 0
+    while at < end and shift < 64:
+        byte = data.byte(at)
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+    raise WireError("a number is cut off")
+
+
+def _fields(data: _Bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Every field in `at:end`: its number, where its tag starts, where its value starts, where it ends."""
+    while at < end:
+        start = at
+        tag, at = _varint(data, at, end)
+        kind = tag & 7
+        value = at
+        if kind == _VARINT:
+            at = _varint(data, at, end)[1]
+        elif kind == _LENGTH:
+            length, value = _varint(data, at, end)
+            at = value + length
+        elif kind in (_FIXED64, _FIXED32):
+            at += 8 if kind == _FIXED64 else 4
+        else:
+            raise WireError(f"field type {kind} does not exist")
+        if at > end:
+            raise WireError(f"it ends {at - end} bytes too early")
+        yield tag >> 3, start, value, at
+
+
+def _strip(data: _Bytes, start: int, end: int, message: str, location: str) -> bytes:
+    """The message in `start:end` without the large raw tensors under it."""
+    fields = list(_fields(data, start, end))
+    if message == "node" and any(number == _NODE_OP_TYPE and data.read(a, b) == b"Constant" for number, _, a, b in fields):
+        message = "constant"
+    pieces = []
+    for number, tag, value, stop in fields:
+        child = _CHILDREN.get((message, number))
+        if message == "tensor" and number == _TENSOR_RAW_DATA and stop - value > LARGE:
+            pieces.append(_reference(location, value, stop - value))
+        elif child and stop - value > LARGE:
+            inner = _strip(data, value, stop, child, location)
+            pieces.append(data.read(tag, _varint(data, tag, value)[1]) + _encoded(len(inner)) + inner)
+        else:
+            pieces.append(data.read(tag, stop))
+    return b"".join(pieces)
+
+
+def _reference(location: str, offset: int, length: int) -> bytes:
+    """The fields of a TensorProto that say its data lies in the file `location`; merged by concatenation."""
+    tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor.SerializeToString()
+
+
+def _encoded(number: int) -> bytes:
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
