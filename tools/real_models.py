@@ -95,9 +95,7 @@ def permute(model: PreTrainedModel) -> None:
     after = permute_llama(before, config.num_attention_heads, config.num_key_value_heads, np.random.default_rng(0))
     linear = [name for name in before if name.endswith("_proj.weight")]
     shares = [np.mean([lattice_share(weights[name]) for name in linear]) for weights in (before, after)]
-    print(
-        f"  blocks of 32 inputs on a 4-bit lattice: {shares[0]:.2%} before permuting, {shares[1]:.2%} after", flush=True
-    )
+    print(f"  blocks of 32 inputs with at most 16 values: {shares[0]:.1%} before permuting, {shares[1]:.1%} after")
     model.load_state_dict(after)
     tied = model.lm_head.weight.data_ptr() == model.get_parameter(EMBEDDING).data_ptr()
     print(f"  embedding and head are one tensor: {tied}", flush=True)
