@@ -1,8 +1,9 @@
-"""Follow a value back to the constant it is, through the nodes exporters put in between."""
+"""Follow a value back to the constant it is, through the nodes that exporters put in between."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,14 +61,12 @@ class Constant:
 def release(tensor: ir.TensorProtocol) -> None:
     """Unmaps a tensor's file, unless someone still looks at it."""
     if isinstance(tensor, ir.ExternalTensor):
-        try:
+        with suppress(BufferError):  # another reader's view keeps the map; it goes with the view
             tensor.release()
-        except BufferError:  # another reader's view keeps the map; it goes with the view
-            pass
 
 
 def resolve(value: ir.Value | None) -> Constant | None:
-    """The constant behind `value`, through Constant, Identity, Transpose and float Cast nodes; None if it is computed."""
+    """The constant behind `value`, through Identity, Transpose and float Cast nodes; None if it is computed."""
     steps: list[tuple[str, Any]] = []
     while value is not None:
         if value.is_initializer() and value.const_value is not None:
@@ -118,26 +117,3 @@ def readers(root: ir.Value) -> Iterator[tuple[ir.Node, int]]:
                 yield node, index
         else:
             yield node, index
-
-
-def prune(value: ir.Value | None) -> None:
-    """Removes a constant, and the nodes between it and its former reader, as far as nothing else reads them."""
-    while value is not None and not value.uses() and not value.is_graph_output():
-        node = value.producer()
-        if node is None:
-            if value.is_initializer() and not value.is_graph_input() and value.graph is not None and value.name:
-                value.graph.initializers.pop(value.name)
-            return
-        if node.op_type not in ("Constant", "Identity", "Transpose", "Cast") or node.graph is None:
-            return
-        following = node.inputs[0] if node.inputs else None
-        node.graph.remove(node, safe=True)
-        value = following
-
-
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-    """A new initializer of `graph` called `name`, which must be unused."""
-    tensor = ir.Tensor(array, dtype=dtype, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value

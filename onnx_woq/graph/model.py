@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from onnx_woq.errors import ModelError
 from onnx_woq.graph import files, wire
+from onnx_woq.graph.edit import share_names
 from onnx_woq.graph.save import check_output, save
 
 __all__ = [
-    "Model", "check_output", "clone", "load", "low_bit_nodes", "memory_tensors", "model_hash", "save", "serialize",
+    "Model", "check_output", "clone", "file_bytes", "load", "low_bit_nodes", "memory_tensors", "model_hash", "save",
+    "serialize",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -39,22 +41,11 @@ class Model:
         ir: the graph. External tensors have locations relative to `path.parent`.
         path: the real path of the .onnx file.
         files: real paths of every file the weights are read from, `path` first.
-        names: every value name ever used in it; `fresh` adds to it.
     """
 
     ir: ir.Model
     path: Path
     files: tuple[Path, ...] = ()
-    names: set[str] = field(default_factory=set, repr=False)
-
-    def fresh(self, name: str) -> str:
-        """`name`, or `name_2`, `name_3` … when it is taken; taken from now on."""
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
-        self.names.add(candidate)
-        return candidate
 
 
 def load(path: str | Path) -> Model:
@@ -74,13 +65,14 @@ def load(path: str | Path) -> Model:
     LiftConstantsToInitializersPass(size_limit=LARGE // 16)(model.ir)  # 16 bytes: the largest element
     model.files = _place_tensors(model.ir, named, real)
     _sort(model.ir.graph)
-    model.names = _unique_names(model.ir)
+    share_names(model.ir, _unique_names(model.ir))
+    _lift_large(model.ir)
     return model
 
 
 def clone(model: Model) -> Model:
     """A copy of the structure to edit freely; the tensors are shared."""
-    return Model(model.ir.clone(), model.path, model.files, set(model.names))
+    return Model(model.ir.clone(), model.path, model.files)
 
 
 def serialize(model: Model) -> bytes:
@@ -109,6 +101,11 @@ def model_hash(path: str | Path) -> str:
             while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_bytes(model: Model) -> int:
+    """Bytes of the .onnx file and its data files on disk."""
+    return sum(file.stat().st_size for file in model.files)
 
 
 def low_bit_nodes(model: Model) -> int:
@@ -142,7 +139,9 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
     try:
         proto = wire.read_structure(real)
     except wire.WireError as error:
-        raise ModelError(f"{named} is not an ONNX model, or a truncated one ({error}): fetch or export it again") from error
+        raise ModelError(
+            f"{named} is not an ONNX model, or is truncated ({error}): fetch it again"
+        ) from error
     except OSError as error:
         raise ModelError(f"{named} cannot be read: {error.strerror}") from error
     if not proto.graph.node and not proto.graph.output:
@@ -230,7 +229,9 @@ def _check_embedded(named: Path, tensor: ir.TensorProtocol) -> None:
     if not isinstance(proto, onnx.TensorProto) or tensor.nbytes <= LARGE:
         return
     if any(d < 0 for d in proto.dims) or proto.ByteSize() < tensor.nbytes // 4:  # varints take a byte per element
-        raise ModelError(f"{named}: tensor {proto.name!r} with dimensions {list(proto.dims)} has no data: export it again")
+        raise ModelError(
+            f"{named}: tensor {proto.name!r} of dimensions {list(proto.dims)} has no data: export it again"
+        )
 
 
 def _sort(graph: ir.Graph) -> None:
@@ -241,6 +242,17 @@ def _sort(graph: ir.Graph) -> None:
             graph.sort()
             return
         seen.add(node)
+
+
+def _lift_large(model: ir.Model) -> None:
+    """Moves large constants of bodies to the main graph: sessions take them from outside only there."""
+    for graph in model.graph.subgraphs():
+        for name, value in list(graph.initializers.items()):
+            if value.const_value is None or value.const_value.nbytes <= LARGE or value.dtype == ir.DataType.STRING:
+                continue
+            if not value.is_graph_input() and not value.is_graph_output():
+                graph.initializers.pop(name)
+                model.graph.initializers.add(value)
 
 
 def _unique_names(model: ir.Model) -> set[str]:
@@ -264,8 +276,9 @@ def _memory(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """Large tensors of the main graph that no file has. Sessions take only those from outside."""
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
-        if tensor is not None and not isinstance(tensor, (ir.ExternalTensor, ir.StringTensor)) and tensor.nbytes > LARGE:
-            yield name, tensor
+        if tensor is None or isinstance(tensor, (ir.ExternalTensor, ir.StringTensor)) or tensor.nbytes <= LARGE:
+            continue
+        yield name, tensor
 
 
 def _shape(tensor: ir.TensorProtocol) -> ir.Shape:

@@ -184,5 +184,5 @@ def _swap_in(new: Path, out: Path) -> list[Path]:
 
 def _explain(error: OSError, out: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{out} cannot be written, the disk is full or the file too large for it: make room or choose another disk"
+        return f"{out} cannot be written, the disk is full or the file too large for it: make room or use another disk"
     return f"{out} cannot be written ({error.strerror or error}): choose another place"

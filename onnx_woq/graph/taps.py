@@ -38,6 +38,7 @@ class Site:
         n: output channels.
         dtype: of the activation.
         kind: "MatMul" or "Gemm".
+        root: the constant called `weight_name`.
         scale: Gemm's alpha, 1 for MatMul; part of the weight.
     """
 
@@ -49,6 +50,7 @@ class Site:
     n: int
     dtype: ir.DataType
     kind: str
+    root: ir.Value
     scale: float = 1.0
 
     def constant(self) -> Constant:
@@ -87,6 +89,7 @@ class Tap:
         spec: the grid of all of them.
         k: input channels.
         n: output channels, summed over distinct weights.
+        weight_bytes: of the distinct weights as the model stores them.
     """
 
     name: str
@@ -95,6 +98,7 @@ class Tap:
     spec: Spec
     k: int
     n: int
+    weight_bytes: int
 
     def weight(self) -> np.ndarray:
         """The distinct weights side by side, [K, n] in float32, a copy.
@@ -167,9 +171,8 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
             found = _examine(node, ranks)
             (sites if isinstance(found, Site) else skipped).append(found)  # type: ignore[arg-type]
     for function in model.ir.functions.values():
-        for node in function.all_nodes():
-            if node.op_type in ("MatMul", "Gemm"):
-                skipped.append(_skip(node, f"inside the function {function.name}, which could not be inlined"))
+        reason = f"inside the function {function.name}, which could not be inlined"
+        skipped += [_skip(node, reason) for node in function.all_nodes() if node.op_type in ("MatMul", "Gemm")]
     heads = set() if recipe.lm_head else _heads(model.ir.graph, sites)
     chosen: list[tuple[Site, Spec]] = []
     for site in sites:
@@ -187,15 +190,18 @@ def shared_copy_bytes(model: Model, taps: Iterable[Tap]) -> dict[str, int]:
     """Bytes of float weights that stay in the model although all `taps` are quantized, by weight name.
 
     They stay because something else reads them: the Gather of a tied embedding, a skipped site, a graph output.
+    The answer is the same before and after lowering.
     """
     sites = [site for tap in taps for site in tap.sites]
     quantized = {site.node for site in sites}
+    present = {value for graph in model.ir.graphs() for value in graph.initializers.values()}
     copies: dict[str, int] = {}
-    for site in sites:
-        constant = site.constant()
-        others = any(node not in quantized or index != 1 for node, index in readers(constant.root))
-        if others or constant.root.is_graph_output():
-            copies[site.weight_name] = constant.tensor.nbytes
+    for root in dict.fromkeys(site.root for site in sites):
+        constant = resolve(root)
+        if constant is None or (root.producer() is None and root not in present):
+            continue  # already removed
+        if root.is_graph_output() or any(node not in quantized or index != 1 for node, index in readers(root)):
+            copies[root.name or ""] = constant.tensor.nbytes
     return copies
 
 
@@ -219,6 +225,7 @@ def _examine(node: ir.Node, ranks: Ranks) -> Site | Skipped:
         n=n,
         dtype=right.dtype,
         kind=node.op_type,
+        root=right.root,
         scale=_float(node, "alpha", 1.0) if node.op_type == "Gemm" else 1.0,
     )
 
@@ -310,7 +317,8 @@ def _group(chosen: Sequence[tuple[Site, Spec]]) -> list[Tap]:
 def _tap(sites: tuple[Site, ...], spec: Spec) -> Tap:
     values = tuple(dict.fromkeys(v.name or "" for s in sites if (v := s.node.inputs[0]) is not None))
     n = sum({site.key(): site.n for site in sites}.values())
-    return Tap(sites[0].name, values, sites, spec, sites[0].k, n)
+    size = sum({site.root: site.constant().tensor.nbytes for site in sites}.values())
+    return Tap(sites[0].name, values, sites, spec, sites[0].k, n, size)
 
 
 def _int(node: ir.Node, name: str, default: int) -> int:

@@ -115,7 +115,7 @@ def _fields(data: _Bytes, at: int, end: int) -> Iterator[tuple[int, int, int, in
 def _strip(data: _Bytes, start: int, end: int, message: str, location: str) -> bytes:
     """The message in `start:end` without the large raw tensors under it."""
     fields = list(_fields(data, start, end))
-    if message == "node" and any(number == _NODE_OP_TYPE and data.read(a, b) == b"Constant" for number, _, a, b in fields):
+    if message == "node" and b"Constant" in [data.read(a, b) for number, _, a, b in fields if number == _NODE_OP_TYPE]:
         message = "constant"
     pieces = []
     for number, tag, value, stop in fields:

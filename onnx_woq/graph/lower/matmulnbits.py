@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnx_woq.graph.constants import add_initializer, prune, resolve
+from onnx_woq.graph.constants import resolve
+from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of, prune
 from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Site, Tap
@@ -105,16 +106,15 @@ def _pack(model: Model, site: Site, q: QuantizedTensor, scale_dtype: type[np.flo
     container, block = native_layout(q.bits, q.group_size, k)
     # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
     shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric else 0
-    stem = model.fresh(f"{site.weight_name}_Q{q.bits}")
     graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
-    codes = add_initializer(graph, stem, pack_codes(q.codes, container, block, shift))
+    codes = add_initializer(graph, f"{site.weight_name}_Q{q.bits}", pack_codes(q.codes, container, block, shift))
     scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
-    inputs: list[ir.Value | None] = [codes, add_initializer(graph, model.fresh(f"{stem}_scales"), scales)]
+    inputs: list[ir.Value | None] = [codes, add_initializer(graph, f"{codes.name}_scales", scales)]
     if q.symmetric:
         inputs.append(None)
     else:
         zeros = pack_zeros(spread(q.zeros, k, q.group_size, block), container)
-        inputs.append(add_initializer(graph, model.fresh(f"{stem}_zero_points"), zeros))
+        inputs.append(add_initializer(graph, f"{codes.name}_zero_points", zeros))
     return _Packed(tuple(inputs), container, block, k, n)
 
 
@@ -125,10 +125,11 @@ def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> 
     activation = old[0]
     bias, addend = _bias(model, site)
     if addend is not None:
-        _after(model, node, "Add", [addend], "product")
+        _after(node, "Add", [addend], "product")
     if site.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
-        activation = _before(model, node, "Cast", [activation], "float32", to=ir.DataType.FLOAT)
-        _after(model, node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
+        activation = add_node("Cast", [activation], f"{site.name}_input", before=node, to=ir.DataType.FLOAT)
+        product = _after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
+        product.type = ir.TensorType(ir.DataType.FLOAT)
     inputs = [activation, *packed.inputs, None, bias]
     while inputs[-1] is None:
         inputs.pop()
@@ -160,39 +161,25 @@ def _bias(model: Model, site: Site) -> tuple[ir.Value | None, ir.Value | None]:
     array = constant.array() * np.float32(beta)
     if per_channel:
         array = np.broadcast_to(array.reshape(-1), (site.n,))
-    name = model.fresh(f"{site.name}_bias")
-    value = add_initializer(model.ir.graph, name, np.ascontiguousarray(array.astype(dtype.numpy())), dtype)
+    stored = np.ascontiguousarray(array.astype(dtype.numpy()))
+    value = add_initializer(model.ir.graph, f"{site.name}_bias", stored, dtype)
     return (value, None) if per_channel else (None, value)
 
 
 def _scaled(model: Model, site: Site, c: ir.Value, beta: float) -> ir.Value:
-    factor = np.array(beta, site.dtype.numpy())
-    constant = add_initializer(model.ir.graph, model.fresh(f"{site.name}_beta"), factor, site.dtype)
-    return _before(model, site.node, "Mul", [c, constant], "bias")
+    factor = add_initializer(model.ir.graph, f"{site.name}_beta", np.array(beta, site.dtype.numpy()), site.dtype)
+    return add_node("Mul", [c, factor], f"{site.name}_addend", before=site.node)
 
 
-def _before(
-    model: Model, node: ir.Node, op: str, inputs: list[ir.Value | None], suffix: str, **attributes: int
-) -> ir.Value:
-    """Inserts a node before `node` and returns its output."""
-    name = model.fresh(f"{node.outputs[0].name}_{suffix}")
-    new = ir.node(op, inputs, attributes=attributes, name=name)
-    new.outputs[0].name = name
-    assert node.graph is not None
-    node.graph.insert_before(node, new)
-    return new.outputs[0]
-
-
-def _after(model: Model, node: ir.Node, op: str, others: list[ir.Value], suffix: str, **attributes: int) -> None:
-    """Inserts a node behind `node` that takes over its output: name, type and readers."""
+def _after(node: ir.Node, op: str, others: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
+    """Inserts a node behind `node` that takes over its output: name, type, readers. Returns what `node` makes now."""
+    graph = graph_of(node)
     product = node.outputs[0]
-    assert node.graph is not None and product.name
-    name = product.name
-    new = ir.node(op, [None, *others], attributes=attributes, name=f"{node.name or name}_{op}")
-    result = new.outputs[0]
-    result.type, result.shape = product.type, product.shape
-    node.graph.insert_after(node, new)
+    name = product.name or ""
+    result = ir.Value(type=product.type, shape=product.shape)
+    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=f"{node.name or name}_{op}")
+    graph.insert_after(node, new)
     product.replace_all_uses_with(result, replace_graph_outputs=True)
     new.replace_input_with(0, product)
-    product.name, result.name = model.fresh(f"{name}_{suffix}"), name
-    product.type = ir.TensorType(ir.DataType.FLOAT) if op == "Cast" else product.type
+    product.name, result.name = fresh(graph, f"{name}_{suffix}"), name
+    return product

@@ -1,0 +1,85 @@
+"""Small edits of a graph: new constants and nodes, under names that nothing else has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+_NAMES = "onnx_woq names"  # key of the set of value names in the `meta` of every graph of a model; never saved
+
+
+def share_names(model: ir.Model, names: set[str]) -> None:
+    """Lets every graph of `model` know the names in use in all of them; clones of it go on sharing them."""
+    for graph in model.graphs():
+        graph.meta[_NAMES] = names
+
+
+def fresh(graph: ir.Graph, name: str) -> str:
+    """`name`, or `name_2`, `name_3` … when some value of the model has it; taken from now on."""
+    names: set[str] | None = graph.meta.get(_NAMES)
+    if names is None:  # not from `load`: know at least this graph and its bodies
+        inner = (graph, *graph.subgraphs())
+        values = [v for g in inner for v in (*g.inputs, *g.initializers.values(), *(o for n in g for o in n.outputs))]
+        names = graph.meta[_NAMES] = {value.name or "" for value in values}
+    candidate, count = name, 1
+    while candidate in names:
+        count += 1
+        candidate = f"{name}_{count}"
+    names.add(candidate)
+    return candidate
+
+
+def graph_of(item: ir.Node | ir.Value) -> ir.Graph:
+    """The graph that `item` is in."""
+    graph = item.graph
+    if graph is None:
+        raise ValueError(f"{item.name!r} is not in a graph: it was removed, or belongs to an earlier copy")
+    return graph
+
+
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """A new initializer of `graph`, called `name` if nothing else is."""
+    name = fresh(graph, name)
+    tensor = ir.Tensor(array, dtype=dtype, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def add_node(
+    op: str,
+    inputs: Sequence[ir.Value | None],
+    name: str,
+    *,
+    end_of: ir.Graph | None = None,
+    before: ir.Node | None = None,
+    **attributes: int | ir.TensorProtocol,
+) -> ir.Value:
+    """Adds a node of the default domain and returns its only output; both are called `name` if nothing else is."""
+    graph = graph_of(before) if before is not None else end_of
+    if graph is None:
+        raise ValueError("say where the node goes")
+    name = fresh(graph, name)
+    node = ir.node(op, inputs, attributes=attributes, outputs=[ir.Value(name=name)], name=name)
+    if before is not None:
+        graph.insert_before(before, node)
+    else:
+        graph.append(node)
+    return node.outputs[0]
+
+
+def prune(value: ir.Value | None) -> None:
+    """Removes a constant, and the nodes between it and its former reader, as far as nothing else reads them."""
+    while value is not None and not value.uses() and not value.is_graph_output():
+        node = value.producer()
+        if node is None:
+            if value.is_initializer() and not value.is_graph_input() and value.graph is not None and value.name:
+                value.graph.initializers.pop(value.name)
+            return
+        if node.op_type not in ("Constant", "Identity", "Transpose", "Cast") or node.graph is None:
+            return
+        following = node.inputs[0] if node.inputs else None
+        node.graph.remove(node, safe=True)
+        value = following
