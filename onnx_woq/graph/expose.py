@@ -82,9 +82,7 @@ def _leave(value: ir.Value, owners: dict[ir.Graph, ir.Node]) -> ir.Value:
         elif node.op_type == "Scan":
             flat = _leave_scan(node, body, flat)
         else:
-            raise ModelError(
-                f"value {value.name!r} is inside a {node.op_type}, which it cannot be taken out of"
-            )
+            raise ModelError(f"value {value.name!r} is inside a {node.op_type}, which it cannot be taken out of")
         flat.type = ir.TensorType(dtype)
     return flat
 

@@ -139,9 +139,7 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
     try:
         proto = wire.read_structure(real)
     except wire.WireError as error:
-        raise ModelError(
-            f"{named} is not an ONNX model, or is truncated ({error}): fetch it again"
-        ) from error
+        raise ModelError(f"{named} is not an ONNX model, or is truncated ({error}): fetch it again") from error
     except OSError as error:
         raise ModelError(f"{named} cannot be read: {error.strerror}") from error
     if not proto.graph.node and not proto.graph.output:
