@@ -18,10 +18,10 @@ import numpy as np
 from onnx_woq import journal
 from onnx_woq.errors import DataError, RecipeError
 from onnx_woq.folder import Destination, destination, find_model
-from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
+from onnx_woq.graph.model import Model, clone, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
-from onnx_woq.pipeline import MEMORY_BUDGET, Progress, feeds_hash, metadata, plan, solve, write
+from onnx_woq.pipeline import MEMORY_BUDGET, Progress, feeds_hash, file_bytes, metadata, plan, solve, write
 from onnx_woq.presets import PRESETS, preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.shared_statistics import SharedStatistics

@@ -18,7 +18,7 @@ from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize, Outp
 from onnx_woq.folder import Destination, copy_companions, destination, find_model, make_folder
 from onnx_woq.graph.fold import can_fold, divide_input
 from onnx_woq.graph.lower.matmulnbits import lower_tap, minimum_runtime, packed_bytes
-from onnx_woq.graph.model import Model, file_bytes, load, low_bit_nodes, model_hash, save
+from onnx_woq.graph.model import Model, load, low_bit_nodes, model_hash, save
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe, Spec
@@ -234,7 +234,7 @@ def solve(
 
 
 def _solve_tap(model: Model, recipe: Recipe, tap: Tap, stats: Stats | None) -> TapReport:
-    weight = tap.weight()
+    weight, before = tap.weight(), weight_bytes(tap)
     options = dict(recipe.options)
     folding = bool(options.get("folding", False))
     if folding and not can_fold(tap):
@@ -252,11 +252,22 @@ def _solve_tap(model: Model, recipe: Recipe, tap: Tap, stats: Stats | None) -> T
         spec=tap.spec,
         k=tap.k,
         n=tap.n,
-        bytes_before=tap.weight_bytes,
+        bytes_before=before,
         bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
         error=error,
         scaling=scaling,
     )
+
+
+def file_bytes(model: Model) -> int:
+    """Bytes on disk of a model's .onnx file and its data."""
+    return sum(file.stat().st_size for file in model.files)
+
+
+def weight_bytes(tap: Tap) -> int:
+    """Bytes of the float weights of a tap, each counted once."""
+    constants = {constant.root: constant.tensor.nbytes for constant in (site.constant() for site in tap.sites)}
+    return sum(constants.values())
 
 
 def metadata(path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:
@@ -333,7 +344,7 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
             spec=tap.spec,
             k=tap.k,
             n=tap.n,
-            bytes_before=tap.weight_bytes,
+            bytes_before=weight_bytes(tap),
             bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
             error=None,
             scaling="",

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from onnx_woq.pipeline import Inspection, QuantizeReport
     from onnx_woq.runtime.evaluate import Metrics
 
-PLAIN_WIDTH = 140
-"""Columns when standard output is no terminal: rows stay whole for grep."""
+PLAIN_WIDTH = 10_000
+"""Columns at most when standard output is no terminal: rows stay whole for grep."""
 
 WORST = 10
 """How many of the taps with the largest error a quantization report lists."""
@@ -75,15 +75,17 @@ def quantization(report: QuantizeReport) -> None:
     """The table of one quantization: the taps with the largest error, what stayed float, bytes."""
     known = [tap for tap in report.taps if tap.error is not None]
     rows = sorted(known, key=lambda tap: -(tap.error or 0.0))[:WORST] if known else report.taps[:WORST]
-    table = _table("activation", "grid", ">K", ">N", ">before", ">after", ">output error", "input scale")
+    table = _table("MatMuls", "grid", ">K", ">N", ">before", ">after", ">output error", "input scale")
     for tap in rows:
         error = "" if tap.error is None else f"{100 * tap.error**0.5:.2f} %"
         before, after = size(tap.bytes_before), size(tap.bytes_after)
-        table.add_row(escape(tap.name), spec_name(tap.spec), str(tap.k), str(tap.n), before, after, error, tap.scaling)
+        more = f" +{len(tap.sites) - 1}" if len(tap.sites) > 1 else ""
+        name = escape(tap.sites[0] + more)
+        table.add_row(name, spec_name(tap.spec), str(tap.k), str(tap.n), before, after, error, tap.scaling)
     _show(table)
     if len(report.taps) > len(rows):
         which = "with the largest error" if known else "first"
-        _show(f"the {len(rows)} {which} of {len(report.taps)} quantized inputs are shown")
+        _show(f"the {len(rows)} {which} of {len(report.taps)} are shown")
     _show_skipped(report.skipped)
     _show_bytes(report.bytes_before, report.bytes_after, report.copies)
     _show(f"{report.output} in {report.seconds:.1f} s")
@@ -92,12 +94,10 @@ def quantization(report: QuantizeReport) -> None:
 
 def inspection(found: Inspection) -> None:
     """What would be quantized, what not and why."""
-    table = _table("activation", "MatMuls", "grid", ">K", ">N", ">before", ">after")
+    table = _table("MatMuls of one input", "grid", ">K", ">N", ">before", ">after")
     for tap in found.taps:
         before, after = size(tap.bytes_before), size(tap.bytes_after)
-        table.add_row(
-            escape(tap.name), escape(", ".join(tap.sites)), spec_name(tap.spec), str(tap.k), str(tap.n), before, after
-        )
+        table.add_row(escape(", ".join(tap.sites)), spec_name(tap.spec), str(tap.k), str(tap.n), before, after)
     _show(table)
     _show_skipped(found.skipped, every=True)
     _show_bytes(found.bytes_before, found.bytes_after, found.copies)
