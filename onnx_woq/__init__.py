@@ -6,11 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_woq.autotune import TuneResult, tune
+    from onnx_woq.autotune import tune
     from onnx_woq.errors import OnnxWoqError
-    from onnx_woq.pipeline import evaluate, inspect, quantize
+    from onnx_woq.examine import evaluate, inspect
+    from onnx_woq.pipeline import quantize
     from onnx_woq.presets import PRESETS
     from onnx_woq.recipe import Recipe, Spec
+    from onnx_woq.results import TuneResult
 
 # Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
 _HOMES = {
@@ -18,9 +20,9 @@ _HOMES = {
     "OnnxWoqError": "errors",
     "Recipe": "recipe",
     "Spec": "recipe",
-    "TuneResult": "autotune",
-    "evaluate": "pipeline",
-    "inspect": "pipeline",
+    "TuneResult": "results",
+    "evaluate": "examine",
+    "inspect": "examine",
     "quantize": "pipeline",
     "tune": "autotune",
 }

@@ -8,22 +8,34 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from onnx_woq import journal
+from onnx_woq.core.methods import METHODS
 from onnx_woq.errors import DataError, RecipeError
 from onnx_woq.folder import Destination, destination, find_model
 from onnx_woq.graph.model import Model, clone, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
-from onnx_woq.pipeline import MEMORY_BUDGET, Progress, feeds_hash, file_bytes, metadata, plan, solve, write
+from onnx_woq.pipeline import (
+    MEMORY_BUDGET,
+    Feed,
+    Progress,
+    calibrated_on,
+    feeds_hash,
+    file_bytes,
+    metadata,
+    plan,
+    read_data,
+    solve,
+    write,
+)
 from onnx_woq.presets import PRESETS, preset
 from onnx_woq.recipe import Recipe
+from onnx_woq.results import Trial, TuneResult
 from onnx_woq.shared_statistics import SharedStatistics
 
 if TYPE_CHECKING:
@@ -32,91 +44,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 8
-"""Samples the built-in judge takes at most; never more than a third of what there is, the rest calibrates."""
+"""Samples held out for the built-in judge at most; a third of what there is when the data is short."""
 
 Objective = Literal["first", "smallest", "best"]
-Feeds = list[dict[str, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration that was tried.
-
-    Attributes:
-        name: of the configuration.
-        status: "ok", "failed" (it raised) or "nan" (its metric is not a finite number).
-        metric: what `eval_fn` or the judge gave; None unless status is "ok".
-        met: whether the metric is within the limit.
-        bytes: of the model file and its data; None when it was not written.
-        seconds: quantizing and evaluating.
-        error: what was raised.
-        recipe: the configuration itself.
-        resumed: taken from the journal of an earlier run.
-        path: the model file, while it is kept.
-    """
-
-    name: str
-    status: Literal["ok", "failed", "nan"]
-    metric: float | None
-    met: bool
-    bytes: int | None
-    seconds: float
-    error: str
-    recipe: Recipe
-    resumed: bool = False
-    path: Path | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(replace(self, recipe=None)) | {  # type: ignore[arg-type]
-            "recipe": self.recipe.to_dict(),
-            "path": self.path and str(self.path),
-        }
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """The history of a tuning run and its best model.
-
-    Attributes:
-        met: whether `best` is within the tolerance; if not it is merely the best so far.
-        best: the chosen trial; None when no trial gave a model.
-        path: the chosen model on disk.
-        trials: all trials in the order they were made.
-        metric_name: "eval_fn", "kl" or "sqnr_db".
-        baseline: the metric of the float model.
-        limit: a metric up to (or from, if higher is better) this value is within the tolerance.
-        float_bytes: of the float model's files.
-        stopped: why no more trials were made: "met", "all tried", "max_trials" or "timeout".
-    """
-
-    met: bool
-    best: Trial | None
-    path: Path | None
-    trials: tuple[Trial, ...]
-    metric_name: str
-    baseline: float
-    limit: float
-    higher_is_better: bool
-    float_bytes: int
-    stopped: str
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {
-            "met": self.met,
-            "best": self.best and self.best.name,
-            "path": self.path and str(self.path),
-            "trials": [trial.to_dict() for trial in self.trials],
-            "metric": self.metric_name,
-            "baseline": self.baseline,
-            "limit": self.limit,
-            "higher_is_better": self.higher_is_better,
-            "float_bytes": self.float_bytes,
-            "stopped": self.stopped,
-            "seconds": self.seconds,
-        }
 
 
 def tune(
@@ -180,7 +110,9 @@ def tune(
         plan(source, recipe)
     folder = Path(workdir) if workdir is not None else Path(tempfile.mkdtemp(prefix="onnx-woq-"))
     folder.mkdir(parents=True, exist_ok=True)
-    calibration, held_out = _split(source, recipes, dataloader, tokenizer, judged=eval_fn is None)
+    calibration, held_out = _split(
+        source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
+    )
     run = _Run(source, folder, f"{model_hash(path)}/{feeds_hash(calibration)}", start, timeout, progress)
     if eval_fn is not None:
         run.say("evaluate", 0, 1)
@@ -200,8 +132,9 @@ def tune(
         best = _choose(trials, judge, objective)
         if best and best.path is None:  # an earlier run made it and its file is gone since
             run.timeout = None
-            best = replace(best, path=run.trial_path(best.name, best.recipe))
-            _make(run, best.path, best.recipe, shared)
+            made = run.trial_path(best.name, best.recipe)
+            _make(run, made, best.recipe, shared)
+            best = replace(best, path=made)
     final = best.path if best else None
     if best and place and final:
         write(load(final), place, metadata(path, best.recipe, feeds_hash(calibration)), path.parent)
@@ -271,58 +204,55 @@ def _check(tolerance: float, criterion: str, objective: str, max_trials: int | N
 def _recipes(
     configs: Sequence[str | Recipe] | Mapping[str, Recipe] | None, samples: int | None, seqlen: int | None
 ) -> dict[str, Recipe]:
-    changes = {k: v for k, v in (("nsamples", samples), ("pad_max_length", seqlen)) if v is not None}
-    if configs is None:
-        configs = PRESETS
     if isinstance(configs, str):
         configs = [configs]
-    named: dict[str, Recipe] = {}
-    items = configs.items() if isinstance(configs, Mapping) else ((None, config) for config in configs)
-    for name, config in items:
-        recipe = preset(config) if isinstance(config, str) else config
-        label = name or (config.upper() if isinstance(config, str) else f"{recipe.method}-{recipe.fingerprint()}")
-        named[label] = replace(recipe, **changes)  # type: ignore[arg-type]
+    if configs is None:
+        configs = PRESETS
+    if isinstance(configs, Mapping):
+        named = dict(configs)
+    else:
+        found = [(config, preset(config) if isinstance(config, str) else config) for config in configs]
+        named = {
+            config.upper() if isinstance(config, str) else f"{recipe.method}-{recipe.fingerprint()}": recipe
+            for config, recipe in found
+        }
     if not named:
         raise RecipeError("configs is empty: name at least one, or leave it out for the five presets")
-    return named
+    return {name: calibrated_on(recipe, samples, seqlen) for name, recipe in named.items()}
 
 
 def _split(
-    source: Model, recipes: Mapping[str, Recipe], data: Any, tokenizer: str | Path | None, *, judged: bool
-) -> tuple[Feeds, Feeds]:
+    source: Model,
+    path: Path,
+    recipes: Mapping[str, Recipe],
+    data: Any,
+    tokenizer: str | Path | None,
+    *,
+    judged: bool,
+    exact: bool,
+) -> tuple[list[Feed], list[Feed]]:
     """Calibration samples and, for the built-in judge, samples held out from them."""
-    from onnx_woq.core.methods import METHODS
-    from onnx_woq.runtime.data import feeds, model_inputs
-
-    needed = judged or any(METHODS[recipe.method].needs_data for recipe in recipes.values())
-    if not needed:
+    needing = [recipe for recipe in recipes.values() if METHODS[recipe.method].needs_data]
+    if not (judged or needing):
         return [], []
-    if data is None:
-        raise DataError(
-            "tuning needs calibration data: give --calib FILE (text, JSONL, .npz, .npy or a folder of arrays), "
-            "in Python the `dataloader` argument"
-        )
-    first = next(iter(recipes.values()))
+    first = (needing or list(recipes.values()))[0]
     wanted = max(recipe.nsamples for recipe in recipes.values())
-    batches = feeds(
-        data,
-        model_inputs(source),
-        samples=wanted + (HELD_OUT if judged else 0),
-        seqlen=first.pad_max_length,
-        exact_length=first.use_max_length,
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        model_dir=source.path.parent,
-    )
     if not judged:
-        return batches, []
+        return read_data(source, path, data, first, wanted, tokenizer, at_most=not exact), []
+    batches = read_data(source, path, data, first, wanted + HELD_OUT, tokenizer, at_most=True)
+    if exact and len(batches) < wanted:
+        raise DataError(
+            f"{wanted} samples are asked for and the data has {len(batches)}: give more data or fewer samples"
+        )
     if len(batches) < 2:
         raise DataError(
             "the built-in judge needs at least 2 samples, one to calibrate and one held out: give more data, "
             "a shorter --seqlen, or an evaluation function of your own (--eval)"
         )
-    held = min(HELD_OUT, max(1, len(batches) // 3))
-    calibrating = min(wanted, len(batches) - held)
-    return batches[:calibrating], batches[calibrating : calibrating + held]
+    held = min(HELD_OUT, max(len(batches) - wanted, len(batches) // 3, 1))
+    if exact and len(batches) - held < wanted:
+        logger.warning("%d of the %d samples are held out for judging", held, len(batches))
+    return batches[:-held], batches[-held:]
 
 
 def _try_all(

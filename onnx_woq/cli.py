@@ -22,9 +22,15 @@ from onnx_woq.recipe import Recipe
 if TYPE_CHECKING:
     from onnx_woq.pipeline import Progress
 
-BAD_INPUT = 2
 TOLERANCE_NOT_MET = 3
 INTERRUPTED = 130
+
+
+class BadInput(click.ClickException):
+    """A named error on its way to the user: the message alone, exit code 2."""
+
+    exit_code = 2
+
 
 # A misspelt value is answered with the nearest known one, which click.Choice does not do: presets and methods are
 # checked by the recipe, not here.
@@ -67,9 +73,7 @@ def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except OnnxWoqError as error:
-            failure = click.ClickException(str(error))
-            failure.exit_code = BAD_INPUT
-            raise failure from error
+            raise BadInput(str(error)) from error
         except KeyboardInterrupt:
             click.echo("interrupted: nothing unfinished was written", err=True)
             sys.exit(INTERRUPTED)
@@ -123,7 +127,16 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
     from onnx_woq.pipeline import quantize as run
 
     with progress_bar() as progress:
-        done = run(model, output, _recipe(given), calib, tokenizer=given["tokenizer"], progress=progress)
+        done = run(
+            model,
+            output,
+            _recipe(given),
+            calib,
+            samples=given["samples"],
+            seqlen=given["seqlen"],
+            tokenizer=given["tokenizer"],
+            progress=progress,
+        )
     _print(as_json, done, report.quantization)
 
 
@@ -135,16 +148,22 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
 @json_option
 @_named_errors
 def evaluate(
-    model: str, reference: str, data: str, samples: int, seqlen: int, tokenizer: str | None, as_json: bool
+    model: str,
+    reference: str,
+    data: str,
+    samples: int | None,
+    seqlen: int | None,
+    tokenizer: str | None,
+    as_json: bool,
 ) -> None:
     """Say how far MODEL is from its float original on data.
 
     Language models: mean KL divergence, same top-1, perplexities. Others: SQNR and cosine of the outputs.
     """
-    from onnx_woq import pipeline, report
+    from onnx_woq import examine, report
 
     with progress_bar() as progress:
-        metrics = pipeline.evaluate(
+        metrics = examine.evaluate(
             model, reference, data, samples=samples, seqlen=seqlen or 512, tokenizer=tokenizer, progress=progress
         )
     _print(as_json, metrics, report.evaluation)
@@ -157,9 +176,9 @@ def evaluate(
 @_named_errors
 def inspect(model: str, as_json: bool, **given: Any) -> None:
     """Show what would be quantized in MODEL, what not and why, and the bytes before and after."""
-    from onnx_woq import pipeline, report
+    from onnx_woq import examine, report
 
-    _print(as_json, pipeline.inspect(model, _recipe(given)), report.inspection)
+    _print(as_json, examine.inspect(model, _recipe(given)), report.inspection)
 
 
 @main.command()
@@ -189,27 +208,22 @@ def _recipe(given: dict[str, Any], name: str | None = None) -> Recipe:
         if given["recipe_file"]
         else preset(name or given["config"] or "RTN_G32ASYM")
     )
-    changes: dict[str, Any] = {
-        field: given[flag]
-        for field, flag in (("nsamples", "samples"), ("pad_max_length", "seqlen"), ("accuracy_level", "accuracy_level"))
-        if given.get(flag) is not None
-    }
     scheme = given["scheme"]
     if scheme not in (None, "sym", "asym"):
         raise RecipeError(f"unknown scheme {scheme!r}: {nearest(scheme, ('sym', 'asym'))}")
+    level = {} if given["accuracy_level"] is None else {"accuracy_level": given["accuracy_level"]}
     grid = {k: given[k] for k in ("bits", "group_size") if given[k] is not None}
     if scheme:
         grid["symmetric"] = scheme == "sym"
     method = (given["algorithm"] or base.method).lower()
     options = dict(base.options) if method == base.method else {}
-    merged = (
+    return Recipe.from_dict(
         base.to_dict()
         | {"method": method, "options": options | _assignments(given["options"])}
         | {"spec": base.to_dict()["spec"] | grid}
         | {"include": [*base.include, *given["include"]], "exclude": [*base.exclude, *given["exclude"]]}
-        | changes
+        | level
     )
-    return Recipe.from_dict(merged)
 
 
 def _read_recipe(path: Path) -> Recipe:
@@ -261,6 +275,8 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
             objective=given["objective"],
             max_trials=given["max_trials"],
             timeout=given["timeout"],
+            samples=given["samples"],
+            seqlen=given["seqlen"],
             tokenizer=given["tokenizer"],
             workdir=workdir,
             output=output,
@@ -285,7 +301,7 @@ def _evaluation(name: str | None) -> Callable[[Path], float] | None:
         raise RecipeError(f"--eval {name}: {error}") from error
     if not callable(found):
         raise RecipeError(f"--eval {name} is not a function")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +21,16 @@ from onnx_woq.graph.lower.matmulnbits import lower_tap, minimum_runtime, packed_
 from onnx_woq.graph.model import Model, load, low_bit_nodes, model_hash, save
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
 from onnx_woq.presets import preset
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import Recipe
+from onnx_woq.results import QuantizeReport, TapReport
 
 if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
-    from onnx_woq.runtime.evaluate import Metrics
 
 logger = logging.getLogger(__name__)
+
+Feed = dict[str, np.ndarray]
+"""Input name -> array: one sample."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -36,67 +39,14 @@ MEMORY_BUDGET = 2 << 30
 """Bytes that calibration may hold in activations and Gram matrices at once, unless the caller says otherwise."""
 
 
-@dataclass(frozen=True)
-class TapReport:
-    """What happened to one tap: the MatMuls and Gemms that read one activation.
-
-    Attributes:
-        name: the activation's name.
-        sites: output value names of the nodes that were replaced.
-        spec, k, n: the grid, and the shape of the concatenated weights `[k, n]`.
-        bytes_before, bytes_after: of these weights.
-        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data; None without data.
-        scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
-    """
-
-    name: str
-    sites: tuple[str, ...]
-    spec: Spec
-    k: int
-    n: int
-    bytes_before: int
-    bytes_after: int
-    error: float | None
-    scaling: str
-
-
-@dataclass(frozen=True)
-class QuantizeReport:
-    """What `quantize` did. Bytes are of files on disk; `copies` are float weights that others still read."""
-
-    model: Path
-    output: Path
-    recipe: Recipe
-    taps: tuple[TapReport, ...]
-    skipped: tuple[Skipped, ...]
-    copies: Mapping[str, int]
-    bytes_before: int
-    bytes_after: int
-    calibration: str
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {
-            "model": str(self.model),
-            "output": str(self.output),
-            "recipe": self.recipe.to_dict(),
-            "taps": [asdict(tap) for tap in self.taps],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "copies": dict(self.copies),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "calibration": self.calibration,
-            "seconds": self.seconds,
-        }
-
-
 def quantize(
     model: str | Path,
     output: str | Path,
     recipe: Recipe | str = "RTN_G32ASYM",
     data: Any = None,
     *,
+    samples: int | None = None,
+    seqlen: int | None = None,
     tokenizer: str | Path | None = None,
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
@@ -109,6 +59,8 @@ def quantize(
         recipe: what to do, or the name of a preset.
         data: calibration data; needed by GPTQ and AWQ. An iterable of input dictionaries, of `(inputs, labels)`
             or of arrays; the path of a .npz, .npy, .txt or .jsonl file, or of a folder of arrays; or "random".
+        samples: replaces the recipe's `nsamples`; an error then when there are fewer.
+        seqlen: tokens per sample, replaces the recipe's `pad_max_length`.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
         memory_budget: bytes that calibration may hold at once.
         progress: called with (stage, done, total).
@@ -117,13 +69,15 @@ def quantize(
         OnnxWoqError: the model, data, recipe or output cannot be used; nothing has been written then.
     """
     start = time.monotonic()
-    recipe = preset(recipe) if isinstance(recipe, str) else recipe
+    recipe = calibrated_on(preset(recipe) if isinstance(recipe, str) else recipe, samples, seqlen)
     path = find_model(model)
     source = load(path)
     place = destination(output, path)
     taps, skipped = plan(source, recipe)
     before = file_bytes(source)
-    batches = calibration_feeds(source, recipe, data, tokenizer)
+    batches: list[Feed] = []
+    if METHODS[recipe.method].needs_data:
+        batches = read_data(source, path, data, recipe, recipe.nsamples, tokenizer, at_most=samples is None)
     collected = collect(source, recipe, taps, batches, memory_budget, progress)
     reports = solve(source, recipe, collected, len(taps), progress)
     copies = shared_copy_bytes(source, taps)
@@ -165,35 +119,50 @@ def plan(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
     return taps, skipped
 
 
-def calibration_feeds(
-    model: Model, recipe: Recipe, data: Any, tokenizer: str | Path | None
-) -> list[dict[str, np.ndarray]]:
-    """Reads the calibration samples a recipe needs; none when its method works without data.
+def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:
+    """The same recipe with another amount of calibration data, where one is given."""
+    if samples is not None:
+        recipe = replace(recipe, nsamples=samples)
+    return recipe if seqlen is None else replace(recipe, pad_max_length=seqlen)
+
+
+def read_data(
+    model: Model, named: Path, data: Any, recipe: Recipe, samples: int, tokenizer: str | Path | None, *, at_most: bool
+) -> list[Feed]:
+    """Up to `samples` calibration samples of the length the recipe says; exactly as many unless `at_most`.
+
+    Args:
+        model: tells what inputs it takes.
+        named: the model's path as the user named it; its folder is searched for a tokenizer.
+        data: in any form that `quantize` takes.
+        recipe: tells the length of a sample.
+        samples: how many are wanted.
+        tokenizer: the tokenizer's folder, when it is not beside the model.
+        at_most: fewer samples are no error.
 
     Raises:
-        DataError: the method needs data and there is none, or it does not fit the model.
+        DataError: there is no data, or it does not fit the model.
     """
     from onnx_woq.runtime.data import feeds, model_inputs
 
-    if not METHODS[recipe.method].needs_data:
-        return []
     if data is None:
         raise DataError(
-            f"{recipe.method} needs calibration data: give --calib FILE (text, JSONL, .npz, .npy or a folder of "
-            "arrays), in Python the `data` argument; the method rtn works without"
+            f"{recipe.method.upper()} needs calibration data: give --calib FILE (text, JSONL, .npz, .npy or a folder "
+            "of arrays), in Python the `data` argument; RTN works without"
         )
     return feeds(
         data,
         model_inputs(model),
-        samples=recipe.nsamples,
+        samples=samples,
         seqlen=recipe.pad_max_length,
         exact_length=recipe.use_max_length,
         tokenizer=Path(tokenizer) if tokenizer else None,
-        model_dir=model.path.parent,
+        model_dir=named.parent,
+        at_most=at_most,
     )
 
 
-def feeds_hash(batches: list[dict[str, np.ndarray]]) -> str:
+def feeds_hash(batches: list[Feed]) -> str:
     """A short hash of the calibration data, "" for none."""
     from onnx_woq.runtime.data import data_hash
 
@@ -204,7 +173,7 @@ def collect(
     model: Model,
     recipe: Recipe,
     taps: list[Tap],
-    batches: list[dict[str, np.ndarray]],
+    batches: list[Feed],
     memory_budget: int = MEMORY_BUDGET,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Tap, Stats | None]]:
@@ -305,85 +274,3 @@ def _remove_folder(folder: Path) -> None:
         folder.rmdir()
     except OSError:
         logger.warning("left %s behind: it is not empty", folder)
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What `quantize` would do: `rows` are the taps as (name, sites, k, n, spec, bytes before, bytes after)."""
-
-    model: Path
-    recipe: Recipe
-    taps: tuple[TapReport, ...]
-    skipped: tuple[Skipped, ...]
-    copies: Mapping[str, int]
-    bytes_before: int
-    bytes_after: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return {
-            "model": str(self.model),
-            "taps": [asdict(tap) for tap in self.taps],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "copies": dict(self.copies),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
-
-
-def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspection:
-    """What a recipe would quantize in a model, what not and why, and the bytes before and after (estimated)."""
-    recipe = preset(recipe) if isinstance(recipe, str) else recipe
-    path = find_model(model)
-    source = load(path)
-    taps, skipped = find_taps(source, recipe)
-    rows = tuple(
-        TapReport(
-            name=tap.name,
-            sites=tuple(site.name for site in tap.sites),
-            spec=tap.spec,
-            k=tap.k,
-            n=tap.n,
-            bytes_before=weight_bytes(tap),
-            bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
-            error=None,
-            scaling="",
-        )
-        for tap in taps
-    )
-    copies = shared_copy_bytes(source, taps)
-    before = file_bytes(source)
-    saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())
-    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved)
-
-
-def evaluate(
-    model: str | Path,
-    reference: str | Path,
-    data: Any,
-    *,
-    samples: int = 8,
-    seqlen: int = 512,
-    tokenizer: str | Path | None = None,
-    progress: Progress | None = None,
-) -> Metrics:
-    """How far a quantized model is from its float original on `data` (forms as in `quantize`).
-
-    Language models get mean KL divergence (nats per token) with its standard error, same-top-1 share and
-    perplexities; other models SQNR (dB) and cosine of their outputs.
-    """
-    from onnx_woq.runtime.data import feeds, model_inputs
-    from onnx_woq.runtime.evaluate import compare
-
-    path, original = find_model(model), find_model(reference)
-    float_model = load(original)
-    batches = feeds(
-        data,
-        model_inputs(float_model),
-        samples=samples,
-        seqlen=seqlen,
-        tokenizer=Path(tokenizer) if tokenizer else None,
-        model_dir=original.parent,
-    )
-    report = (lambda done, total: progress("evaluate", done, total)) if progress else None
-    return compare(path, original, batches, progress=report)

@@ -14,9 +14,8 @@ from rich.table import Table
 from onnx_woq.recipe import Spec
 
 if TYPE_CHECKING:
-    from onnx_woq.autotune import Trial, TuneResult
     from onnx_woq.graph.taps import Skipped
-    from onnx_woq.pipeline import Inspection, QuantizeReport
+    from onnx_woq.results import Inspection, QuantizeReport, Trial, TuneResult
     from onnx_woq.runtime.evaluate import Metrics
 
 PLAIN_WIDTH = 10_000

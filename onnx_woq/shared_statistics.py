@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ import numpy as np
 
 from onnx_woq.graph.model import Model, clone
 from onnx_woq.graph.taps import Tap, find_taps
-from onnx_woq.pipeline import Progress, collect
+from onnx_woq.pipeline import Feed, Progress, collect
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -32,14 +31,14 @@ class SharedStatistics:
         self,
         source: Model,
         recipes: list[Recipe],
-        batches: list[dict[str, np.ndarray]],
+        batches: list[Feed],
         memory_budget: int,
         progress: Progress | None,
     ) -> None:
         self.batches = batches
         self._source, self._recipes = source, recipes
         self._memory_budget, self._progress = memory_budget, progress
-        self._stats: dict[tuple[str, ...], Stats] | None = None
+        self._stats: dict[tuple[str, ...], Stats | Path] | None = None
         self._files = ExitStack()
 
     def __enter__(self) -> SharedStatistics:
@@ -59,16 +58,16 @@ class SharedStatistics:
         if self._stats is None:
             self._stats = self._collect()
         stats = self._stats
-        return ((tap, stats[tap.values]) for tap in taps)
+        return ((tap, _loaded(stats[tap.values])) for tap in taps)
 
-    def _collect(self) -> dict[tuple[str, ...], Stats]:
+    def _collect(self) -> dict[tuple[str, ...], Stats | Path]:
         model = clone(self._source)
         taps: dict[tuple[str, ...], Tap] = {}
         recipes = [recipe for recipe in self._recipes if not recipe.true_sequential]
         for recipe in recipes:
             for tap in find_taps(model, recipe)[0]:
                 taps.setdefault(tap.values, tap)
-        collected: dict[tuple[str, ...], Stats] = {}
+        collected: dict[tuple[str, ...], Stats | Path] = {}
         held = 0
         walk = collect(model, recipes[0], list(taps.values()), self.batches, self._memory_budget, self._progress)
         for tap, stats in walk:
@@ -77,8 +76,17 @@ class SharedStatistics:
                 collected[tap.values] = self._spill(stats) if held > self._memory_budget else stats
         return collected
 
-    def _spill(self, stats: Stats) -> Stats:
+    def _spill(self, stats: Stats) -> Path:
         folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="onnx-woq-"))
-        file = Path(folder) / "gram.npy"
-        np.save(file, stats.gram)
-        return replace(stats, gram=np.load(file, mmap_mode="r"))
+        file = Path(folder) / "stats.npz"
+        np.savez(file, gram=stats.gram, abs_mean=stats.abs_mean, abs_max=stats.abs_max, tokens=np.asarray(stats.tokens))
+        return file
+
+
+def _loaded(stats: Stats | Path) -> Stats:
+    if not isinstance(stats, Path):
+        return stats
+    from onnx_woq.core.stats import Stats
+
+    with np.load(stats, allow_pickle=False) as file:
+        return Stats(file["gram"], file["abs_mean"], file["abs_max"], int(file["tokens"]))

@@ -1,0 +1,89 @@
+"""Look without touching: what a recipe would do to a model, and how far a quantized model is from its original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_woq.folder import find_model
+from onnx_woq.graph.lower.matmulnbits import packed_bytes
+from onnx_woq.graph.model import load
+from onnx_woq.graph.taps import find_taps, shared_copy_bytes
+from onnx_woq.pipeline import Progress, file_bytes, weight_bytes
+from onnx_woq.presets import preset
+from onnx_woq.recipe import Recipe
+from onnx_woq.results import Inspection, TapReport
+
+if TYPE_CHECKING:
+    from onnx_woq.runtime.evaluate import Metrics
+
+EVALUATION_SAMPLES = 32
+"""Samples that `evaluate` takes at most, unless the caller says otherwise."""
+
+
+def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspection:
+    """What a recipe would quantize in a model, what not and why, and the bytes before and after (estimated)."""
+    recipe = preset(recipe) if isinstance(recipe, str) else recipe
+    path = find_model(model)
+    source = load(path)
+    taps, skipped = find_taps(source, recipe)
+    rows = tuple(
+        TapReport(
+            name=tap.name,
+            sites=tuple(site.name for site in tap.sites),
+            spec=tap.spec,
+            k=tap.k,
+            n=tap.n,
+            bytes_before=weight_bytes(tap),
+            bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
+            error=None,
+            scaling="",
+        )
+        for tap in taps
+    )
+    copies = shared_copy_bytes(source, taps)
+    before = file_bytes(source)
+    saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())
+    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved)
+
+
+def evaluate(
+    model: str | Path,
+    reference: str | Path,
+    data: Any,
+    *,
+    samples: int | None = None,
+    seqlen: int = 512,
+    tokenizer: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Metrics:
+    """How far a quantized model is from its float original on `data` (forms as in `quantize`).
+
+    Language models get mean KL divergence (nats per token) with its standard error, same-top-1 share and
+    perplexities; other models SQNR (dB) and cosine of their outputs.
+
+    Args:
+        model: an .onnx file, or a folder that holds one.
+        reference: the float original, likewise.
+        data: what to judge on; not what the model was calibrated on.
+        samples: how many, an error when there are fewer; by default up to `EVALUATION_SAMPLES`.
+        seqlen: tokens per sample, for text.
+        tokenizer: folder of the tokenizer for text data, when it is not beside the reference.
+        progress: called with (stage, done, total).
+    """
+    from onnx_woq.runtime.data import feeds, model_inputs
+    from onnx_woq.runtime.evaluate import compare
+
+    path, original = find_model(model), find_model(reference)
+    float_model = load(original)
+    batches = feeds(
+        data,
+        model_inputs(float_model),
+        samples=samples or EVALUATION_SAMPLES,
+        seqlen=seqlen,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        model_dir=original.parent,
+        at_most=samples is None,
+    )
+    report = (lambda done, total: progress("evaluate", done, total)) if progress else None
+    return compare(path, original, batches, progress=report)

@@ -1,0 +1,173 @@
+"""What the corridors give back: reports of a quantization, an inspection, a tuning run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from onnx_woq.recipe import Recipe, Spec
+
+if TYPE_CHECKING:
+    from onnx_woq.graph.taps import Skipped
+
+
+@dataclass(frozen=True)
+class TapReport:
+    """What happened to one tap: the MatMuls and Gemms that read one activation.
+
+    Attributes:
+        name: the activation's name.
+        sites: output value names of the nodes that were replaced.
+        spec, k, n: the grid, and the shape of the concatenated weights `[k, n]`.
+        bytes_before, bytes_after: of these weights.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data; None without data.
+        scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    spec: Spec
+    k: int
+    n: int
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+    scaling: str
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize` did. Bytes are of files on disk; `copies` are float weights that others still read."""
+
+    model: Path
+    output: Path
+    recipe: Recipe
+    taps: tuple[TapReport, ...]
+    skipped: tuple[Skipped, ...]
+    copies: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+    calibration: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "model": str(self.model),
+            "output": str(self.output),
+            "recipe": self.recipe.to_dict(),
+            "taps": [asdict(tap) for tap in self.taps],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "copies": dict(self.copies),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "calibration": self.calibration,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `quantize` would do: `rows` are the taps as (name, sites, k, n, spec, bytes before, bytes after)."""
+
+    model: Path
+    recipe: Recipe
+    taps: tuple[TapReport, ...]
+    skipped: tuple[Skipped, ...]
+    copies: Mapping[str, int]
+    bytes_before: int
+    bytes_after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "model": str(self.model),
+            "taps": [asdict(tap) for tap in self.taps],
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "copies": dict(self.copies),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+        }
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration that was tried.
+
+    Attributes:
+        name: of the configuration.
+        status: "ok", "failed" (it raised) or "nan" (its metric is not a finite number).
+        metric: what `eval_fn` or the judge gave; None unless status is "ok".
+        met: whether the metric is within the limit.
+        bytes: of the model file and its data; None when it was not written.
+        seconds: quantizing and evaluating.
+        error: what was raised.
+        recipe: the configuration itself.
+        resumed: taken from the journal of an earlier run.
+        path: the model file, while it is kept.
+    """
+
+    name: str
+    status: Literal["ok", "failed", "nan"]
+    metric: float | None
+    met: bool
+    bytes: int | None
+    seconds: float
+    error: str
+    recipe: Recipe
+    resumed: bool = False
+    path: Path | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(replace(self, recipe=None)) | {  # type: ignore[arg-type]
+            "recipe": self.recipe.to_dict(),
+            "path": self.path and str(self.path),
+        }
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """The history of a tuning run and its best model.
+
+    Attributes:
+        met: whether `best` is within the tolerance; if not it is merely the best so far.
+        best: the chosen trial; None when no trial gave a model.
+        path: the chosen model on disk.
+        trials: all trials in the order they were made.
+        metric_name: "eval_fn", "kl" or "sqnr_db".
+        baseline: the metric of the float model.
+        limit: a metric up to (or from, if higher is better) this value is within the tolerance.
+        float_bytes: of the float model's files.
+        stopped: why no more trials were made: "met", "all tried", "max_trials" or "timeout".
+    """
+
+    met: bool
+    best: Trial | None
+    path: Path | None
+    trials: tuple[Trial, ...]
+    metric_name: str
+    baseline: float
+    limit: float
+    higher_is_better: bool
+    float_bytes: int
+    stopped: str
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return {
+            "met": self.met,
+            "best": self.best and self.best.name,
+            "path": self.path and str(self.path),
+            "trials": [trial.to_dict() for trial in self.trials],
+            "metric": self.metric_name,
+            "baseline": self.baseline,
+            "limit": self.limit,
+            "higher_is_better": self.higher_is_better,
+            "float_bytes": self.float_bytes,
+            "stopped": self.stopped,
+            "seconds": self.seconds,
+        }
