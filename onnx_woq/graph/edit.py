@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+LARGE = 1024  # bytes; a tensor above it is kept in a file, the others are part of the structure
 _NAMES = "onnx_woq names"  # key of the set of value names in the `meta` of every graph of a model; never saved
 
 
@@ -83,3 +84,25 @@ def prune(value: ir.Value | None) -> None:
         following = node.inputs[0] if node.inputs else None
         node.graph.remove(node, safe=True)
         value = following
+
+
+def is_large(tensor: ir.TensorProtocol) -> bool:
+    """Whether a tensor belongs into a file rather than into the structure."""
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes > LARGE
+
+
+def is_movable(value: ir.Value) -> bool:
+    """Whether a body's initializer can live in the main graph instead."""
+    return not value.is_graph_input() and not value.is_graph_output()
+
+
+def lift_large(model: ir.Model) -> None:
+    """Moves large constants of bodies to the main graph: runtimes take them from outside only there.
+
+    Value names must be unique over all graphs.
+    """
+    for graph in model.graph.subgraphs():
+        for name, value in list(graph.initializers.items()):
+            if value.const_value is not None and is_large(value.const_value) and is_movable(value):
+                graph.initializers.pop(name)
+                model.graph.initializers.add(value)

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from onnx_woq.errors import ModelError
 from onnx_woq.graph import files, wire
-from onnx_woq.graph.edit import share_names
+from onnx_woq.graph.edit import LARGE, is_large, is_movable, lift_large, share_names
 from onnx_woq.graph.save import check_output, save
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 OPSETS = range(13, 26)
-LARGE = wire.LARGE  # bytes; smaller tensors are part of the structure
 MEMORY = "in memory"  # where `serialize` says that the tensors of `memory_tensors` lie
 
 _LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
@@ -66,7 +65,7 @@ def load(path: str | Path) -> Model:
     model.files = _place_tensors(model.ir, named, real)
     _sort(model.ir.graph)
     share_names(model.ir, _unique_names(model.ir))
-    _lift_large(model.ir)
+    lift_large(model.ir)
     return model
 
 
@@ -82,15 +81,17 @@ def serialize(model: Model) -> bytes:
     external at the place `MEMORY`, and `memory_tensors` has them under their names.
     """
     structure = model.ir.clone()
-    for name, tensor in _memory(structure):
-        place = ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=_shape(tensor), name=name)
-        structure.graph.initializers[name].const_value = place
+    lift_large(structure)
+    for value, tensor in _memory(structure):
+        shape = ir.Shape(tensor.shape.numpy())
+        place = ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or "")
+        value.const_value = place
     return ir.to_proto(structure).SerializeToString()
 
 
 def memory_tensors(model: Model) -> dict[str, np.ndarray]:
     """The arrays to hand to a session beside `serialize(model)`, by initializer name."""
-    return {name: tensor.numpy() for name, tensor in _memory(model.ir)}
+    return {value.name or "": tensor.numpy() for value, tensor in _memory(model.ir)}
 
 
 def model_hash(path: str | Path) -> str:
@@ -242,17 +243,6 @@ def _sort(graph: ir.Graph) -> None:
         seen.add(node)
 
 
-def _lift_large(model: ir.Model) -> None:
-    """Moves large constants of bodies to the main graph: sessions take them from outside only there."""
-    for graph in model.graph.subgraphs():
-        for name, value in list(graph.initializers.items()):
-            if value.const_value is None or value.const_value.nbytes <= LARGE or value.dtype == ir.DataType.STRING:
-                continue
-            if not value.is_graph_input() and not value.is_graph_output():
-                graph.initializers.pop(name)
-                model.graph.initializers.add(value)
-
-
 def _unique_names(model: ir.Model) -> set[str]:
     """Gives values in subgraphs names that no other value has, and returns all names."""
     used: set[str] = set()
@@ -270,14 +260,11 @@ def _unique_names(model: ir.Model) -> set[str]:
     return used
 
 
-def _memory(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """Large tensors of the main graph that no file has. Sessions take only those from outside."""
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if tensor is None or isinstance(tensor, (ir.ExternalTensor, ir.StringTensor)) or tensor.nbytes <= LARGE:
-            continue
-        yield name, tensor
-
-
-def _shape(tensor: ir.TensorProtocol) -> ir.Shape:
-    return ir.Shape(tensor.shape.numpy())
+def _memory(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """Large tensors that no file has, as far as `lift_large` can bring them into the main graph."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            movable = graph is model.graph or is_movable(value)
+            if tensor is not None and movable and is_large(tensor) and not isinstance(tensor, ir.ExternalTensor):
+                yield value, tensor

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_woq.errors import OutputError
-from onnx_woq.graph.wire import LARGE
+from onnx_woq.graph.edit import is_large, lift_large
 
 if TYPE_CHECKING:
     from onnx_woq.graph.model import Model
@@ -69,6 +69,7 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str]) -> list[
     """
     out = check_output(model, out)
     structure = model.ir.clone()
+    lift_large(structure)
     structure.metadata_props.update(metadata)
     structure.ir_version = max(structure.ir_version, _min_ir_version(structure))
     try:
@@ -104,11 +105,11 @@ def _move_out(model: ir.Model, location: str) -> list[tuple[int, ir.TensorProtoc
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.dtype == ir.DataType.STRING:
+            if tensor is None:
                 continue
-            if tensor.nbytes <= LARGE:
+            if graph is not model.graph or not is_large(tensor):
                 if isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = ir.Tensor(tensor.numpy().copy(), name=value.name)
+                    value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
                 continue
             key = _identity(tensor)
             if key not in placed:

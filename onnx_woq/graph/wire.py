@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import onnx
 
-LARGE = 1024  # bytes; a tensor above it stays in the file
+from onnx_woq.graph.edit import LARGE
 
 # The messages on the way to tensors, by (message, field number) of onnx.proto. "constant" is a node known to be a
 # Constant: tensors in attributes of other operators may not be external.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from builders import BOOL, FLOAT, INT64, graph, node, random, run, value, write
+
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.expose import expose
 from onnx_woq.graph.model import load, serialize

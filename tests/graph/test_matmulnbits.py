@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import onnx
 import pytest
-
 from builders import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, linear, lower, node, random, run, value, write
+
 from onnx_woq.graph.lower.matmulnbits import minimum_runtime, native_layout, packed_bytes
 from onnx_woq.graph.model import load, save
 from onnx_woq.recipe import Recipe, Spec
