@@ -19,8 +19,8 @@ from onnx_woq.graph.edit import LARGE, is_large, is_movable, lift_large, share_n
 from onnx_woq.graph.save import check_output, save
 
 __all__ = [
-    "Model", "check_output", "clone", "file_bytes", "load", "low_bit_nodes", "memory_tensors", "model_hash", "save",
-    "serialize",
+    "LARGE", "MEMORY", "Model", "check_output", "clone", "file_bytes", "load", "low_bit_nodes", "memory_tensors",
+    "model_hash", "save", "serialize",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -167,9 +167,9 @@ def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
     try:
         model = ir.from_proto(proto)
     except Exception as error:  # onnx_ir wraps whatever it meets
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__  # type: ignore[assignment]
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
         raise ModelError(f"{named} is not a valid ONNX model: {cause}") from error
     heavy = _heavy_functions(model)
     if not heavy:

@@ -217,16 +217,16 @@ def test_scales_of_a_lowered_weight_that_others_share_are_copied(tmp_path):
 
 
 def test_an_activation_read_inside_a_branch(tmp_path):
-    inner = [
-        graph([node("MatMul", ["v", w], [f"{w}o"], name=n)], [], [value(f"{w}o")], name=w)
-        for w, n in (("W1", "site1"), ("W2", "site2"))
-    ]
+    def branch(weight, name):
+        return graph([node("MatMul", ["v", weight], [f"{name}_y"], name=name)], [], [value(f"{name}_y")], name=name)
+
+    choice = node("If", ["flag"], ["y"], then_branch=branch("W1", "site1"), else_branch=branch("W2", "site2"))
     main = graph(
-        [node("LayerNormalization", ["x", "g"], ["v"], axis=-1), node("If", ["flag"], ["y"], then_branch=inner[0], else_branch=inner[1])],
+        [node("LayerNormalization", ["x", "g"], ["v"], axis=-1), choice],
         [value("x", ("m", K)), value("flag", (), BOOL)],
         [value("y", ("m", N))],
         {"g": GAMMA, "W1": random(K, N), "W2": random(K, N, seed=1)},
-    )  # fmt: skip
+    )
     feeds = {"x": random(5, K), "flag": np.array(True)}
     fold(write(tmp_path / "m.onnx", main), "norm", feeds=feeds)
 

@@ -144,7 +144,8 @@ def test_every_rank_of_the_activation(tmp_path, shape):
 
 
 C_FORMS = {
-    "none": None, "vector": (9,), "row": (1, 9), "scalar": (), "one": (1,), "one by one": (1, 1), "column": (3, 1), "full": (3, 9),
+    "none": None, "vector": (9,), "row": (1, 9), "scalar": (), "one": (1,), "one by one": (1, 1),
+    "column": (3, 1), "full": (3, 9),
 }  # fmt: skip
 
 
@@ -347,11 +348,12 @@ def test_functions_with_a_matmul_are_inlined_and_others_kept(tmp_path):
     domain = "local"
     imports = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(domain, 1)]
     make = onnx.helper.make_function
+    inner = [node("proj", ["a", "w"], ["c"], domain=domain), node("act", ["c"], ["b"], domain=domain)]
     functions = [
         make(domain, "proj", ["a", "w"], ["b"], [node("MatMul", ["a", "w"], ["b"])], imports),
-        make(domain, "outer", ["a", "w"], ["b"], [node("proj", ["a", "w"], ["c"], domain=domain), node("act", ["c"], ["b"], domain=domain)], imports),
+        make(domain, "outer", ["a", "w"], ["b"], inner, imports),
         make(domain, "act", ["a"], ["b"], [node("Relu", ["a"], ["b"])], imports),
-    ]  # fmt: skip
+    ]
     main = graph(
         [node("outer", ["x", "W"], ["h"], domain=domain), node("outer", ["h", "V"], ["y"], domain=domain)],
         [value("x", (3, 40))],
