@@ -134,7 +134,10 @@ class Tap:
         return np.float16 if self.sites[0].dtype == ir.DataType.FLOAT16 else np.float32
 
     def _distinct(self) -> list[Site]:
-        return list({site.key(): site for site in reversed(self.sites)}.values())[::-1]
+        first: dict[tuple[object, ...], Site] = {}
+        for site in self.sites:
+            first.setdefault(site.key(), site)
+        return list(first.values())
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ def test_short_data_is_noticed_before_it_is_read(tmp_path):
 )
 def test_contradicting_sizes_allocate_nothing(tmp_path, offset, length, dims):
     (tmp_path / "w.bin").write_bytes(W.tobytes())
-    with pytest.raises(ModelError, match="too short|damaged|not a valid"):
+    with pytest.raises(ModelError, match=r"too short|damaged|not a valid"):
         load(referring(tmp_path, "w.bin", offset=offset, length=length, dims=dims))
 
 
@@ -198,11 +198,8 @@ def test_the_hash_covers_model_and_data_and_not_their_names(tmp_path):
 
 def test_constant_nodes_may_have_external_data(tmp_path):
     tensor = onnx.numpy_helper.from_array(W, "c")
-    main = graph(
-        [node("Constant", [], ["c"], value=tensor), node("MatMul", ["x", "c"], ["y"])],
-        [value("x", (3, 40))],
-        [value("y")],
-    )
+    nodes = [node("Constant", [], ["c"], value=tensor), node("MatMul", ["x", "c"], ["y"])]
+    main = graph(nodes, [value("x", (3, 40))], [value("y")])
     path = write(tmp_path / "m.onnx", main)
     proto = onnx.load(path)
     onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=0, convert_attribute=True)

@@ -140,9 +140,8 @@ def test_float_types_however_stored(tmp_path, dtype, raw):
     kind = {np.float32: FLOAT, np.float16: onnx.TensorProto.FLOAT16}.get(dtype, BFLOAT16)
     data = weight.tobytes() if raw else weight.astype(np.float32)
     tensor = onnx.helper.make_tensor("W", kind, W.shape, data, raw=raw)
-    main = graph(
-        [node("MatMul", ["x", "W"], ["y"])], [value("x", (3, 40), kind)], [value("y", (3, 9), kind)], {"W": tensor}
-    )
+    inputs, outputs = [value("x", (3, 40), kind)], [value("y", (3, 9), kind)]
+    main = graph([node("MatMul", ["x", "W"], ["y"])], inputs, outputs, {"W": tensor})
     (tap,), _ = find_taps(load(write(tmp_path / "m.onnx", main)), Recipe())
     assert tap.weight().dtype == np.float32
     np.testing.assert_array_equal(tap.weight(), weight.astype(np.float32))
@@ -205,12 +204,9 @@ def test_nodes_in_any_order(tmp_path):
 
 def test_functions_that_cannot_be_inlined_stay_with_a_warning(tmp_path, caplog):
     imports = [onnx.helper.make_opsetid("", 18)]
-    function = onnx.helper.make_function(
-        "local", "proj", ["a", "w"], ["b"], [node("MatMul", ["a", "w"], ["b"])], imports
-    )
-    main = graph(
-        [node("proj", ["x", "W"], ["y"], domain="local")], [value("x", (3, 40))], [value("y", (3, 9))], {"W": W}
-    )
+    inside, call = node("MatMul", ["a", "w"], ["b"]), node("proj", ["x", "W"], ["y"], domain="local")
+    function = onnx.helper.make_function("local", "proj", ["a", "w"], ["b"], [inside], imports)
+    main = graph([call], [value("x", (3, 40))], [value("y", (3, 9))], {"W": W})
     path = write(tmp_path / "m.onnx", main, functions=[function], domains={"local": 1})
     with caplog.at_level(logging.WARNING):
         model = load(path)
