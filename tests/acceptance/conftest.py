@@ -99,6 +99,10 @@ def xs(tmp_path: Path) -> Path:
     return zoo.array_folder(tmp_path / "xs", "x", [feed["x"] for feed in zoo.float_feeds(12)])
 
 
+def _no_constant(name: str) -> None:
+    raise AssertionError(f"{name} is not JSON: other programs cannot read it")
+
+
 class Cli:
     """Runs the command line in this process."""
 
@@ -119,7 +123,7 @@ class Cli:
         """What a command prints with --json; nothing else may be on stdout."""
         result = self(*arguments, "--json")
         assert result.exit_code == code, result.stderr
-        return json.loads(result.stdout)
+        return json.loads(result.stdout, parse_constant=_no_constant)
 
 
 @pytest.fixture

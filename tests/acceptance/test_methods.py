@@ -257,6 +257,15 @@ def test_calibration_runs_the_model_once_per_sample(lm, lm_data, forwards, tmp_p
     assert len(lm_data) <= len(forwards) <= len(lm_data) + 2
 
 
+def test_the_memory_budget_changes_nothing_but_memory(lm, lm_data, tmp_path):
+    """The statistics are the float model's whatever the window: later windows do not see quantized layers."""
+    for method in ("gptq", "awq"):
+        quantize(lm, tmp_path / "large.onnx", Recipe(method), lm_data)
+        quantize(lm, tmp_path / "small.onnx", Recipe(method), lm_data, memory_budget=60_000)
+        large, small = measure.decoded(tmp_path / "large.onnx"), measure.decoded(tmp_path / "small.onnx")
+        assert all(np.mean(np.isclose(small[name], w, rtol=1e-4, atol=1e-6)) > 0.998 for name, w in large.items())
+
+
 def test_dead_and_constant_channels_are_handled(tmp_path):
     """Zero inputs, zero weights, constant and one-signed groups, denormals: finite, and zero stays zero."""
     w = zoo.weight(9, 64, 16)
