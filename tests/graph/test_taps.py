@@ -142,7 +142,7 @@ def test_without_a_head_it_is_the_last_site(tmp_path):
     ],
 )
 def test_stacked_weights(tmp_path, shape, rank, found):
-    inputs = [value("x", tuple(range(2, rank + 1)) + (40,))]
+    inputs = [value("x", (*range(2, rank + 1), 40))]
     m = model(tmp_path, [node("MatMul", ["x", "W"], ["y"])], ["y"], {"W": random(*shape)}, inputs=inputs)
     taps, skipped = find_taps(m, Recipe())
     assert len(taps) == found
@@ -185,8 +185,8 @@ SKIPS = {
 def test_every_other_product_is_listed_with_its_reason(tmp_path, case):
     nodes, reason = SKIPS[case]
     weights = {
-        "W": W, "v": random(40), "W8": random(8, 40), "I": np.ones((40, 40), np.int32), "D": np.ones((40, 40)), "b": random(40),
-        "O": W, "S": random(2, 40, 3),
+        "W": W, "v": random(40), "W8": random(8, 40), "I": np.ones((40, 40), np.int32), "D": np.ones((40, 40)),
+        "b": random(40), "O": W, "S": random(2, 40, 3),
     }  # fmt: skip
     extra = [value("n", ("m", 8)), value("O", (40, 40)), value("ix", (40, 40), 6), value("dx", (40, 40), 11)]
     read = {name for n in nodes for name in n.input}
