@@ -27,7 +27,7 @@ _CHILDREN = {
     ("attribute", 11): "graph",
     ("constant attribute", 5): "tensor",
 }
-_NODE_OP_TYPE, _TENSOR_RAW_DATA = 4, 9
+_NODE_OP_TYPE, _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 4, 9, 13, 14
 _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
@@ -117,12 +117,12 @@ def _strip(data: _Bytes, start: int, end: int, message: str, location: str) -> b
     fields = list(_fields(data, start, end))
     if message == "node" and b"Constant" in [data.read(a, b) for number, _, a, b in fields if number == _NODE_OP_TYPE]:
         message = "constant"
+    if message == "tensor":
+        return _strip_tensor(data, fields, location)
     pieces = []
     for number, tag, value, stop in fields:
         child = _CHILDREN.get((message, number))
-        if message == "tensor" and number == _TENSOR_RAW_DATA and stop - value > LARGE:
-            pieces.append(_reference(location, value, stop - value))
-        elif child and stop - value > LARGE:
+        if child and stop - value > LARGE:
             inner = _strip(data, value, stop, child, location)
             pieces.append(data.read(tag, _varint(data, tag, value)[1]) + _encoded(len(inner)) + inner)
         else:
@@ -130,8 +130,18 @@ def _strip(data: _Bytes, start: int, end: int, message: str, location: str) -> b
     return b"".join(pieces)
 
 
+def _strip_tensor(data: _Bytes, fields: list[tuple[int, int, int, int]], location: str) -> bytes:
+    raw = next(((start, end) for number, _, start, end in fields if number == _RAW_DATA), (0, 0))
+    if raw[1] - raw[0] <= LARGE:
+        return b"".join(data.read(tag, end) for _, tag, _, end in fields)
+    # A tensor with its data at hand may still say, in so many words, that it has it: later fields win.
+    dropped = (_RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION)
+    kept = [data.read(tag, end) for number, tag, _, end in fields if number not in dropped]
+    return b"".join(kept) + _reference(location, raw[0], raw[1] - raw[0])
+
+
 def _reference(location: str, offset: int, length: int) -> bytes:
-    """The fields of a TensorProto that say its data lies in the file `location`; merged by concatenation."""
+    """The fields of a TensorProto that say its data lies in the file `location`."""
     tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)

@@ -16,11 +16,19 @@ def model(path):
     constant = node("Constant", [], ["c"], value=onnx.numpy_helper.from_array(big + 1))
     branch = graph([constant, node("MatMul", ["x", "c"], ["a"])], [], [value("a")], {"inner": big + 2}, name="a")
     other = graph([node("Identity", ["x"], ["b"])], [], [value("b")], name="b")
+    told = onnx.numpy_helper.from_array(big + 3, "told")
+    told.data_location = onnx.TensorProto.DEFAULT
+    floats = onnx.helper.make_tensor("floats", 1, (40, 40), big.ravel())
     main = graph(
         [node("If", ["flag"], ["y"], then_branch=branch, else_branch=other)],
         [value("flag", (), BOOL), value("x", (3, 40))],
         [value("y", (3, 40))],
-        {"big": big, "small": small, "floats": onnx.helper.make_tensor("floats", 1, (40, 40), big.ravel())},
+        {
+            "big": big,
+            "small": small,
+            "told": told,
+            "floats": onnx.helper.make_tensor("floats", 1, (40, 40), big.ravel()),
+        },
     )
     return write(path, main)
 
@@ -53,8 +61,13 @@ def test_structure_and_file_are_the_same_model(tmp_path):
     path = model(tmp_path / "m.onnx")
     structure = wire.read_structure(path)
     external = [t.name for t in tensors(structure.graph) if t.data_location == onnx.TensorProto.EXTERNAL]
-    assert len(external) == 3, "big, inner and the constant; not small, and not the one stored as a list of floats"
-    assert filled(structure, path.read_bytes()) == onnx.load(path)
+    assert len(external) == 4, (
+        "big, told, inner and the constant; not small, and not the one stored as a list of floats"
+    )
+    whole = onnx.load(path)
+    for tensor in tensors(whole.graph):
+        tensor.ClearField("data_location")  # its default is spelled out in one of them
+    assert filled(structure, path.read_bytes()) == whole
 
 
 def test_every_truncation_is_refused_or_still_a_message(tmp_path):
