@@ -9,7 +9,7 @@ import onnx
 import pytest
 from builders import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, linear, lower, node, random, run, value, write
 
-from onnx_woq.graph.lower.matmulnbits import minimum_runtime, native_layout, packed_bytes
+from onnx_woq.graph.lower.matmulnbits import minimum_runtime, native_layout, packed_bytes, required_runtime
 from onnx_woq.graph.model import load, save
 from onnx_woq.recipe import Recipe, Spec
 
@@ -398,5 +398,14 @@ def test_packed_bytes_are_the_bytes_written(tmp_path, symmetric, dtype):
         assert size == packed_bytes(200, 9, spec, dtype)
 
 
-def test_minimum_runtime_grows_with_the_stored_width():
+def test_the_runtime_that_is_needed(tmp_path):
     assert [minimum_runtime(b) for b in (1, 2, 3, 4, 5, 8)] == ["1.24", "1.24", "1.20", "1.20", "1.22", "1.22"]
+    assert minimum_runtime(8, accuracy_level=0) == "1.23"
+    assert minimum_runtime(2, scale_dtype=np.float16) == "1.28"
+    path = many(tmp_path / "m.onnx", np.float32, 40, 9, 3)
+    assert required_runtime(load(path)) == ""
+    cases = [((4, 4, 4), 4, "1.20"), ((4, 8, 4), 4, "1.22"), ((4, 8, 4), 0, "1.23"), ((2, 8, 3), 4, "1.24")]
+    for specs, level, version in cases:
+        model = load(path)
+        lower(model, Recipe(overrides={f"mm{i}": Spec(b, 32) for i, b in enumerate(specs)}), accuracy_level=level)
+        assert required_runtime(model) == version

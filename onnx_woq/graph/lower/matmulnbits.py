@@ -23,13 +23,23 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"
 _BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
-_RUNTIMES = {2: "1.24", 4: "1.20", 8: "1.22"}
+_OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
 _SCALE_BYTES = 4
 
 
-def minimum_runtime(bits: int) -> str:
-    """The oldest onnxruntime that runs weights of `bits` bits as `lower_tap` writes them."""
-    return _RUNTIMES[_container(bits)]
+def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.floating] = np.float32) -> str:
+    """The oldest onnxruntime whose CPU kernels run weights of `bits` bits as `lower_tap` writes them."""
+    return _text(_oldest(_container(bits), accuracy_level, scale_dtype is np.float16))
+
+
+def required_runtime(model: Model) -> str:
+    """The oldest onnxruntime whose CPU kernels run every MatMulNBits in `model`, "" if it has none."""
+    found = [
+        _oldest(n.attributes["bits"].as_int(), n.attributes["accuracy_level"].as_int(), _is_half(n.inputs[2]))
+        for n in model.ir.graph.all_nodes()
+        if n.op_type == "MatMulNBits" and "accuracy_level" in n.attributes
+    ]
+    return _text(max(found)) if found else ""
 
 
 def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
@@ -91,6 +101,22 @@ def lower_tap(model: Model, tap: Tap, q: QuantizedTensor, *, accuracy_level: int
 def _container(bits: int) -> int:
     """The width a code of `bits` bits is stored in."""
     return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+def _oldest(container: int, accuracy_level: int, half: bool) -> tuple[int, int]:
+    if container == 8 and accuracy_level != 4:
+        return (1, 23)
+    if container == 2 and half:
+        return (1, 28)
+    return _OLDEST[container]
+
+
+def _is_half(scales: ir.Value | None) -> bool:
+    return scales is not None and scales.dtype == ir.DataType.FLOAT16
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 class _Packed:
