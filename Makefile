@@ -22,7 +22,7 @@ $(VENV)/.dev: $(VENV)/.test
 demo: $(BIN)/onnx-woq
 	$(BIN)/python models/text.py build/demo
 	$(BIN)/onnx-woq quantize models/demo/model.onnx -o build/demo/quantized --auto \
-	    --calib build/demo/calib.txt --samples 32 --seqlen 256
+	    --objective smallest --calib build/demo/calib.txt --samples 32 --seqlen 256
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2

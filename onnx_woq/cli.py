@@ -110,7 +110,7 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
 
     With --auto, or with --eval, configurations are judged against the float model: exit code 3 says that none was
     within the tolerance, and the best one is written all the same. Without --eval the judge is the mean KL divergence
-    of language models (at most 0.1 nats per token) or the output SQNR of others (at least 15 dB), on data held out
+    of language models (at most 0.05 nats per token) or the output SQNR of others (at least 15 dB), on data held out
     from calibration.
     """
     from onnx_woq import report

@@ -14,7 +14,7 @@ from onnx_woq import journal
 from onnx_woq.errors import DataError, OnnxWoqError
 from onnx_woq.graph.model import Model
 
-KL_LIMIT = 0.1
+KL_LIMIT = 0.05
 """Mean KL divergence to the float model, nats per token, that the built-in judge accepts for language models."""
 
 SQNR_LIMIT = 15.0
