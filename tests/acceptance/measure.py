@@ -165,6 +165,11 @@ def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(np.square(reference).sum() / np.square(reference - other).sum()))
 
 
+def agreement(a: np.ndarray, b: np.ndarray) -> float:
+    """Share of entries that are the same but for float rounding; one code more or less is far outside."""
+    return float(np.mean(np.isclose(a, b, rtol=1e-4, atol=1e-6)))
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     x = logits - logits.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -67,7 +67,7 @@ def test_gptq_does_not_depend_on_its_block_size(enc, enc_data, tmp_path):
     ]
     for other in files[1:]:
         for name, w in files[0].items():
-            assert np.mean(other[name] == w) > 0.999, name
+            assert measure.agreement(other[name], w) > 0.999, name
 
 
 def reference_gptq(w: np.ndarray, x: np.ndarray, group: int, bits: int) -> np.ndarray:
@@ -105,7 +105,7 @@ def test_siblings_solved_together_equal_separate_solves(options, lm, lm_data, tm
         alone = Recipe("gptq", include=(f"^{name}$",), options=options)
         one = measure.decoded(written(lm, tmp_path / "one.onnx", alone, lm_data))
         assert list(one) == [name]
-        assert np.mean(one[name] == together[name]) > 0.998, name
+        assert measure.agreement(one[name], together[name]) > 0.998, name
 
 
 def test_true_sequential_sees_the_quantized_model(lm, lm_data, tmp_path):
@@ -115,8 +115,8 @@ def test_true_sequential_sees_the_quantized_model(lm, lm_data, tmp_path):
     recipe = Recipe("gptq", spec, true_sequential=True, accuracy_level=0)
     sequential = written(lm, tmp_path / "s.onnx", recipe, lm_data)
     a, b = measure.decoded(plain), measure.decoded(sequential)
-    assert np.mean(a["layer0.q"] == b["layer0.q"]) > 0.999
-    assert np.mean(a["layer1.down"] == b["layer1.down"]) < 0.999
+    assert measure.agreement(a["layer0.q"], b["layer0.q"]) > 0.999
+    assert measure.agreement(a["layer1.down"], b["layer1.down"]) < 0.999
 
     def own_loss(path: Path, name: str) -> float:
         value = next(node.input[0] for out, node in measure.low_bit(path).items() if out == name)
@@ -249,7 +249,7 @@ def test_a_larger_calibration_counts_tokens_not_samples(enc, tmp_path):
         even = written(enc, tmp_path / "e.onnx", Recipe(method), [{"x": part[None]} for part in np.split(rows, 6)])
         ragged = written(enc, tmp_path / "r.onnx", Recipe(method), [{"x": part[None]} for part in cuts])
         a, b = measure.decoded(even), measure.decoded(ragged)
-        assert all(np.mean(np.isclose(a[name], b[name], rtol=1e-4, atol=1e-5)) > 0.995 for name in a)
+        assert all(measure.agreement(a[name], b[name]) > 0.995 for name in a)
 
 
 def test_calibration_runs_the_model_once_per_sample(lm, lm_data, forwards, tmp_path):
@@ -263,7 +263,7 @@ def test_the_memory_budget_changes_nothing_but_memory(lm, lm_data, tmp_path):
         quantize(lm, tmp_path / "large.onnx", Recipe(method), lm_data)
         quantize(lm, tmp_path / "small.onnx", Recipe(method), lm_data, memory_budget=60_000)
         large, small = measure.decoded(tmp_path / "large.onnx"), measure.decoded(tmp_path / "small.onnx")
-        assert all(np.mean(np.isclose(small[name], w, rtol=1e-4, atol=1e-6)) > 0.998 for name, w in large.items())
+        assert all(measure.agreement(small[name], w) > 0.998 for name, w in large.items())
 
 
 def test_dead_and_constant_channels_are_handled(tmp_path):
