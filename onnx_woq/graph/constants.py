@@ -49,7 +49,8 @@ class Constant:
         try:
             array = self.tensor.numpy()
             for op, argument in self.steps:
-                array = array.astype(argument.numpy()) if op == "Cast" else array.transpose(argument)
+                with np.errstate(over="ignore"):  # the model, too, would compute with the infinity
+                    array = array.astype(argument.numpy()) if op == "Cast" else array.transpose(argument)
             out = np.array(array, dtype=np.float32, order="C")
         except (ValueError, OSError) as error:
             raise ModelError(f"weight {self.root.name!r} cannot be read ({error}): fetch or export it again") from error

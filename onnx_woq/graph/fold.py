@@ -2,8 +2,9 @@
 
 AWQ scales the input channels of a weight by s and divides its input by s (Lin et al. 2023, eq. 4): `(x / s) @ (s W)`.
 The division costs nothing where x comes from something that ends in numbers of its own per channel: a norm's scale and
-bias, a product with a constant, the output channels of a linear layer. `_makers` finds those numbers; only if every
-reader of x is part of the tap may they change.
+bias, a product with a constant, the output channels of a linear layer that has been quantized already, whose scales
+they are. `_makers` finds those numbers; only if every reader of x is part of the tap may they change. The weight of a
+linear layer that stays float is never touched: whoever left it out expects to find it as it was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
+from onnx_woq.graph.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.edit import add_initializer, fresh, graph_of, prune
 from onnx_woq.graph.taps import Tap
 
@@ -121,7 +122,7 @@ def _makers(value: ir.Value | None, allowed: Set[ir.Node], k: int) -> list[_Make
     makers: list[_Maker | None] | None
     if indices := _NORMS.get((node.domain, node.op_type)):
         makers = [_vector(node, i, k) for i in indices if i < len(node.inputs) and node.inputs[i] is not None]
-    elif node.op_type in ("MatMul", "Gemm", "MatMulNBits"):
+    elif node.op_type == "MatMulNBits":
         makers = _linear(node, k)
     elif node.domain == "" and node.op_type in ("Mul", "Div", "Add", "Sub", "Cast", "Identity"):
         return _elementwise(node, k)
@@ -156,16 +157,9 @@ def _side(node: ir.Node, index: int, k: int) -> list[_Maker] | None:
 
 
 def _linear(node: ir.Node, k: int) -> list[_Maker | None]:
-    """The weights of a linear layer with `k` output channels."""
-    if node.op_type == "MatMulNBits":
-        bias = [_vector(node, 5, k, linear=True)] if len(node.inputs) > 5 and node.inputs[5] is not None else []
-        return [_vector(node, 2, k, axis=_FIRST, linear=True), *bias]
-    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
-    weight = _vector(node, 1, k, axis=_FIRST if transposed else _LAST, linear=True)
-    if weight is None or len(weight.constant.shape) < 2 or len(list(readers(weight.constant.root))) > 1:
-        return [None]  # a second copy of a large weight would cost more than the Mul it saves
-    bias = [_vector(node, 2, k, linear=True)] if len(node.inputs) > 2 and node.inputs[2] is not None else []
-    return [weight, *bias]
+    """The scales and bias of a quantized linear layer with `k` output channels."""
+    bias = [_vector(node, 5, k, linear=True)] if len(node.inputs) > 5 and node.inputs[5] is not None else []
+    return [_vector(node, 2, k, axis=_FIRST, linear=True), *bias]
 
 
 def _vector(
@@ -176,7 +170,7 @@ def _vector(
     if constant is None or constant.overridable or constant.dtype not in FLOATS:
         return None
     width = constant.shape[axis] if constant.shape else 1
-    if width != k and (width != 1 or (linear and index != 2)):
+    if width != k and (width != 1 or linear):
         return None
     return _Maker(node, index, constant, axis, inverse, linear)
 

@@ -77,6 +77,16 @@ class Site:
             array *= np.float32(self.scale)
         return array
 
+    def finite_weight(self) -> np.ndarray:
+        """As `weight`; ModelError naming the weight if a number in it is not finite."""
+        array = self.weight()
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):  # min and max pass NaN on
+            raise ModelError(
+                f"weight {self.weight_name!r} of {self.node_name or self.name!r} has NaN or infinite values: "
+                "export the model again, or exclude this node"
+            )
+        return array
+
 
 @dataclass(eq=False)
 class Tap:
@@ -106,16 +116,13 @@ class Tap:
         Raises:
             ModelError: a weight is not finite or cannot be read.
         """
-        parts = []
-        for site in self._distinct():
-            part = site.weight()
-            if part.size and not (np.isfinite(part.min()) and np.isfinite(part.max())):  # min and max pass NaN on
-                raise ModelError(
-                    f"weight {site.weight_name!r} of {site.node_name or site.name!r} has NaN or infinite values: "
-                    "export the model again, or exclude this node"
-                )
-            parts.append(part)
+        parts = [site.finite_weight() for site in self._distinct()]
         return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def check(self) -> None:
+        """Reads every weight once, for the errors of `weight` before hours of work instead of after."""
+        for site in self._distinct():
+            site.finite_weight()
 
     def slices(self) -> Iterator[tuple[Site, slice]]:
         """Each site with its columns of `weight()`; sites that read the same constant share them."""

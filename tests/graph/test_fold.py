@@ -181,39 +181,35 @@ LINEAR = {
     "gemm": [node("Gemm", ["x", "U", "b"], ["v"], name="up", alpha=0.5, beta=2.0)],
     "gemm transposed": [node("Gemm", ["x", "Ut", "b"], ["v"], name="up", transB=1)],
     "gemm with a scalar": [node("Gemm", ["x", "U", "two"], ["v"], name="up")],
+    "gemm with a matrix": [node("Gemm", ["x", "U", "M"], ["v"], name="up", beta=2.0)],
 }
+
+
+def lower_all_but_the_tap(model):
+    for tap in find_taps(model, Recipe(exclude=("^site",)))[0]:
+        lower_tap(model, tap, rtn(tap), accuracy_level=0)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
 @pytest.mark.parametrize("case", LINEAR)
-def test_linear_layers_take_the_scale(tmp_path, case, lowered):
+def test_linear_layers_take_the_scale_once_they_are_quantized(tmp_path, case, lowered):
     weights = {"G": random(K, K, seed=8), "U": random(K, K, seed=9), "Ut": random(K, K, seed=9), "b": BETA}
-    weights["two"] = np.array(2.0, np.float32)
+    weights |= {"two": np.array(2.0, np.float32), "M": random(5, K)}
     read = {name for n in LINEAR[case] for name in n.input}
     path = write(tmp_path / "m.onnx", block(LINEAR[case], {name: w for name, w in weights.items() if name in read}))
-
-    def prepare(model):
-        for tap in find_taps(model, Recipe(exclude=("^site",)))[0] if lowered else []:
-            lower_tap(model, tap, rtn(tap), accuracy_level=0)
-
-    fold(path, "linear", allow_mul=False, prepare=prepare, bound=3e-6)
-
-
-def test_a_producing_weight_that_others_read_stays(tmp_path):
-    nodes = [node("MatMul", ["x", "U"], ["v"], name="up"), node("MatMul", ["x", "U"], ["u2"], name="up2")]
-    path = write(tmp_path / "m.onnx", block(nodes, {"U": random(K, K)}, outputs=[value("u2", ("m", K))]))
-    fold(path, "mul")
+    if lowered:
+        fold(path, "linear", allow_mul=False, prepare=lower_all_but_the_tap, bound=3e-6)
+    else:
+        model = fold(path, "mul", bound=3e-6)
+        stays = model.ir.graph.initializers["Ut" if "Ut" in read else "U"].const_value.numpy()
+        np.testing.assert_array_equal(stays, weights["U"])
 
 
 def test_scales_of_a_lowered_weight_that_others_share_are_copied(tmp_path):
     nodes = [node("MatMul", ["x", "U"], ["v"], name="up"), node("MatMul", ["x", "U"], ["u2"], name="up2")]
     path = write(tmp_path / "m.onnx", block(nodes, {"U": random(K, K)}, outputs=[value("u2", ("m", K))]))
 
-    def prepare(model):
-        (tap,) = find_taps(model, Recipe(exclude=("^site",)))[0]
-        lower_tap(model, tap, rtn(tap), accuracy_level=0)
-
-    fold(path, "linear", prepare=prepare)
+    fold(path, "linear", prepare=lower_all_but_the_tap)
 
 
 def test_an_activation_read_inside_a_branch(tmp_path):

@@ -264,13 +264,33 @@ def test_a_cast_that_narrows_is_applied(tmp_path):
     np.testing.assert_array_equal(tap.weight(), W.astype(np.float16).astype(np.float32))
 
 
+def test_a_cast_that_overflows_makes_the_weight_unusable_without_a_warning(tmp_path):
+    nodes = [node("Cast", ["W"], ["h"], to=FLOAT16), node("Cast", ["h"], ["w"], to=FLOAT)]
+    nodes += [node("MatMul", ["x", "w"], ["y"])]
+    (tap,), _ = find_taps(model(tmp_path, nodes, ["y"], {"W": W * 1e6}), Recipe())
+    with pytest.raises(ModelError, match="infinite"):
+        tap.weight()
+
+
+def test_someone_looking_at_a_weight_does_not_stop_anyone_from_reading_it(tmp_path):
+    m = load(linear(tmp_path / "m.onnx", W, external=True))
+    tensor = m.ir.graph.initializers["W"].const_value
+    view = tensor.numpy()
+    (tap,), _ = find_taps(m, Recipe())
+    for _ in range(2):
+        np.testing.assert_array_equal(tap.weight(), W)
+    np.testing.assert_array_equal(view, W)
+    np.testing.assert_array_equal(tensor.numpy(), W)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite(tmp_path, bad):
     weight = W.copy()
     weight[3, 4] = bad
     (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", weight)), Recipe())
-    with pytest.raises(ModelError, match="'W' of 'mm' has NaN or infinite"):
-        tap.weight()
+    for read in (tap.weight, tap.check):
+        with pytest.raises(ModelError, match="'W' of 'mm' has NaN or infinite"):
+            read()
 
 
 def test_weight_is_a_copy(tmp_path):

@@ -187,7 +187,8 @@ def _bias(model: Model, site: Site) -> tuple[ir.Value | None, ir.Value | None]:
     array = constant.array() * np.float32(beta)
     if per_channel:
         array = np.broadcast_to(array.reshape(-1), (site.n,))
-    stored = np.ascontiguousarray(array.astype(dtype.numpy()))
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array.astype(dtype.numpy()))
     value = add_initializer(model.ir.graph, f"{site.name}_bias", stored, dtype)
     return (value, None) if per_channel else (None, value)
 
