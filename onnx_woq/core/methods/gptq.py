@@ -1,9 +1,213 @@
+"""GPTQ: quantize one input channel after another; the later ones make up for the errors of those before them.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022), Algorithm 1.
+With U the upper Cholesky factor of `H̃⁻¹ = Uᵀ·U`, `H̃ = H + damp·mean(diag H)·I`, row i of W [K, N] is rounded to ŵ_i and
+
+    W[j] −= U_ij / U_ii · e_i,    e_i = w_i − ŵ_i    for every later row j.
+
+The paper applies this lazily, to a block of rows at a time. Here a block first gathers the feedback of every finished
+row in one matrix product and is then solved in halves, the second after gathering the errors of the first: blocking
+decides which products are done together, never what is added to a row.
+"""
+
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from onnx_woq.core.grid import QuantizedTensor, fitter, quantize
+from onnx_woq.core.stats import Stats
+from onnx_woq.recipe import Spec
+
+logger = logging.getLogger(__name__)
+
+Float = NDArray[np.floating[Any]]
+GridOf = Callable[..., "tuple[NDArray[np.float32], NDArray[np.uint8]]"]
+
+LEAF = 16  # rows solved one by one before a matrix product pays
+TILE_BYTES = 32 << 20  # of working weights: columns are independent, so wide weights are solved a tile at a time
+EXACT_PRODUCTS = 1 << 28  # K²N up to which float64 costs nothing anyone would notice
+FACTOR_EXACTLY = 4096  # inputs up to which the factorization is in float64
+DAMP_RAISES = 4  # tenfold each
 
 
-def solve(weight: Any, stats: Any, spec: Any, *, scale_dtype: Any = np.float32, actorder: bool = False, percdamp: float = 0.01, block_size: int = 128, static_groups: bool = False, enable_mse_search: bool = False, mse_range: Any = (0.805, 1.0, 0.005), enable_full_range: bool = False) -> Any:
-    raise NotImplementedError
+def solve(
+    weight: NDArray[np.float32],
+    stats: Stats | None,
+    spec: Spec,
+    *,
+    scale_dtype: DTypeLike = np.float32,
+    actorder: bool = False,
+    percdamp: float = 0.01,
+    block_size: int = 128,
+    static_groups: bool = False,
+    enable_mse_search: bool = False,
+    mse_range: Sequence[float] = (0.805, 1.0, 0.005),
+    enable_full_range: bool = False,
+) -> QuantizedTensor:
+    """Quantizes `weight [K, N]` for the inputs whose Gram matrix `stats.gram [K, K]` holds.
+
+    Inputs that are zero on all calibration data get zero weights, as in the paper's code: they say nothing about
+    what their weights should be, and would widen their groups' ranges.
+
+    Args:
+        weight: float32, finite.
+        stats: of the input of every column of `weight`.
+        spec: bits, group size and scheme.
+        scale_dtype: what the model stores scales in.
+        actorder: take rows by falling diagonal of the Gram matrix, the ones that matter most first. Groups stay
+            runs of consecutive rows of `weight`, so with groups the grids are fixed beforehand (static groups).
+        percdamp: what is added to the diagonal, as a share of its mean.
+        block_size: rows whose feedback is gathered in one matrix product; changes speed, not the result (float32
+            rounding apart, in weights too large to be solved in float64).
+        static_groups: fit every group's grid to the original weights rather than, when its turn comes, to the
+            rows as errors of earlier ones have changed them.
+        enable_mse_search: shrink each group's range to where its share `Σ e_i² / U_ii²` of the loss is least (over
+            all rows that sum is the loss: a weighting by the diagonal of the Gram matrix measures worse).
+        mse_range: the shrink factors tried (start, stop, step).
+        enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
+
+    Raises:
+        ValueError: no statistics, or of another number of inputs than `weight` has rows.
+    """
+    if stats is None or stats.gram.shape != (len(weight), len(weight)):
+        raise ValueError("gptq needs the statistics of the weight's inputs, as many of them as it has rows")
+    weight = np.ascontiguousarray(weight, np.float32)
+    k, n = weight.shape
+    grid = fitter(
+        spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype
+    )
+    diagonal = stats.gram.diagonal()
+    order = np.argsort(-diagonal, kind="stable") if actorder else np.arange(k)
+    factors = factorize(stats.gram, percdamp, order) if diagonal.any() else None
+    if factors is None:
+        reason = "no damping makes the Gram matrix positive definite" if diagonal.any() else "no input was ever nonzero"
+        logger.warning("gptq, weight of %d rows: %s; rounding to nearest", k, reason)
+        return quantize(weight, *grid(weight, diagonal), spec)
+
+    g = spec.resolved_group(k)
+    static = g < k and (static_groups or actorder)
+    group_of = order // g if static else np.arange(k) // g
+    dead = diagonal == 0
+    dtype = np.float64 if k * k * n <= EXACT_PRODUCTS else np.float32
+    feedback, importance = factors[0].astype(dtype, copy=False), factors[1]
+    codes = np.empty((k, n), np.uint8)
+    scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
+    width = max(64, TILE_BYTES // (k * np.dtype(dtype).itemsize))
+    for columns in (slice(c, min(c + width, n)) for c in range(0, n, width)):
+        tile = weight[:, columns].astype(dtype)
+        tile[dead] = 0
+        sweep = _Sweep(tile[order], feedback, group_of, spec)
+        if static:
+            sweep.set_grid(slice(None), grid(tile, importance[np.argsort(order)]))
+            sweep.run(block_size, group_size=1)
+        else:
+            sweep.run(-(-block_size // g) * g, group_size=g, grid=grid, importance=importance)
+        scales[:, columns], zeros[:, columns] = sweep.scales, sweep.zeros
+        codes[order, columns] = sweep.work + sweep.zeros[group_of]
+    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+
+
+class _Sweep:
+    """A tile of columns being quantized, its rows in solving order.
+
+    Attributes:
+        work: [K, n], weights less the feedback gathered so far; a finished row holds its levels (code − zero).
+        error: [K, n], e = w − ŵ of finished rows.
+        feedback: [K, K], see `factorize`.
+        group_of: [K], each row's group.
+        scales: [G, n].
+        zeros: [G, n].
+    """
+
+    def __init__(self, work: Float, feedback: Float, group_of: NDArray[np.intp], spec: Spec):
+        self.work, self.error, self.feedback, self.group_of = work, np.empty_like(work), feedback, group_of
+        self.scales, self.zeros = (np.ones((group_of.max() + 1, work.shape[1]), work.dtype) for _ in range(2))
+        self.top = 2**spec.bits - 1
+        self.floor, self.ceiling = np.empty_like(self.zeros), np.empty_like(self.zeros)
+
+    def set_grid(self, groups: slice | int, grid: tuple[Float, NDArray[np.uint8]]) -> None:
+        self.scales[groups], self.zeros[groups] = grid
+        self.floor[groups], self.ceiling[groups] = -self.zeros[groups], self.top - self.zeros[groups]
+
+    def run(self, block: int, group_size: int, grid: GridOf | None = None, importance: Float | None = None) -> None:
+        """Finishes every row, `block` of them (a multiple of `group_size`) after one gathering of feedback.
+
+        With `grid`, each group of `group_size` rows is fitted when its turn comes, all feedback of the rows before it
+        gathered: no cut is ever made inside a group that has not been fitted.
+        """
+
+        def finish(start: int, stop: int) -> None:
+            if grid is not None and start % group_size == 0 and stop == min(start + group_size, len(self.work)):
+                rows = slice(start, stop)
+                weights = None if importance is None else importance[rows]
+                self.set_grid(start // group_size, (part[0] for part in grid(self.work[rows], weights)))
+            if stop - start <= (LEAF if grid is None else min(LEAF, group_size)):
+                return self.finish_rows(start, stop)
+            unit = group_size if stop - start > group_size else 1
+            middle = start + max(1, (stop - start) // 2 // unit) * unit
+            finish(start, middle)
+            self.gather(slice(middle, stop), slice(start, middle))
+            return finish(middle, stop)
+
+        for start in range(0, len(self.work), block):
+            stop = min(start + block, len(self.work))
+            self.gather(slice(start, stop), slice(0, start))
+            finish(start, stop)
+
+    def gather(self, rows: slice, finished: slice) -> None:
+        if finished.stop > finished.start:
+            self.work[rows] -= self.feedback[rows, finished] @ self.error[finished]
+
+    def finish_rows(self, start: int, stop: int) -> None:
+        work, error, feedback = self.work, self.error, self.feedback  # this loop is most of the time at small N
+        for row in range(start, stop):
+            level, left, group = work[row], error[row], self.group_of[row]
+            if row > start:
+                level -= feedback[row, start:row] @ error[start:row]
+            left[...] = level
+            level /= self.scales[group]
+            np.rint(level, out=level)
+            np.maximum(level, self.floor[group], out=level)
+            np.minimum(level, self.ceiling[group], out=level)
+            left -= level * self.scales[group]
+
+
+def factorize(
+    gram: NDArray[np.float32], percdamp: float, order: NDArray[np.intp]
+) -> tuple[Float, NDArray[np.float32]] | None:
+    """What the sweep needs of H̃⁻¹ with its rows taken in `order`: feedback [K, K] and importance [K].
+
+    Entry (j, i), i < j, of the feedback is `U_ij / U_ii` (what lies above its diagonal means nothing); importance is
+    `1 / U_ii²`, what an error of row i costs after all later rows have made up for it as well as they can.
+
+    H̃⁻¹ is never formed: with rows and columns reversed, the lower Cholesky factor of H̃ is U⁻¹ read backwards, and
+    inverting a triangle takes half the work of inverting H̃ and factoring that.
+
+    None when no damping makes H̃ positive definite.
+    """
+    from scipy.linalg import lapack
+
+    k = len(gram)
+    dtype = np.float64 if k <= FACTOR_EXACTLY else np.float32
+    potrf, trtri = (lapack.dpotrf, lapack.dtrtri) if dtype is np.float64 else (lapack.spotrf, lapack.strtri)
+    backwards = order[::-1]
+    for attempt in range(DAMP_RAISES + 1):
+        reversed_gram = gram[np.ix_(backwards, backwards)].astype(dtype, copy=False)
+        diagonal = np.einsum("kk->k", reversed_gram)  # a view
+        diagonal[diagonal == 0] = 1
+        damp = percdamp * 10**attempt * diagonal.mean()
+        diagonal += damp
+        # LAPACK reads columns where numpy reads rows; the matrix being symmetric, its transpose is as good.
+        lower, failed = potrf(reversed_gram.T, lower=1, clean=0, overwrite_a=1)
+        if not failed:
+            inverse, failed = trtri(lower, lower=1, overwrite_c=1)
+        pivots = inverse.diagonal()[::-1].astype(np.float64)
+        if not failed and np.isfinite(pivots).all():
+            return np.divide(inverse.T[::-1, ::-1], pivots.astype(dtype)), (1 / pivots**2).astype(np.float32)
+        logger.info("gptq: the Gram matrix of %d inputs is not positive definite with %g added", k, damp)
+    return None

@@ -1,0 +1,111 @@
+"""What a solver needs to know about a weight's inputs: sums over calibration tokens, never the tokens themselves.
+
+One loss drives every solver: for an error ΔW [K, N] of the weight and inputs X [T, K], `‖X·ΔW‖² = Σ ΔW ∘ (H·ΔW)` with
+the Gram matrix `H = XᵀX` [K, K]. H knows nothing of bits, groups or schemes: one calibration serves them all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+
+CHUNK = 1 << 21  # elements widened or rectified at a time: 8 MB of float32
+ERROR_COLUMNS = 1024
+
+
+class Stats:
+    """Statistics of the inputs of one tap, weighted by token: how they were cut into batches leaves no trace.
+
+    Attributes:
+        abs_mean: float64 [K], mean of |x| over tokens.
+        abs_max: float32 [K].
+        tokens: how many.
+    """
+
+    def __init__(self, gram: F32, abs_mean: NDArray[Any], abs_max: F32, tokens: int):
+        # Column order is what ssyrk adds to in place; of a symmetric matrix it is the same matrix.
+        self._gram: F32 = np.array(gram, np.float32, order="F")
+        self._mirrored = True
+        self.abs_mean: F64 = np.array(abs_mean, np.float64)
+        self.abs_max: F32 = np.array(abs_max, np.float32)
+        self.tokens = int(tokens)
+
+    @classmethod
+    def empty(cls, k: int) -> Stats:
+        """No tokens yet, `k` input channels."""
+        return cls(np.zeros((k, k), np.float32, order="F"), np.zeros(k), np.zeros(k, np.float32), 0)
+
+    @property
+    def gram(self) -> F32:
+        """`Σ x·xᵀ` over tokens, float32 [K, K]. Not a copy: later updates change it."""
+        if not self._mirrored:
+            _mirror(self._gram)
+            self._mirrored = True
+        return self._gram
+
+    def update(self, x: NDArray[Any]) -> None:
+        """Adds the tokens of `x [..., K]`, any float dtype.
+
+        Raises:
+            FloatingPointError: x is NaN or infinite, or too large for its square to be held in float32;
+                the statistics are then of no further use.
+        """
+        from scipy.linalg.blas import ssyrk
+
+        x = np.asarray(x).reshape(-1, len(self.abs_max))
+        step = max(1, CHUNK // max(1, x.shape[1]))
+        for start in range(0, len(x), step):
+            with np.errstate(over="ignore", invalid="ignore"):  # looked at just below
+                chunk = np.ascontiguousarray(x[start : start + step], np.float32)
+                size = np.abs(chunk)
+                largest = size.max(axis=0)
+                if not np.isfinite(largest).all():
+                    raise FloatingPointError("the activations contain NaN or Inf")
+                self.abs_max = np.maximum(self.abs_max, largest)
+                self.tokens += len(chunk)
+                self.abs_mean += (size.sum(axis=0, dtype=np.float64) - len(chunk) * self.abs_mean) / self.tokens
+                # chunk.T is column-ordered, so x·xᵀ is added to the upper triangle without a copy of either.
+                self._gram = ssyrk(1.0, chunk.T, beta=1.0, c=self._gram, overwrite_c=1)
+            self._mirrored = False
+            if not np.isfinite(self._gram.diagonal()).all():
+                raise FloatingPointError("the activations are too large: their squares overflow float32")
+
+    def merge(self, other: Stats) -> Stats:
+        """Statistics of the tokens of both."""
+        tokens = self.tokens + other.tokens
+        share = other.tokens / max(1, tokens)
+        return Stats(
+            self.gram + other.gram,
+            self.abs_mean + share * (other.abs_mean - self.abs_mean),
+            np.maximum(self.abs_max, other.abs_max),
+            tokens,
+        )
+
+
+def _mirror(gram: F32, block: int = 256) -> None:
+    """Copies the upper triangle over the lower one in place, block by block so that both stay in cache."""
+    for i in range(0, len(gram), block):
+        rows = slice(i, i + block)
+        corner = np.triu(gram[rows, rows])
+        gram[rows, rows] = corner + np.triu(corner, 1).T
+        for j in range(i + block, len(gram), block):
+            gram[j : j + block, rows] = gram[rows, j : j + block].T
+
+
+def column_errors(delta: F32, gram: F32) -> F64:
+    """`Σ_k Δ_kn (H·Δ)_kn` of each output channel, [N]; delta [K, N], gram [K, K]. Their sum is `output_error`."""
+    out = np.empty(delta.shape[1])
+    for start in range(0, len(out), ERROR_COLUMNS):  # H·Δ is never held whole
+        part = delta[:, start : start + ERROR_COLUMNS]
+        out[start : start + ERROR_COLUMNS] = np.einsum("kn,kn->n", part, gram @ part, dtype=np.float64)
+    return np.maximum(out, 0)  # a square; rounding may leave a hair below
+
+
+def output_error(delta: F32, gram: F32) -> float:
+    """`‖X·Δ‖² = Σ Δ ∘ (H·Δ)`, the squared error of the output over all calibration tokens (delta [K, N])."""
+    return float(column_errors(delta, gram).sum())
