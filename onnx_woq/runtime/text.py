@@ -1,0 +1,238 @@
+"""Text to token ids, without torch or transformers."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnx_woq.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[str, bool], list[int]]
+"""`encode(text, special)`: ids, with the special tokens of a whole document or without."""
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_BAD_ID = 2**32 - 1  # what onnxruntime-extensions returns for a token it has no id for
+_PROBE = "It’s 1,234 words:\n\n  don't “stop”; naïve café, 北京 и Москва – def f(x): return x**2 😀 <tag>"
+_PROBE_LENGTH = 4000  # characters of the user's text that two tokenizers are compared on
+_AGREEMENT = 0.99  # share of their tokens that has to be equal
+_NO_LIMIT = 1 << 24  # tokens; a larger model_max_length means "not known"
+_CHARACTERS_PER_TOKEN = 8  # more than natural text has
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer and what its folder says about the model's longest sequence.
+
+    Attributes:
+        encode: text to ids.
+        folder: where it was found.
+        longest: tokens the model takes at most, None when nothing says so.
+    """
+
+    encode: Encode
+    folder: Path
+    longest: int | None
+
+    def closes(self) -> bool:
+        """Whether a document ends on a special token, such as BERT's [SEP]."""
+        plain, whole = self.encode("a", False), self.encode("a", True)
+        return len(whole) > len(plain) and whole[-1:] != plain[-1:]
+
+
+def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vocabulary: int | None) -> Tokenizer:
+    """The tokenizer in the folder `tokenizer`, or else beside the model or one folder up.
+
+    onnxruntime-extensions is asked first, as it reads most formats. It can be wrong without an error, so its ids must
+    lie in the vocabulary and agree with the `tokenizers` library on a stretch of `text` (where there is no
+    tokenizer.json, decode to it again); if not, the `tokenizers` library does the work.
+
+    Args:
+        tokenizer: a folder, or a file in one.
+        model_dir: the model's folder.
+        text: some of the user's text.
+        vocabulary: how many ids the model knows, None if that is not known.
+
+    Raises:
+        DataError: there is no usable tokenizer.
+    """
+    folder = _folder(tokenizer, model_dir)
+    probe = text[:_PROBE_LENGTH] + _PROBE
+    reference, problem = _huggingface(folder)
+    fast, decode, fast_problem = _extensions(folder)
+    if fast is not None:
+        fast_problem = _mistrust(fast, decode, reference, probe, vocabulary)
+    encode = fast if not fast_problem else reference
+    if encode is None:
+        raise DataError(
+            f"the tokenizer in {folder} cannot be used: onnxruntime-extensions: {fast_problem}; tokenizers: {problem}. "
+            "Give the folder of the model's own tokenizer.json with --tokenizer, or token ids as .npz or dictionaries"
+        )
+    if fast_problem:
+        logger.debug("onnxruntime-extensions is not used for %s: %s", folder, fast_problem)
+    if worst := _outside(encode(probe, False), vocabulary):
+        raise DataError(
+            f"the tokenizer in {folder} gives id {worst}, but the model knows {vocabulary} tokens: "
+            "name the model's own tokenizer with --tokenizer"
+        )
+    folders = [folder] + ([model_dir] if model_dir and model_dir != folder else [])
+    return Tokenizer(encode, folder, _longest(folders))
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        DataError: it is empty, not text or cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or use .npz for arrays") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    if not text.strip():
+        raise DataError(f"{path} is empty: give a file with text")
+    return text
+
+
+def read_records(path: Path) -> Iterator[str]:
+    """The text of each record of a .jsonl file: its field "text", or the only field that is a string.
+
+    Raises:
+        DataError: a line is not JSON or has no such field.
+    """
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record: Any = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path} line {number} is not JSON ({error}): each line must be one record") from error
+        fields = {"text": record} if isinstance(record, str) else record if isinstance(record, dict) else {}
+        strings = [value for value in fields.values() if isinstance(value, str)]
+        text = fields.get("text", strings[0] if len(strings) == 1 else None)
+        if not isinstance(text, str):
+            raise DataError(f'{path} line {number} has no field "text" and not exactly one other string field')
+        yield text
+
+
+def stream_rows(text: str, encode: Encode, rows: int, length: int) -> list[list[int]]:
+    """The text as one stream of tokens, cut into at most `rows` rows of `length`; a short text is one short row."""
+    needed = rows * length
+    ids = encode(text[: needed * _CHARACTERS_PER_TOKEN], False)
+    if len(ids) < needed < len(text):
+        ids = encode(text, False)
+    cut = [ids[start : start + length] for start in range(0, min(len(ids), needed), length)]
+    return cut[:1] + [row for row in cut[1:] if len(row) == length]
+
+
+def _folder(tokenizer: Path | None, model_dir: Path | None) -> Path:
+    if tokenizer is not None:
+        folder = tokenizer.parent if tokenizer.is_file() else tokenizer
+        if any((folder / name).is_file() for name in _FILES):
+            return folder
+        raise DataError(f"there is no tokenizer in {folder}: it should hold tokenizer.json or tokenizer_config.json")
+    candidates = [] if model_dir is None else [model_dir, model_dir.absolute().parent]
+    for folder in candidates:
+        if any((folder / name).is_file() for name in _FILES[:3]):
+            return folder
+    where = f" beside the model in {model_dir}" if model_dir else ""
+    raise DataError(
+        f"text needs a tokenizer, and there is none{where}: name the folder of its tokenizer.json with --tokenizer, "
+        "or give token ids as .npz or dictionaries"
+    )
+
+
+def _huggingface(folder: Path) -> tuple[Encode | None, str]:
+    """The encoder of tokenizer.json by the `tokenizers` library, or the reason why there is none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return None, "there is no tokenizer.json"
+    try:
+        from tokenizers import Tokenizer as HuggingFace
+    except ImportError:
+        return None, "not installed (pip install tokenizers)"
+    try:
+        tokenizer = HuggingFace.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        return None, str(error)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return lambda text, special: list(tokenizer.encode(text, add_special_tokens=special).ids), ""
+
+
+def _extensions(folder: Path) -> tuple[Encode | None, Callable[[list[int]], str] | None, str]:
+    """The encoder and decoder by onnxruntime-extensions, or the reason why there are none."""
+    try:
+        from onnxruntime_extensions.pp_api import Tokenizer as Extensions
+    except ImportError:
+        return None, None, "not installed (pip install onnxruntime-extensions)"
+    try:
+        plain = Extensions(str(folder), {"add_special_tokens": False})
+        whole = Extensions(str(folder))
+        plain.tokenize("a")
+    except Exception as error:  # the library raises bare RuntimeError and others
+        return None, None, " ".join(str(error).split())
+
+    def decode(ids: list[int]) -> str:
+        text = plain.detokenize(ids)
+        return text if isinstance(text, str) else "".join(text)
+
+    return lambda text, special: [int(i) for i in (whole if special else plain).tokenize(text)], decode, ""
+
+
+def _mistrust(
+    fast: Encode, decode: Callable[[list[int]], str] | None, reference: Encode | None, text: str, vocabulary: int | None
+) -> str:
+    """Why the ids of `fast` for `text` must not be believed; "" if they may."""
+    try:
+        for special in (False, True):
+            ids = fast(text, special)
+            if worst := _outside(ids, vocabulary):
+                return f"it gives the id {worst}"
+            if reference and _overlap(ids, reference(text, special)) < _AGREEMENT:
+                return "it disagrees with the tokenizers library"
+        if reference is None and decode and _overlap(_letters(decode(fast(text, False))), _letters(text)) < _AGREEMENT:
+            return "its ids do not decode to the text they were made from"
+    except Exception as error:  # whatever the library raises, it is not to be used
+        return str(error)
+    return ""
+
+
+def _outside(ids: list[int], vocabulary: int | None) -> int | None:
+    """The largest id if it is none of the model's."""
+    worst = max(ids, default=0)
+    return worst if worst == _BAD_ID or (vocabulary is not None and worst >= vocabulary) else None
+
+
+def _overlap(a: Sequence[int | str], b: Sequence[int | str]) -> float:
+    """The share of tokens or letters that two sequences have in common, whatever their places."""
+    return sum((Counter(a) & Counter(b)).values()) / max(len(a), len(b), 1)
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _longest(folders: list[Path]) -> int | None:
+    """Tokens the model takes at most, by tokenizer_config.json and config.json."""
+    found = []
+    for folder in folders:
+        for file, names in (
+            ("tokenizer_config.json", ("model_max_length",)),
+            ("config.json", ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")),
+        ):
+            try:
+                content = json.loads((folder / file).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                continue
+            values = [content.get(name) for name in names] if isinstance(content, dict) else []
+            found += [int(v) for v in values if isinstance(v, (int, float)) and 0 < v < _NO_LIMIT]
+    return min(found, default=None)

@@ -1,0 +1,317 @@
+"""Statistics are those of the activations themselves, whatever the windows, the padding and the edits on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from builders import BOOL, graph, node, random, rtn, run, value, write
+
+from onnx_woq.errors import DataError
+from onnx_woq.graph.expose import expose
+from onnx_woq.graph.lower.matmulnbits import lower_tap
+from onnx_woq.graph.model import load
+from onnx_woq.graph.taps import find_taps
+from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.runtime import replay as replay_module
+from onnx_woq.runtime.calibrate import estimate_bytes, walk, windows
+
+from .models import WEIGHTS, K, chain, chain_inputs, language_model
+
+RAGGED = [{"x": random(1, t, K, seed=t)} for t in (5, 9, 1, 12)]
+
+
+@pytest.fixture
+def chained(tmp_path):
+    model = load(chain(tmp_path / "m.onnx"))
+    return model, find_taps(model, Recipe())[0]
+
+
+def flat(arrays):
+    return np.concatenate([a.reshape(-1, a.shape[-1]) for a in arrays]).astype(np.float64)
+
+
+def same(stats, x, rtol=1e-4):
+    """Whether statistics are those of the tokens `x [T, K]`."""
+    assert stats.tokens == len(x)
+    np.testing.assert_allclose(stats.gram, x.T @ x, rtol=rtol, atol=rtol * np.abs(x.T @ x).max())
+    np.testing.assert_allclose(stats.abs_mean, np.abs(x).mean(0), rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(stats.abs_max, np.abs(x).max(0), rtol=rtol, atol=rtol)
+
+
+def test_equal_to_numpy_on_ragged_samples(chained):
+    model, taps = chained
+    collected = list(walk(model, taps, RAGGED))
+    assert [tap for tap, _ in collected] == taps
+    for tap, stats in collected:
+        same(stats, flat(chain_inputs(feed["x"])[tap.sites[0].weight_name] for feed in RAGGED))
+
+
+def test_a_weight_used_twice_sums_both_inputs(tmp_path):
+    nodes = [
+        node("MatMul", ["x", "W"], ["h"]),
+        node("Tanh", ["h"], ["t"]),
+        node("MatMul", ["t", "W"], ["y"]),
+    ]
+    w = random(K, K) / 6
+    main = graph(nodes, [value("x", ("b", "t", K))], [value("y", ("b", "t", K))], {"W": w})
+    model = load(write(tmp_path / "m.onnx", main))
+    taps, _ = find_taps(model, Recipe())
+    assert len(taps) == 1
+    assert len(taps[0].values) == 2
+    for sequential in (False, True):
+        ((_, stats),) = walk(model, taps, RAGGED, sequential=sequential)
+        same(stats, flat([*(f["x"] for f in RAGGED), *(np.tanh(f["x"] @ w) for f in RAGGED)]))
+
+
+def test_taps_with_one_input_and_two_specs_get_the_same_statistics(tmp_path):
+    nodes = [node("MatMul", ["x", "A"], ["a"], name="a"), node("MatMul", ["x", "B"], ["b"], name="b")]
+    weights = {"A": random(K, 20), "B": random(K, 24)}
+    outputs = [value("a", ("b", "t", 20)), value("b", ("b", "t", 24))]
+    model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("b", "t", K))], outputs, weights)))
+    taps, _ = find_taps(model, Recipe(overrides={"^b$": Spec(bits=8)}))
+    (_, first), (_, second) = walk(model, taps, RAGGED)
+    same(first, flat(f["x"] for f in RAGGED))
+    assert np.array_equal(first.gram, second.gram)
+
+
+@pytest.mark.parametrize("kind", ["b t k", "flattened"])
+def test_padded_tokens_do_not_count(kind, tmp_path):
+    ids = np.arange(24).reshape(2, 12)
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+    mask[1, 9:] = 0
+    nodes = [node("Gather", ["table", "input_ids"], ["h0"]), node("Cast", ["attention_mask"], ["unused"], to=1)]
+    if kind == "flattened":
+        nodes.append(node("Reshape", ["h0", "shape"], ["h"]))
+    else:
+        nodes.append(node("Identity", ["h0"], ["h"]))
+    nodes.append(node("MatMul", ["h", "W"], ["y"]))
+    weights = {"table": random(64, K), "W": random(K, 20), "shape": np.array([-1, K], np.int64)}
+    inputs = [value(name, ("b", "t"), 7) for name in ("input_ids", "attention_mask")]
+    model = load(write(tmp_path / "m.onnx", graph(nodes, inputs, [value("y"), value("unused")], weights)))
+    taps, _ = find_taps(model, Recipe())
+    ((_, stats),) = walk(model, taps, [{"input_ids": ids, "attention_mask": mask}])
+    same(stats, flat([random(64, K)[ids[mask == 1]]]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "store"),
+    [
+        (np.float32, "memory"),
+        (np.float32, "disk"),
+        (np.float32, "nothing"),
+        (np.float16, "memory"),
+        (np.float16, "disk"),
+    ],
+)
+def test_windows_leave_no_trace(store, dtype, tmp_path, monkeypatch):
+    """Bit for bit the same statistics from one window as from one window per tap."""
+    model = load(chain(tmp_path / "m.onnx", dtype))
+    taps, _ = find_taps(model, Recipe())
+    batches = [{"x": f["x"].astype(dtype)} for f in RAGGED]
+    whole = list(walk(model, taps, batches))
+    monkeypatch.setattr(replay_module.Replay, "_mode", lambda self, first: store)
+    monkeypatch.setattr(replay_module, "_SMALL_BYTES", 1)
+    for budget in (0, 2 * estimate_bytes(taps[:2], batches)):
+        assert len(windows(taps, batches, budget)) > 1
+        for (_, one), (_, other) in zip(whole, walk(model, taps, batches, memory_budget=budget), strict=True):
+            assert np.array_equal(one.gram, other.gram)
+            assert np.array_equal(one.abs_mean, other.abs_mean)
+            assert np.array_equal(one.abs_max, other.abs_max)
+            assert one.tokens == other.tokens
+
+
+def test_windows_cover_all_taps_in_order(chained):
+    _, taps = chained
+    for budget in (0, 1, 50_000, 1 << 30):
+        split = windows(taps, RAGGED, budget)
+        assert [tap for window in split for tap in window] == taps
+        assert all(split)
+    assert len(windows(taps, RAGGED, 0)) == len(taps)
+    assert len(windows(taps, RAGGED, 1 << 30)) == 1
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_every_product_is_run_once(sequential, chained, monkeypatch):
+    """Parts start where the last one ended, and nothing behind the last tap is run."""
+    model, taps = chained
+    run_nodes = []
+    make = replay_module.make_session
+    monkeypatch.setattr(
+        replay_module,
+        "make_session",
+        lambda part, **options: run_nodes.extend(n.op_type for n in part.ir.graph) or make(part, **options),
+    )
+    list(walk(model, taps, RAGGED, memory_budget=4 * estimate_bytes(taps[:1], RAGGED), sequential=sequential))
+    assert run_nodes.count("MatMul") == 4, "a, b, c and d, but not the head"
+
+
+def test_large_hidden_states_go_to_disk_or_are_computed_again(chained, monkeypatch):
+    model, taps = chained
+    replay = replay_module.Replay(RAGGED, budget=1000)
+    assert replay._mode(100) == "memory"
+    assert replay._mode(1000) == "disk"
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(replay_module.shutil, "disk_usage", lambda _: usage)
+    assert replay._mode(1000) == "nothing"
+
+
+def test_non_sequential_statistics_are_of_the_model_when_walk_was_called(chained):
+    model, taps = chained
+    expected = {tap.name: stats.gram.copy() for tap, stats in walk(model, taps, RAGGED)}
+    walking = walk(model, taps, RAGGED, memory_budget=0)
+    for value in model.ir.graph.initializers.values():
+        value.const_value = ir.Tensor(value.const_value.numpy() * 3, name=value.name)
+    for tap, stats in walking:
+        assert np.array_equal(stats.gram, expected[tap.name])
+
+
+def test_sequential_equals_a_computation_by_hand(chained):
+    """Each tap sees the earlier ones quantized."""
+    model, taps = chained
+    weights = dict(WEIGHTS)
+    for tap, stats in walk(model, taps, RAGGED, sequential=True):
+        name = tap.sites[0].weight_name
+        same(stats, flat(chain_inputs(feed["x"], weights)[name] for feed in RAGGED))
+        q = rtn(tap)
+        lower_tap(model, tap, q, accuracy_level=0)
+        weights[name] = q.dequantize()
+    assert np.abs(weights["D"] - WEIGHTS["D"]).max() > 0.01, "the edits were noticeable"
+
+
+def scale(model, constant, factor):
+    held = model.ir.graph.initializers[constant]
+    held.const_value = ir.Tensor(np.ascontiguousarray(held.const_value.numpy() * factor), name=constant)
+
+
+def edits():
+    """Edits a consumer could make after it was given each tap, as (constant, factor)."""
+    yield "weights", lambda model, tap: scale(model, tap.sites[0].weight_name, 1.1)
+    yield "norm before", lambda model, tap: scale(model, "g2" if tap.sites[0].weight_name in "CD" else "g1", 0.9)
+    yield "linear before", lambda model, tap: scale(model, {"B": "A", "D": "C"}.get(tap.sites[0].weight_name, "E"), 0.8)
+    yield "the very first", lambda model, tap: scale(model, "A", 1.2)
+
+
+@pytest.mark.parametrize("edit", dict(edits()))
+@pytest.mark.parametrize("budget", [0, 2 << 30])
+def test_sequential_statistics_are_of_the_model_as_it_is(edit, budget, chained):
+    """Whatever was edited, also far above the tap: the oracle runs the whole edited model."""
+    model, taps = chained
+    for tap, stats in walk(model, taps, RAGGED, sequential=True, memory_budget=budget):
+        whole, names = expose(model, tap.values)
+        fetched = [run(whole, feed, [names[tap.values[0]]])[0] for feed in RAGGED]
+        same(stats, flat(fetched), rtol=1e-5)
+        dict(edits())[edit](model, tap)
+
+
+def test_an_edit_that_reaches_a_tap_of_the_same_part(tmp_path):
+    """Two taps that do not depend on each other, until an edit for the first touches the second's norm."""
+    nodes = [
+        node("Mul", ["x", "g"], ["n"]),
+        node("Tanh", ["x"], ["t"]),
+        node("MatMul", ["t", "A"], ["a"]),
+        node("MatMul", ["n", "B"], ["b"]),
+    ]
+    weights = {"g": np.ones(K, np.float32), "A": random(K, K), "B": random(K, K)}
+    outputs = [value("a", ("b", "t", K)), value("b", ("b", "t", K))]
+    model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("b", "t", K))], outputs, weights)))
+    taps, _ = find_taps(model, Recipe())
+    walking = walk(model, taps, RAGGED, sequential=True)
+    next(walking)
+    scale(model, "g", 2)
+    _, stats = next(walking)
+    same(stats, 2 * flat(f["x"] for f in RAGGED))
+    assert next(walking, None) is None
+
+
+def test_taps_in_the_branches_of_an_if(tmp_path):
+    def branch(name, weight):
+        nodes = [node("Tanh", ["h"], [f"{name}_t"]), node("MatMul", [f"{name}_t", weight], [f"{name}_out"])]
+        return graph(nodes, [], [value(f"{name}_out", ("b", "t", K))], name=name)
+
+    nodes = [
+        node("MatMul", ["x", "W"], ["h"]),
+        node("If", ["flag"], ["i"], then_branch=branch("then", "A"), else_branch=branch("other", "B")),
+        node("MatMul", ["i", "C"], ["y"]),
+    ]
+    weights = {name: random(K, K, seed=i) / 6 for i, name in enumerate("WABC")}
+    inputs = [value("flag", (), BOOL), value("x", ("b", "t", K))]
+    model = load(write(tmp_path / "m.onnx", graph(nodes, inputs, [value("y", ("b", "t", K))], weights)))
+    taps, _ = find_taps(model, Recipe())
+    batches = [feed | {"flag": np.array(i % 2 == 0)} for i, feed in enumerate(RAGGED)]
+    for options in ({}, {"memory_budget": 0}, {"sequential": True}):
+        grams = {tap.sites[0].weight_name: stats for tap, stats in walk(model, taps, batches, **options)}
+        h = [feed["x"] @ weights["W"] for feed in batches]
+        same(grams["A"], flat(np.tanh(one) for one in h[::2]))
+        same(grams["B"], flat(np.tanh(one) for one in h[1::2]))
+        used = [np.tanh(one) @ weights["AB"[i % 2]] for i, one in enumerate(h)]
+        same(grams["C"], flat(used))
+
+
+def test_a_tap_that_no_sample_reaches(tmp_path, caplog):
+    inner = [node("Tanh", ["x"], ["t"]), node("MatMul", ["t", "A"], ["a"])]
+    body = graph(inner, [], [value("a", ("t", K))], name="then")
+    other = graph([node("Identity", ["x"], ["o"])], [], [value("o", ("t", K))], name="other")
+    main = graph(
+        [node("If", ["flag"], ["y"], then_branch=body, else_branch=other)],
+        [value("flag", (), BOOL), value("x", ("t", K))],
+        [value("y", ("t", K))],
+        {"A": random(K, K)},
+    )
+    model = load(write(tmp_path / "m.onnx", main))
+    taps, _ = find_taps(model, Recipe())
+    ((_, stats),) = walk(model, taps, [{"flag": np.array(False), "x": random(3, K)}])
+    assert stats.tokens == 0
+    assert "no sample reaches" in caplog.text
+
+
+def test_nan_names_the_tensor_and_the_sample(tmp_path):
+    nodes = [node("MatMul", ["x", "A"], ["a"]), node("Log", ["a"], ["logs"]), node("MatMul", ["logs", "B"], ["y"])]
+    main = graph(
+        nodes, [value("x", ("t", K))], [value("y", ("t", K))], {"A": np.eye(K, dtype=np.float32), "B": random(K, K)}
+    )
+    model = load(write(tmp_path / "m.onnx", main))
+    taps, _ = find_taps(model, Recipe())
+    good = np.ones((3, K), np.float32)
+    with pytest.raises(DataError, match=r"logs.*sample 2"):
+        list(walk(model, taps, [{"x": good}, {"x": -good}, {"x": good}]))
+
+
+def test_no_samples(chained):
+    model, taps = chained
+    with pytest.raises(DataError, match="at least one sample"):
+        walk(model, taps, [])
+
+
+def test_a_sample_the_model_cannot_run(tmp_path):
+    model = load(language_model(tmp_path / "m.onnx"))
+    taps, _ = find_taps(model, Recipe())
+    ids = np.array([[1, 2, 99]])
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids * 0}
+    with pytest.raises(DataError, match=r"sample 1 .*input_ids"):
+        list(walk(model, taps, [feed | {"past_key_values.0.key": np.zeros((1, 1, 0, K), np.float32)}]))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_progress_only_grows_and_ends_at_its_total(sequential, chained):
+    model, taps = chained
+    seen = []
+    for tap, _ in walk(
+        model, taps, RAGGED, memory_budget=0, sequential=sequential, progress=lambda *step: seen.append(step)
+    ):
+        if sequential:
+            lower_tap(model, tap, rtn(tap), accuracy_level=0)
+    assert len({total for _, total in seen}) == 1
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] == len(taps) * len(RAGGED)
+
+
+def test_the_head_of_the_model_is_not_run(tmp_path):
+    """Behind the last tap anything may happen; here it would fail."""
+    nodes = [node("MatMul", ["x", "A"], ["a"]), node("Reshape", ["a", "wrong"], ["y"])]
+    weights = {"A": random(K, K), "wrong": np.array([7, 11], np.int64)}
+    model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("t", K))], [value("y")], weights)))
+    taps, _ = find_taps(model, Recipe())
+    ((_, stats),) = walk(model, taps, [{"x": random(5, K)}])
+    assert stats.tokens == 5
