@@ -92,13 +92,15 @@ def resolve(value: ir.Value | None) -> Constant | None:
     return None
 
 
-def _constant(root: ir.Value, tensor: ir.TensorProtocol, backwards: list[tuple[str, Any]]) -> Constant:
+def _constant(root: ir.Value, tensor: ir.TensorProtocol, backwards: list[tuple[str, Any]]) -> Constant | None:
     shape = tuple(int(d) for d in tensor.shape.numpy())
     dtype = tensor.dtype
     steps: list[tuple[str, Any]] = []
     for op, argument in reversed(backwards):
         if op == "Transpose":
             argument = argument or tuple(reversed(range(len(shape))))
+            if sorted(argument) != list(range(len(shape))):
+                return None  # an invalid node, for the runtime to complain about
             shape = tuple(shape[axis] for axis in argument)
             if steps and steps[-1] == (op, argument) and len(shape) == 2:
                 steps.pop()  # there and back again

@@ -107,7 +107,12 @@ def placed(tensor: ir.ExternalTensor, target: Path, folder: Path) -> ir.External
     """
     status = target.stat()
     dims = tensor.shape.numpy()
-    size, offset = tensor.nbytes, tensor.offset or 0
+    try:
+        size, offset = tensor.nbytes, tensor.offset or 0
+    except TypeError as error:  # strings, and types that do not exist, have no size
+        raise ModelError(
+            f"tensor {tensor.name!r} has a type that cannot be stored in {target}: export it again"
+        ) from error
     if any(d < 0 for d in dims) or offset < 0 or tensor.length not in (None, 0, size):
         raise ModelError(
             f"tensor {tensor.name!r} with dimensions {list(dims)} needs {size} bytes, but the model says offset "

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 OPSETS = range(13, 26)
 MEMORY = "in memory"  # where `serialize` says that the tensors of `memory_tensors` lie
 
+_READ_CLOSELY = {"MatMul", "Gemm", "Cast", "Transpose", "Identity"}  # their inputs and attributes are relied upon
 _LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
 _LOW_BIT_TYPES = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.FLOAT4E2M1}
 
@@ -60,6 +61,7 @@ def load(path: str | Path) -> Model:
     real = files.real_path(named)
     proto = _read(named, real)
     _check_opset(named, proto)
+    _check_nodes(named, proto)
     model = Model(_to_ir(named, proto), real)
     LiftConstantsToInitializersPass(size_limit=LARGE // 16)(model.ir)  # 16 bytes: the largest element
     model.files = _place_tensors(model.ir, named, real)
@@ -151,7 +153,7 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
 
 
 def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
-    version = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    version = _default_version(proto)
     if version is None:
         raise ModelError(f"{named} does not say which version of the ONNX operators it uses: export it again")
     if version < OPSETS[0]:
@@ -161,6 +163,27 @@ def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
         )
     if version > OPSETS[-1]:
         raise ModelError(f"{named} uses opset {version}, newer than {OPSETS[-1]}: export it with opset {OPSETS[-1]}")
+
+
+def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
+    """Refuses nodes without the inputs and attributes that the rest of this package takes for granted."""
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = proto.ir_version
+    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    context.opset_imports = {o.domain: o.version for o in proto.opset_import} | {"": _default_version(proto) or 0}
+    while pending:
+        node = pending.pop()
+        pending += [inner for attribute in node.attribute for inner in attribute.g.node]
+        if node.op_type not in _READ_CLOSELY or node.domain not in ("", "ai.onnx"):
+            continue
+        try:
+            onnx.checker.check_node(node, context)
+        except (onnx.checker.ValidationError, ValueError) as error:  # ValueError: a message that is not UTF-8
+            raise ModelError(f"{named} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
+
+
+def _default_version(proto: onnx.ModelProto) -> int | None:
+    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
 
 
 def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
@@ -225,6 +248,8 @@ def _place_tensors(model: ir.Model, named: Path, real: Path) -> tuple[Path, ...]
 def _check_embedded(named: Path, tensor: ir.TensorProtocol) -> None:
     """Refuses a tensor whose data is missing before anything allocates what its dimensions claim."""
     proto = getattr(tensor, "raw", None)
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise ModelError(f"{named}: tensor {tensor.name!r} has no type: the model is damaged, fetch it again")
     if not isinstance(proto, onnx.TensorProto) or tensor.nbytes <= LARGE:
         return
     if any(d < 0 for d in proto.dims) or proto.ByteSize() < tensor.nbytes // 4:  # varints take a byte per element

@@ -118,6 +118,46 @@ def test_an_embedded_tensor_of_the_wrong_size(tmp_path):
     assert "damaged" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "message"),
+    [
+        ([node("MatMul", ["x"], ["y"])], "input size"),
+        ([node("Gemm", ["x", "W"], ["y"], transB=1.0)], "transB"),
+        ([node("Cast", ["W"], ["w"]), node("MatMul", ["x", "w"], ["y"])], "Required attribute 'to'"),
+        ([node("If", ["f"], ["y"], then_branch=graph([node("MatMul", ["x"], ["z"])], [], [value("z")]))], "input size"),
+    ],
+)
+def test_malformed_nodes(tmp_path, nodes, message):
+    inputs = [value("x", (3, 40)), value("f", (), BOOL)]
+    assert message in refusal(write(tmp_path / "m.onnx", graph(nodes, inputs, [value("y")], {"W": W})))
+
+
+def test_a_transpose_that_is_no_permutation(tmp_path):
+    nodes = [node("Transpose", ["W"], ["w"], perm=[0, 5]), node("MatMul", ["x", "w"], ["y"])]
+    path = write(tmp_path / "m.onnx", graph(nodes, [value("x", (3, 40))], [value("y")], {"W": W}))
+    _, (skipped,) = find_taps(load(path), Recipe())
+    assert skipped.reason == "both inputs are computed"
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_damaged_files_are_read_or_refused_by_name(tmp_path, external):
+    """Whatever a few changed bytes do, no other exception comes out."""
+    data = linear(tmp_path / "m.onnx", random(20, 9), external=external, name="a").read_bytes()
+    random_bytes = np.random.default_rng(0)
+    damaged, refused = tmp_path / "damaged.onnx", 0
+    for _ in range(300):
+        changed = bytearray(data)
+        for place in random_bytes.integers(0, len(data), 2):
+            changed[place] = random_bytes.integers(256)
+        damaged.write_bytes(changed)
+        try:
+            for tap in find_taps(load(damaged), Recipe())[0]:
+                tap.weight()
+        except ModelError:
+            refused += 1
+    assert refused > 20
+
+
 def weights(model):
     return [v.const_value for v in model.ir.graph.initializers.values()]
 
