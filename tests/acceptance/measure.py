@@ -161,8 +161,9 @@ def losses(original: Path, quantized: Path, feeds: Feeds) -> dict[str, float]:
 
 
 def sqnr(reference: np.ndarray, other: np.ndarray) -> float:
-    """Signal to noise ratio in dB."""
-    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - other).sum()))
+    """Signal to noise ratio in dB; infinite for equal arrays."""
+    noise = np.square(reference - other).sum()
+    return float(10 * np.log10(np.square(reference).sum() / noise)) if noise else float("inf")
 
 
 def agreement(a: np.ndarray, b: np.ndarray) -> float:

@@ -320,17 +320,16 @@ def test_tuned_models_equal_quantized_ones(lm, lm_data, tmp_path):
 
 
 def test_later_trials_do_not_see_earlier_ones(lm, lm_data, tmp_path):
-    """The files of a long run equal those of single runs, weight for weight (AWQ folds norms: nothing may leak)."""
-    kept: dict[str, dict[str, np.ndarray]] = {}
+    """The file of a configuration is the same byte for byte whether it was tried alone or after others.
 
-    def keep(path: Path) -> float:
-        if recipe := measure.recipe_of(Path(path)):
-            kept[f"{len(kept)}{recipe['method']}"] = {"y": measure.run(Path(path), lm_data[:2])["logits"]}
-        return 1.0
-
-    tune(lm, keep, lm_data, configs=["AWQ_G32ASYM", "RTN_G32ASYM"], objective="best", workdir=tmp_path / "both")
-    tune(lm, keep, lm_data, configs=["RTN_G32ASYM"], workdir=tmp_path / "one")
-    np.testing.assert_array_equal(kept["1rtn"]["y"], kept["2rtn"]["y"])
+    AWQ folds into norms and every trial makes new tensors: neither values nor names may leak.
+    """
+    evaluate = by_recipe(lambda recipe: float(recipe["method"] == "rtn"))
+    for name, configs in (("after", ["AWQ_G32ASYM", "GPTQ_G32ASYM", "RTN_G32ASYM"]), ("alone", ["RTN_G32ASYM"])):
+        result = tune(lm, evaluate, lm_data, configs=configs, workdir=tmp_path / f"{name}.work")
+        result.path.parent.rename(tmp_path / name)
+    assert_same_weights(tmp_path / "after" / "lm.onnx", tmp_path / "alone" / "lm.onnx")
+    assert measure.listing(tmp_path / "after") == measure.listing(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("kind", ["generator", "generator of tuples", "iterator"])
@@ -446,29 +445,39 @@ def tuning_process(
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done.returncode, json.loads(done.stdout) if done.stdout else {}, log.read_text().split()
+    return (
+        done.returncode,
+        json.loads(done.stdout) if done.stdout else {},
+        log.read_text().split() if log.exists() else [],
+    )
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    a, b = measure.decoded(one), measure.decoded(other)
+    assert a.keys() == b.keys()
+    assert all(np.array_equal(a[name], w) for name, w in b.items())
 
 
 def test_a_killed_run_resumes(lm, tmp_path):
-    code, _, seen = tuning_process(lm, tmp_path / "w", tmp_path / "o.onnx", die_at=3)
+    code, _, seen = tuning_process(lm, tmp_path / "w", tmp_path / "o" / "q.onnx", die_at=3)
     assert code == -signal.SIGKILL
     assert seen == ["float", "trial", "trial", "trial"]
-    assert not (tmp_path / "o.onnx").exists()
-    code, resumed, seen = tuning_process(lm, tmp_path / "w", tmp_path / "o.onnx")
+    assert not (tmp_path / "o").exists()
+    code, resumed, seen = tuning_process(lm, tmp_path / "w", tmp_path / "o" / "q.onnx")
     assert code == 0
     assert seen == ["trial"] * 3, "neither the float model nor the two finished trials again"
     assert [trial["resumed"] for trial in resumed["trials"]] == [True, True, False, False, False]
-    _, whole, seen = tuning_process(lm, tmp_path / "x", tmp_path / "p.onnx")
+    _, whole, seen = tuning_process(lm, tmp_path / "x", tmp_path / "p" / "q.onnx")
     assert seen == ["float"] + ["trial"] * 5, whole["trials"]
     for key in ("met", "best", "baseline", "limit", "stopped"):
         assert resumed[key] == whole[key]
     assert [t["metric"] for t in resumed["trials"]] == pytest.approx([t["metric"] for t in whole["trials"]], rel=1e-6)
-    assert measure.digest(tmp_path / "o.onnx") == measure.digest(tmp_path / "p.onnx")
-    _, again, seen = tuning_process(lm, tmp_path / "w", tmp_path / "r.onnx")
+    assert_same_weights(tmp_path / "o" / "q.onnx", tmp_path / "p" / "q.onnx")
+    _, again, seen = tuning_process(lm, tmp_path / "w", tmp_path / "r" / "q.onnx")
     assert seen == []
     assert again["best"] == whole["best"]
-    assert measure.digest(tmp_path / "r.onnx") == measure.digest(tmp_path / "p.onnx")
-    _, _, seen = tuning_process(lm, tmp_path / "w", tmp_path / "s.onnx", seed=5)
+    assert_same_weights(tmp_path / "r" / "q.onnx", tmp_path / "p" / "q.onnx")
+    _, _, seen = tuning_process(lm, tmp_path / "w", tmp_path / "s" / "q.onnx", seed=5)
     assert seen == ["float"] + ["trial"] * 5, "other calibration data: nothing of the old run counts"
 
 
