@@ -235,7 +235,7 @@ def _place_tensors(model: ir.Model, named: Path, real: Path) -> tuple[Path, ...]
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = place(value.const_value)
             elif value.const_value is not None:
-                _check_embedded(named, value.const_value)
+                value.const_value = _unpacked(named, value.const_value)
     for node in all_nodes(model):
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
@@ -245,17 +245,22 @@ def _place_tensors(model: ir.Model, named: Path, real: Path) -> tuple[Path, ...]
     return tuple(dict.fromkeys(targets.values()))
 
 
-def _check_embedded(named: Path, tensor: ir.TensorProtocol) -> None:
-    """Refuses a tensor whose data is missing before anything allocates what its dimensions claim."""
+def _unpacked(named: Path, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor of the structure; a large one (stored as a list of numbers) as one array, which sessions may point at.
+
+    Refuses a tensor whose data is missing before anything allocates what its dimensions claim.
+    """
     proto = getattr(tensor, "raw", None)
     if tensor.dtype == ir.DataType.UNDEFINED:
         raise ModelError(f"{named}: tensor {tensor.name!r} has no type: the model is damaged, fetch it again")
-    if not isinstance(proto, onnx.TensorProto) or tensor.nbytes <= LARGE:
-        return
+    if not isinstance(proto, onnx.TensorProto) or not is_large(tensor):
+        return tensor
     if any(d < 0 for d in proto.dims) or proto.ByteSize() < tensor.nbytes // 4:  # varints take a byte per element
-        raise ModelError(
-            f"{named}: tensor {proto.name!r} of dimensions {list(proto.dims)} has no data: export it again"
-        )
+        raise ModelError(f"{named}: tensor {tensor.name!r} of shape {list(proto.dims)} has no data: export it again")
+    try:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    except Exception as error:  # onnx_ir asserts that type and field belong together
+        raise ModelError(f"{named}: tensor {tensor.name!r} cannot be read ({error}): export it again") from error
 
 
 def _sort(graph: ir.Graph) -> None:

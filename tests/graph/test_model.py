@@ -274,6 +274,15 @@ def test_a_lowered_model_runs_from_memory(tmp_path):
     np.testing.assert_allclose(run(model, {"x": x})[0], x @ q.dequantize(), rtol=1e-3, atol=1e-4)
 
 
+def test_tensors_in_memory_are_one_array_each_that_a_session_may_point_at(tmp_path):
+    tensor = onnx.helper.make_tensor("W", FLOAT, W.shape, W)  # a list of floats, which no file offset can stand for
+    main = graph([node("MatMul", ["x", "W"], ["y"])], [value("x", (3, 40))], [value("y", (3, 9))], {"W": tensor})
+    model = load(write(tmp_path / "m.onnx", main))
+    assert memory_tensors(model)["W"] is memory_tensors(clone(model))["W"]
+    x = random(3, 40)
+    np.testing.assert_allclose(run(model, {"x": x})[0], x @ W, rtol=1e-4)
+
+
 def test_low_bit_nodes(tmp_path):
     path = linear(tmp_path / "m.onnx", W)
     model = load(path)
