@@ -166,14 +166,14 @@ def _collect(
     with _single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
         running: list[Future[None]] = []
         for number, arrays in enumerate(replay.run(model, values, later, keep_used=keep_used)):
-            _finish(running)
+            _finish(running, taps)
             mask = _padding(replay.batches[number])
             running = [
                 pool.submit(_add, stats[names], {name: arrays[name] for name in names}, mask, number) for names in stats
             ]
             del arrays
             report.step()
-        _finish(running)
+        _finish(running, taps)
     for names, one in stats.items():
         if not one.tokens:
             logger.warning("no sample reaches %s: there is nothing to calibrate it on", ", ".join(names))
@@ -186,17 +186,24 @@ def _add(stats: Stats, arrays: dict[str, np.ndarray], mask: np.ndarray | None, n
         try:
             stats.update(_unpadded(array, mask))
         except FloatingPointError as error:
-            raise DataError(
-                f"{error} at {name!r} on sample {number + 1}: check that sample, or the model (evaluate its float form)"
-            ) from error
+            raise _NotFiniteError(f"{error} (value {name!r}, sample {number + 1})") from error
 
 
-def _finish(running: list[Future[None]]) -> None:
-    """Waits for all and raises the error of the first that failed."""
+def _finish(running: list[Future[None]], taps: list[Tap]) -> None:
+    """Waits for all; raises the error of the first that failed, or one that names the weight which is to blame."""
     for future in running:
         future.exception()
     for future in running:
-        future.result()
+        try:
+            future.result()
+        except _NotFiniteError as error:
+            for tap in taps:
+                tap.weight()
+            raise DataError(f"{error}: leave out that sample, or find out what the float model gives for it") from error
+
+
+class _NotFiniteError(Exception):
+    """An activation is NaN or infinite."""
 
 
 def _padding(feed: Feed) -> np.ndarray | None:

@@ -161,19 +161,17 @@ def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
     else:
         raise DataError(f"{path} is in no known format: give {_FORMS}")
     for file in files:
-        try:
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.ndarray):
-                yield str(file), loaded
-                continue
-            with loaded:
-                yield str(file), {name: loaded[name] for name in loaded.files}
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            raise DataError(f"{file} is not a file of plain arrays ({error}): write it with numpy.savez") from error
-        except Exception as error:  # zipfile.BadZipFile, zlib.error: a damaged archive
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{file} is damaged ({error}): write it again with numpy.savez") from error
+        yield str(file), _loaded(file)
+
+
+def _loaded(file: Path) -> Any:
+    """The array in a .npy file, or the dictionary of arrays in a .npz file."""
+    try:
+        with file.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # a damaged archive raises whatever zipfile, zlib and numpy think fit
+        raise DataError(f"{file} is not a file of plain arrays ({error}): write it with numpy.savez") from error
 
 
 def _text(
@@ -196,7 +194,9 @@ def _text(
     text = read_text(path)
     tokens = load_tokenizer(tokenizer, model_dir, text if records is None else "\n".join(records[:100]), ids.limit)
     fixed = ids.shape[1] if ids.shape is not None and len(ids.shape) == 2 else None
-    length = min(seqlen, tokens.longest or seqlen, fixed if isinstance(fixed, int) else seqlen)
+    positions = next((info.limit for info in inputs if info.name == POSITIONS), None)
+    limits = (seqlen, tokens.longest, positions, fixed if isinstance(fixed, int) else None)
+    length = min(limit for limit in limits if limit is not None)
     if length < seqlen:
         logger.warning("samples are cut to %d tokens, the longest that %s takes", length, model_dir or "the model")
     if exact_length and length < seqlen:
@@ -287,6 +287,8 @@ def _typed(value: Any, info: InputInfo, what: str) -> np.ndarray:
         array = array[None]
     if info.shape is not None and array.ndim != len(info.shape):
         raise DataError(f"{what}: {info.name} has shape {list(array.shape)}, the model takes {info}")
+    if not array.size and not info.name.startswith("past"):
+        raise DataError(f"{what}: {info.name} is empty, of shape {list(array.shape)}: leave empty samples out")
     if array.dtype.kind in "iu" and info.dtype.kind in "iu" and array.size:
         limits = np.iinfo(info.dtype)
         if int(array.min()) < limits.min or int(array.max()) > limits.max:
@@ -304,10 +306,9 @@ def _check(array: np.ndarray, info: InputInfo, what: str) -> None:
     if array.dtype.kind in "iu" and info.limit is not None and array.size:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= info.limit:
-            raise DataError(
-                f"{what}: {info.name} holds {low if low < 0 else high}, but the model's table has {info.limit} rows "
-                "(0 and up): is this another model's tokenizer?"
-            )
+            fix = "give a shorter --seqlen" if info.name == POSITIONS else "is this another model's tokenizer?"
+            worst = low if low < 0 else high
+            raise DataError(f"{what}: {info.name} holds {worst}, but the model's table has {info.limit} rows: {fix}")
 
 
 def _too_few(source: Any, have: int, wanted: int, seqlen: int, exact_length: bool, skip: int) -> str:

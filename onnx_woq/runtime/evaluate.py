@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import onnxruntime as ort
@@ -50,6 +50,10 @@ class Metrics:
     ppl_ref: float | None = None
     sqnr_db: float | None = None
     cosine: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of all fields; numbers may be NaN or infinite."""
+        return asdict(self)
 
 
 def compare(

@@ -90,7 +90,7 @@ def language_model(path: Path, *, past: bool = True, positions: bool = True, typ
 
 
 def byte_tokenizer(folder: Path, *, closing: bool = False) -> Path:
-    """A tokenizer.json that maps each of the letters a–z, space and a few signs to an id below the vocabulary's size."""
+    """A tokenizer.json that maps the letters a–z, space and a few signs to ids below the vocabulary's size."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     letters = "abcdefghijklmnopqrstuvwxyz .,\n'!?"
