@@ -1,11 +1,12 @@
 """MatMulNBits: the operator of ONNX Runtime that multiplies by 2, 4 and 8 bit weights as they are.
 
-What it takes is narrower than its schema; the limits here were measured (docs of `native_layout` and `lower_tap`).
+Its CPU kernels take less than its schema says, and not all they take is fast; the constants below are what was tried.
 Other widths are stored in the next wider one and other groups in smaller blocks with repeated scales: same numbers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -119,12 +120,12 @@ def _text(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
+@dataclass(frozen=True)
 class _Packed:
-    """The initializers of one weight and how they are laid out."""
+    """The initializers of one weight (codes, scales, zero points or None) and the attributes that describe them."""
 
-    def __init__(self, inputs: tuple[ir.Value | None, ...], bits: int, block: int, k: int, n: int) -> None:
-        self.inputs = inputs  # B, scales, zero points or None
-        self.attributes = {"K": k, "N": n, "bits": bits, "block_size": block}
+    inputs: tuple[ir.Value | None, ...]
+    attributes: tuple[tuple[str, int], ...]
 
 
 def _pack(model: Model, site: Site, q: QuantizedTensor, scale_dtype: type[np.floating]) -> _Packed:
@@ -141,7 +142,7 @@ def _pack(model: Model, site: Site, q: QuantizedTensor, scale_dtype: type[np.flo
     else:
         zeros = pack_zeros(spread(q.zeros, k, q.group_size, block), container)
         inputs.append(add_initializer(graph, f"{codes.name}_zero_points", zeros))
-    return _Packed(tuple(inputs), container, block, k, n)
+    return _Packed(tuple(inputs), (("K", k), ("N", n), ("bits", container), ("block_size", block)))
 
 
 def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> None:
@@ -164,7 +165,7 @@ def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> 
         node.replace_input_with(index, value)
     node.domain, node.op_type, node.version = DOMAIN, "MatMulNBits", None
     node.attributes.clear()
-    for name, number in (*packed.attributes.items(), ("accuracy_level", accuracy_level)):
+    for name, number in (*packed.attributes, ("accuracy_level", accuracy_level)):
         node.attributes.add(ir.AttrInt64(name, number))
     for value in old[1:]:
         prune(value)
