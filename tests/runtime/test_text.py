@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -24,7 +23,6 @@ class Fake:
     shift = 0
 
     def __init__(self, folder, options=None):
-        assert (Path(folder) / "tokenizer.json").is_file() or self.shift == 0
         self.special = options is None
 
     def tokenize(self, text):
