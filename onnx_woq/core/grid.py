@@ -63,9 +63,11 @@ class QuantizedTensor:
     def dequantize(self) -> F32:
         """What the codes describe, float32 [K, N]: `(codes − zeros)·scales`."""
         out: F32 = np.empty(self.codes.shape, np.float32)
-        for rows, groups, g, columns in tiles(*self.codes.shape, self.group_size):
+        k, n = self.codes.shape
+        for rows, groups, g, columns in tiles(k, n, self.group_size):
             tile = _grouped(out[rows, columns], g)
-            np.subtract(_grouped(self.codes[rows, columns], g), _row(self.zeros, groups, columns), out=tile, dtype=np.float32)
+            tile[...] = _grouped(self.codes[rows, columns], g)
+            tile -= _row(self.zeros, groups, columns)
             tile *= _row(self.scales, groups, columns)
         return out
 
@@ -130,10 +132,8 @@ def grid_of(
     top, half = 2**spec.bits - 1, 2 ** (spec.bits - 1)
     negative = -lo >= hi
     if spec.symmetric:
-        if full_range or spec.bits == 1:
-            raw = np.where(negative, -lo, -hi) / half
-        else:
-            raw = np.maximum(-lo, hi) / (half - 1)
+        signed = full_range or spec.bits == 1
+        raw = np.where(negative, -lo, -hi) / half if signed else np.maximum(-lo, hi) / (half - 1)
         return _storable(raw, scale_dtype, half), np.full(lo.shape, half, np.uint8)
     if spec.bits == 1:
         return _storable(np.where(negative, -lo, hi), scale_dtype, top), (negative & (lo < 0)).astype(np.uint8)
@@ -160,9 +160,7 @@ def _storable(raw: Float, dtype: DTypeLike, reach: int | NDArray[Any], *, steps:
     return np.where(size > 0, signed, np.float32(1))  # an all-zero group: any scale does
 
 
-def fit(
-    weight: F32, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32
-) -> tuple[F32, U8]:
+def fit(weight: F32, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32) -> tuple[F32, U8]:
     """The grid spanning each group of `weight [K, N]`: scales float32 [G, N], zeros uint8 [G, N].
 
     Args:
@@ -204,7 +202,7 @@ def _largest_tile(k: int, n: int, group_size: int) -> int:
 
 def shrinks(mse_range: Sequence[float]) -> list[float]:
     """The candidates `start, start + step, … stop` of a clip search, and 1, the whole range."""
-    start, stop, step = mse_range
+    start, stop, step = map(float, mse_range)
     count = int((stop - start) / step + 1e-6) + 1
     return sorted({start + i * step for i in range(count)} | {1.0}, reverse=True)
 
@@ -320,9 +318,7 @@ def fitter(
     def grid(weight: F32, row_weights: Float | None = None) -> tuple[F32, U8]:
         if mse_range is None:
             return fit(weight, spec, full_range=full_range, scale_dtype=scale_dtype)
-        return search(
-            weight, spec, mse_range, row_weights=row_weights, full_range=full_range, scale_dtype=scale_dtype
-        )
+        return search(weight, spec, mse_range, row_weights=row_weights, full_range=full_range, scale_dtype=scale_dtype)
 
     return grid
 

@@ -45,7 +45,7 @@ def rtn(weight, bits, group_size, **kinds):
     return codes, scales, zeros
 
 
-def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, static_groups=False, grid=group_grid, **kinds):
+def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, static_groups=False, **kinds):
     """Frantar et al. 2022, Algorithm 1, unblocked: codes [K, N], scales [G, N], zeros [G, N], rows as given.
 
     Written from the paper: the inverse is an inverse, its factor numpy's, every row updates all later ones at once.
@@ -63,7 +63,7 @@ def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, stati
 
     def fit(group, rows):
         for c in range(n):
-            scales[group, c], zeros[group, c] = grid(rows[:, c], bits, **kinds)
+            scales[group, c], zeros[group, c] = group_grid(rows[:, c], bits, **kinds)
 
     if static:
         for group in range(groups):

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import reference
 from onnx_woq.core.grid import QuantizedTensor, encode, fit, grid_of, quantize, search, shrinks, tiles
 from onnx_woq.recipe import Spec
+
+from . import reference
 
 BITS = range(1, 9)
 KINDS = [  # symmetric, full range
@@ -53,6 +54,7 @@ def test_any_shape_follows_the_formulas(shape, spec, full_range, size, scale_dty
     q = quantize(weight, *fit(weight, spec, full_range=full_range, scale_dtype=scale_dtype), spec)
     kinds = {"symmetric": spec.symmetric, "full_range": full_range, "scale_dtype": scale_dtype}
     codes, scales, zeros = reference.rtn(weight, spec.bits, q.group_size, **kinds)
+    assume(scale_dtype == np.float32 or np.abs(scales).min() > 2.0**-14)  # the coarse end of float16 has its own test
     np.testing.assert_array_equal(q.scales, scales.astype(np.float32))
     np.testing.assert_array_equal(q.zeros, zeros)
     np.testing.assert_array_equal(q.codes, codes)
@@ -123,7 +125,8 @@ def test_weights_on_a_grid_come_back_exactly(data, bits, kind, exponent, odd, sc
         np.testing.assert_array_equal(q.dequantize(), weight)
         if bits > 1 or kind == "full":
             np.testing.assert_array_equal(np.abs(scales), abs(scale))
-            np.testing.assert_array_equal(np.where(scales * scale > 0, q.codes, 2 * half - q.codes.astype(int)), group.T)
+            mirrored = 2 * half - q.codes.astype(int)  # a tie in magnitude may be spanned from its other end
+            np.testing.assert_array_equal(np.where(scales * scale > 0, q.codes, mirrored), group.T)
 
 
 @pytest.mark.parametrize(("symmetric", "full_range"), KINDS)

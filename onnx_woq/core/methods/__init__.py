@@ -15,6 +15,8 @@ from typing import Any
 from onnx_woq.core.methods import awq, gptq, rtn
 from onnx_woq.errors import RecipeError, nearest
 
+MOST_CANDIDATES = 1000  # of a range search: more is a slip of the step, and would run for hours
+
 
 @dataclass(frozen=True)
 class Method:
@@ -67,7 +69,10 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
         elif isinstance(default, float):
             _require(_is_number(value) and value > 0, name, value, "a number above 0")
         else:
-            _require(_is_range(value), name, value, "three numbers (start, stop, step), 0 < start <= stop <= 1, step > 0")
+            wanted = "three numbers (start, stop, step), 0 < start <= stop <= 1, step > 0"
+            _require(_is_range(value), name, value, wanted)
+            start, stop, step = value
+            _require(stop - start <= MOST_CANDIDATES * step, name, value, f"at most {MOST_CANDIDATES} candidates")
 
 
 def _require(fine: bool, name: str, value: object, wanted: str) -> None:

@@ -6,8 +6,8 @@ equation 5. For s [K] > 0, `x @ W = (x / s) @ (diag(s) @ W)`: rounding the scale
 
     s = max(mean|x|^r / w^(1−r), 1e-4),    w = mean over output channels of |W| / (largest |W| of its group),
 
-divided by sqrt(max s · min s), with the loss `Σ ΔW ∘ (H·ΔW)`, H the Gram matrix of the inputs: the exact squared error of
-the output over all calibration tokens. The weights of all readers of an input are solved together, so they share one s.
+divided by sqrt(max s · min s), with the loss `Σ ΔW ∘ (H·ΔW)`, H the Gram matrix of the inputs: the exact squared error
+of the output over all calibration tokens. All weights that read an input are solved side by side and share one s.
 
 No scale at all is a candidate too, and a clipped range is kept in an output channel only where it lowers that loss:
 on the calibration data the result is never worse than rounding to nearest.

@@ -78,9 +78,7 @@ def solve(
         raise ValueError("gptq needs the statistics of the weight's inputs, as many of them as it has rows")
     weight = np.ascontiguousarray(weight, np.float32)
     k, n = weight.shape
-    grid = fitter(
-        spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype
-    )
+    grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
     diagonal = stats.gram.diagonal()
     order = np.argsort(-diagonal, kind="stable") if actorder else np.arange(k)
     factors = factorize(stats.gram, percdamp, order) if diagonal.any() else None
@@ -93,7 +91,7 @@ def solve(
     static = g < k and (static_groups or actorder)
     group_of = order // g if static else np.arange(k) // g
     dead = diagonal == 0
-    dtype = np.float64 if k * k * n <= EXACT_PRODUCTS else np.float32
+    dtype: type[np.floating[Any]] = np.float64 if k * k * n <= EXACT_PRODUCTS else np.float32
     feedback, importance = factors[0].astype(dtype, copy=False), factors[1]
     codes = np.empty((k, n), np.uint8)
     scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
@@ -145,7 +143,8 @@ class _Sweep:
             if grid is not None and start % group_size == 0 and stop == min(start + group_size, len(self.work)):
                 rows = slice(start, stop)
                 weights = None if importance is None else importance[rows]
-                self.set_grid(start // group_size, (part[0] for part in grid(self.work[rows], weights)))
+                scales, zeros = grid(self.work[rows], weights)
+                self.set_grid(start // group_size, (scales[0], zeros[0]))
             if stop - start <= (LEAF if grid is None else min(LEAF, group_size)):
                 return self.finish_rows(start, stop)
             unit = group_size if stop - start > group_size else 1
@@ -193,7 +192,7 @@ def factorize(
     from scipy.linalg import lapack
 
     k = len(gram)
-    dtype = np.float64 if k <= FACTOR_EXACTLY else np.float32
+    dtype: type[np.floating[Any]] = np.float64 if k <= FACTOR_EXACTLY else np.float32
     potrf, trtri = (lapack.dpotrf, lapack.dtrtri) if dtype is np.float64 else (lapack.spotrf, lapack.strtri)
     backwards = order[::-1]
     for attempt in range(DAMP_RAISES + 1):
@@ -205,9 +204,9 @@ def factorize(
         # LAPACK reads columns where numpy reads rows; the matrix being symmetric, its transpose is as good.
         lower, failed = potrf(reversed_gram.T, lower=1, clean=0, overwrite_a=1)
         if not failed:
-            inverse, failed = trtri(lower, lower=1, overwrite_c=1)
-        pivots = inverse.diagonal()[::-1].astype(np.float64)
-        if not failed and np.isfinite(pivots).all():
-            return np.divide(inverse.T[::-1, ::-1], pivots.astype(dtype)), (1 / pivots**2).astype(np.float32)
+            inverse, _ = trtri(lower, lower=1, overwrite_c=1)
+            pivots = inverse.diagonal()[::-1].astype(np.float64)
+            if np.isfinite(pivots).all():
+                return np.divide(inverse.T[::-1, ::-1], pivots.astype(dtype)), (1 / pivots**2).astype(np.float32)
         logger.info("gptq: the Gram matrix of %d inputs is not positive definite with %g added", k, damp)
     return None

@@ -34,7 +34,5 @@ def solve(
         mse_range: the shrink factors tried (start, stop, step).
     """
     weight = np.ascontiguousarray(weight, np.float32)
-    grid = fitter(
-        spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype
-    )
+    grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
     return quantize(weight, *grid(weight), spec)

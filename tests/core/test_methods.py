@@ -1,0 +1,128 @@
+"""The table of methods and the checks on their options."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from onnx_woq.core.methods import METHODS, check_options
+from onnx_woq.core.stats import Stats
+from onnx_woq.errors import RecipeError
+from onnx_woq.recipe import Recipe, Spec
+
+DEFAULTS = {
+    "rtn": {"enable_full_range": False, "enable_mse_search": False, "mse_range": (0.805, 1.0, 0.005)},
+    "gptq": {
+        "actorder": False,
+        "percdamp": 0.01,
+        "block_size": 128,
+        "static_groups": False,
+        "enable_mse_search": False,
+        "mse_range": (0.805, 1.0, 0.005),
+        "enable_full_range": False,
+    },
+    "awq": {
+        "enable_auto_scale": True,
+        "enable_mse_search": True,
+        "mse_range": (0.91, 1.0, 0.01),
+        "folding": False,
+        "enable_full_range": False,
+    },
+}
+
+
+def test_options_and_defaults_are_those_documented():
+    assert {name: method.options for name, method in METHODS.items()} == DEFAULTS
+    assert [name for name, method in METHODS.items() if method.needs_data] == ["gptq", "awq"]
+    assert all(method.name == name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_defaults_pass_their_own_check_and_survive_json(name):
+    check_options(METHODS[name], METHODS[name].options)
+    check_options(METHODS[name], json.loads(json.dumps(METHODS[name].options)))
+    assert Recipe(name, options=DEFAULTS[name]).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("gptq", {"act_order": True}, "did you mean actorder"),
+        ("gptq", {"blocksize": 1}, "did you mean block_size"),
+        ("rtn", {"percdamp": 0.1}, "unknown rtn option 'percdamp'"),
+        ("gptq", {"scale_dtype": "float16"}, "unknown gptq option"),
+        ("gptq", {"actorder": 1}, "true or false"),
+        ("gptq", {"actorder": "yes"}, "true or false"),
+        ("gptq", {"block_size": True}, "whole number"),
+        ("gptq", {"block_size": 0}, "whole number"),
+        ("gptq", {"block_size": 64.0}, "whole number"),
+        ("gptq", {"percdamp": 0}, "number above 0"),
+        ("gptq", {"percdamp": -0.1}, "number above 0"),
+        ("gptq", {"percdamp": True}, "number above 0"),
+        ("gptq", {"percdamp": "1%"}, "number above 0"),
+        ("gptq", {"percdamp": float("nan")}, "number above 0"),
+        ("gptq", {"percdamp": float("inf")}, "number above 0"),
+        ("rtn", {"mse_range": 0.8}, "three numbers"),
+        ("rtn", {"mse_range": (0.8, 1)}, "three numbers"),
+        ("rtn", {"mse_range": (0, 1, 0.1)}, "three numbers"),
+        ("rtn", {"mse_range": (0.9, 0.8, 0.1)}, "three numbers"),
+        ("rtn", {"mse_range": (0.9, 1.1, 0.1)}, "three numbers"),
+        ("rtn", {"mse_range": (0.9, 1.0, 0)}, "three numbers"),
+        ("rtn", {"mse_range": (0.9, 1.0, "0.1")}, "three numbers"),
+        ("awq", {"mse_range": [0.9, 1.0, float("nan")]}, "three numbers"),
+        ("awq", {"mse_range": "abc"}, "three numbers"),
+        ("awq", {"mse_range": (0.1, 1.0, 1e-6)}, "1000 candidates"),
+    ],
+)
+def test_what_a_method_does_not_understand_is_refused(name, options, message):
+    with pytest.raises(RecipeError, match=message):
+        check_options(METHODS[name], options)
+    with pytest.raises(RecipeError, match=message):
+        Recipe(name, options=options)
+
+
+@pytest.mark.parametrize("options", [{"percdamp": 1}, {"block_size": 1}, {"mse_range": [1, 1, 1]}])
+def test_borderline_options_are_accepted(options):
+    check_options(METHODS["gptq"], options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_solver_changes_nothing_it_was_given(name):
+    rng = np.random.default_rng(0)
+    weight, stats = rng.standard_normal((32, 6), dtype=np.float32), Stats.empty(32)
+    stats.update(rng.standard_normal((100, 32), dtype=np.float32) * np.linspace(0.1, 5, 32, dtype=np.float32))
+    before = weight.copy(), stats.gram.copy(), stats.abs_mean.copy()
+    METHODS[name].solve(weight, stats, Spec(4, 16))
+    for given, kept in zip((weight, stats.gram, stats.abs_mean), before, strict=True):
+        np.testing.assert_array_equal(given, kept)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("scale_dtype", [np.float32, np.float16])
+def test_what_a_solver_returns_is_well_formed(name, scale_dtype):
+    rng = np.random.default_rng(0)
+    weight, stats = rng.standard_normal((40, 6), dtype=np.float32), Stats.empty(40)
+    stats.update(rng.standard_normal((100, 40), dtype=np.float32) * np.linspace(0.1, 5, 40, dtype=np.float32))
+    for bits in range(1, 9):
+        for group_size, symmetric in ((16, False), (32, True), (-1, False), (128, True)):
+            spec = Spec(bits, group_size, symmetric)
+            q = METHODS[name].solve(np.asfortranarray(weight), stats, spec, scale_dtype=scale_dtype)
+            groups = -(-40 // spec.resolved_group(40))
+            assert (q.codes.shape, q.codes.dtype) == ((40, 6), np.uint8)
+            assert (q.scales.shape, q.scales.dtype) == ((groups, 6), np.float32)
+            assert (q.zeros.shape, q.zeros.dtype) == ((groups, 6), np.uint8)
+            assert (q.bits, q.group_size, q.symmetric) == (bits, spec.resolved_group(40), symmetric)
+            assert max(q.codes.max(), q.zeros.max()) < 2**bits
+            np.testing.assert_array_equal(q.scales, q.scales.astype(scale_dtype))
+            assert not symmetric or (q.zeros == 2 ** (bits - 1)).all()
+            assert np.isfinite(q.effective()).all()
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_missing_or_foreign_statistics_are_refused(name):
+    weight = np.ones((32, 2), np.float32)
+    for stats in (None, Stats.empty(31)):
+        with pytest.raises(ValueError, match="statistics"):
+            METHODS[name].solve(weight, stats, Spec())
