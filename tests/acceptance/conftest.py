@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from . import measure, zoo
+
+# Hundreds of tiny factorizations: on busy cores a second BLAS thread makes each of them many times slower.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 

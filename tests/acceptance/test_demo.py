@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -105,3 +110,29 @@ def test_the_demo_command(texts, cli, tmp_path):
     sizes = [sum(p.stat().st_size for p in folder.iterdir() if ".onnx" in p.name) for folder in (DEMO, out)]
     assert sizes[1] < 0.6 * sizes[0]
     assert measure.low_bit(out / "model.onnx")
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
+def test_progress_is_shown_on_a_terminal(texts, tmp_path):
+    """stderr is a terminal, stdout a pipe: the bar moves on the one and never touches the other."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "onnx_woq.cli", "quantize", DEMO / "model.onnx", "-o", tmp_path / "out", "--json"]
+    command += ["--algorithm", "AWQ", "--calib", texts[0], "--samples", 16, "--seqlen", 128]
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=theirs, env=environment, cwd=ROOT
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                chunk = os.read(ours, 4096)
+            except OSError:  # Linux's way of saying that the other end is closed
+                break
+            if not chunk:
+                break
+            shown += chunk
+        json.loads(process.stdout.read())
+    os.close(ours)
+    assert process.returncode == 0
+    assert re.search(rb"\d+\s*(%|/\s*\d+)", shown), shown[-300:]
