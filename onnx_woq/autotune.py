@@ -17,7 +17,7 @@ from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
 from onnx_woq.errors import DataError, RecipeError
 from onnx_woq.folder import Destination, destination, find_model
-from onnx_woq.graph.model import Model, clone, load, model_hash
+from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
 from onnx_woq.pipeline import (
@@ -26,7 +26,6 @@ from onnx_woq.pipeline import (
     Progress,
     calibrated_on,
     feeds_hash,
-    file_bytes,
     metadata,
     plan,
     read_data,
@@ -137,7 +136,8 @@ def tune(
             best = replace(best, path=made)
     final = best.path if best else None
     if best and place and final:
-        write(load(final), place, metadata(path, best.recipe, feeds_hash(calibration)), path.parent)
+        chosen = load(final)
+        write(chosen, place, metadata(chosen, path, best.recipe, feeds_hash(calibration)), path.parent)
         final = place.onnx
     return TuneResult(
         met=bool(best and best.met),
@@ -330,7 +330,7 @@ def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> No
             yield item
 
     solve(model, recipe, while_time_lasts(), len(taps), run.progress)
-    properties = metadata(run.source.path, recipe, feeds_hash(shared.batches))
+    properties = metadata(model, run.source.path, recipe, feeds_hash(shared.batches))
     write(model, Destination(path, path.parent), properties, run.source.path.parent)
 
 

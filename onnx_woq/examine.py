@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_woq.folder import find_model
 from onnx_woq.graph.lower.matmulnbits import packed_bytes
-from onnx_woq.graph.model import load
+from onnx_woq.graph.model import file_bytes, load
 from onnx_woq.graph.taps import find_taps, shared_copy_bytes
-from onnx_woq.pipeline import Progress, file_bytes, weight_bytes
+from onnx_woq.pipeline import Progress
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Inspection, TapReport
@@ -34,7 +34,7 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
             spec=tap.spec,
             k=tap.k,
             n=tap.n,
-            bytes_before=weight_bytes(tap),
+            bytes_before=tap.weight_bytes,
             bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
             error=None,
             scaling="",

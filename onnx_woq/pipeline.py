@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +21,15 @@ from onnx_woq.core.stats import output_error
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize, OutputError
 from onnx_woq.folder import Destination, copy_companions, destination, find_model, make_folder
 from onnx_woq.graph.fold import can_fold, divide_input
-from onnx_woq.graph.lower.matmulnbits import lower_tap, minimum_runtime, packed_bytes
-from onnx_woq.graph.model import Model, load, low_bit_nodes, model_hash, save
+from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_runtime
+from onnx_woq.graph.model import Model, file_bytes, load, low_bit_nodes, model_hash, save
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import QuantizeReport, TapReport
 
 if TYPE_CHECKING:
+    from onnx_woq.core.grid import QuantizedTensor
     from onnx_woq.core.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -82,7 +87,7 @@ def quantize(
     reports = solve(source, recipe, collected, len(taps), progress)
     copies = shared_copy_bytes(source, taps)
     calibration = feeds_hash(batches)
-    write(source, place, metadata(path, recipe, calibration), path.parent)
+    write(source, place, metadata(source, path, recipe, calibration), path.parent)
     return QuantizeReport(
         model=path,
         output=place.onnx,
@@ -193,27 +198,57 @@ def solve(
     total: int,
     progress: Progress | None = None,
 ) -> list[TapReport]:
-    """Solves each tap and puts the result into `model`; `collected` may still be running on it."""
-    reports = []
-    for done, (tap, stats) in enumerate(collected, 1):
-        reports.append(_solve_tap(model, recipe, tap, stats))
+    """Solves each tap and puts the result into `model`, in order; `collected` may still be running on it.
+
+    Taps are solved side by side, each with one BLAS thread: that scales where threads inside one small product do
+    not. What is put in when does not depend on it. One at a time where a tap must see the earlier ones put in: under
+    `true_sequential`, and where folding decides by them.
+    """
+    one_by_one = recipe.true_sequential or _folding(recipe)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    reports: list[TapReport] = []
+    pending: deque[tuple[Tap, Future[_Solution]]] = deque()
+
+    def put_in() -> None:
+        tap, future = pending.popleft()
+        reports.append(_put_in(model, recipe, tap, future.result()))
         if progress:
-            progress("solve", done, total)
+            progress("solve", len(reports), total)
+
+    with _one_blas_thread(), ThreadPoolExecutor(cores) as pool:
+        try:
+            for tap, stats in collected:
+                pending.append((tap, pool.submit(_solve_tap, recipe, tap, stats)))
+                while len(pending) > (0 if one_by_one else cores):
+                    put_in()
+            while pending:
+                put_in()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
     return reports
 
 
-def _solve_tap(model: Model, recipe: Recipe, tap: Tap, stats: Stats | None) -> TapReport:
-    weight, before = tap.weight(), weight_bytes(tap)
+@dataclass(frozen=True)
+class _Solution:
+    q: QuantizedTensor
+    error: float | None
+
+
+def _solve_tap(recipe: Recipe, tap: Tap, stats: Stats | None) -> _Solution:
+    weight = tap.weight()
     options = dict(recipe.options)
-    folding = bool(options.get("folding", False))
-    if folding and not can_fold(tap):
+    if _folding(recipe) and not can_fold(tap):
         options["enable_auto_scale"] = False
     q = METHODS[recipe.method].solve(weight, stats, tap.spec, scale_dtype=tap.scale_dtype, **options)
-    error = None
-    if stats is not None:
-        energy = output_error(weight, stats.gram)
-        error = output_error(q.effective() - weight, stats.gram) / energy if energy else 0.0
-    scaling = "" if q.input_scale is None else divide_input(tap, q.input_scale, allow_mul=not folding)
+    if stats is None:
+        return _Solution(q, None)
+    energy = output_error(weight, stats.gram)
+    return _Solution(q, output_error(q.effective() - weight, stats.gram) / energy if energy else 0.0)
+
+
+def _put_in(model: Model, recipe: Recipe, tap: Tap, solution: _Solution) -> TapReport:
+    q, before = solution.q, tap.weight_bytes
+    scaling = "" if q.input_scale is None else divide_input(tap, q.input_scale, allow_mul=not _folding(recipe))
     lower_tap(model, tap, q, accuracy_level=recipe.accuracy_level)
     return TapReport(
         name=tap.name,
@@ -223,26 +258,25 @@ def _solve_tap(model: Model, recipe: Recipe, tap: Tap, stats: Stats | None) -> T
         n=tap.n,
         bytes_before=before,
         bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
-        error=error,
+        error=solution.error,
         scaling=scaling,
     )
 
 
-def file_bytes(model: Model) -> int:
-    """Bytes on disk of a model's .onnx file and its data."""
-    return sum(file.stat().st_size for file in model.files)
+def _folding(recipe: Recipe) -> bool:
+    """Whether an input scale that cannot be folded exactly is left out, rather than multiplied by in a new node."""
+    return bool(recipe.options.get("folding", False))
 
 
-def weight_bytes(tap: Tap) -> int:
-    """Bytes of the float weights of a tap, each counted once."""
-    constants = {constant.root: constant.tensor.nbytes for constant in (site.constant() for site in tap.sites)}
-    return sum(constants.values())
+def _one_blas_thread() -> AbstractContextManager[object]:
+    import scipy.linalg.blas  # noqa: F401  only a library that is loaded can be limited
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, user_api="blas")
 
 
-def metadata(path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:
-    """What a written model says of itself: recipe, version, calibration hash, source hash, minimum runtime."""
-    import json
-
+def metadata(quantized: Model, path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:
+    """What a written model says of itself: recipe, version, hashes of calibration and source, oldest runtime."""
     from onnx_woq.version import version
 
     return {
@@ -250,7 +284,7 @@ def metadata(path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:
         "onnx_woq.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         "onnx_woq.calibration": calibration,
         "onnx_woq.source": model_hash(path),
-        "onnx_woq.minimum_onnxruntime": minimum_runtime(recipe.spec.bits),
+        "onnx_woq.minimum_onnxruntime": required_runtime(quantized),
     }
 
 
