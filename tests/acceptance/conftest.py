@@ -16,8 +16,9 @@ from click.testing import CliRunner, Result
 
 from . import measure, zoo
 
-# Hundreds of tiny factorizations: on busy cores a second BLAS thread makes each of them many times slower.
+# Hundreds of tiny models: on busy cores a second thread, waiting busily, makes each step many times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("ONNX_WOQ_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 

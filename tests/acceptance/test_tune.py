@@ -205,9 +205,9 @@ def test_no_trial_starts_after_the_timeout(enc, tmp_path):
 
     configs = {f"c{i}": Recipe("rtn", Spec(4, 32), exclude=(f"nothing{i}",)) for i in range(40)}
     start = time.monotonic()
-    result = tune(enc, by_recipe(slow), configs=configs, timeout=1.5, workdir=tmp_path)
-    assert time.monotonic() - start < 5
-    assert 1 <= len(result.trials) < 10
+    result = tune(enc, by_recipe(slow), configs=configs, timeout=2, workdir=tmp_path)
+    assert time.monotonic() - start < 8
+    assert 1 <= len(result.trials) < 12
     assert result.stopped == "timeout"
     assert (result.met, result.best.metric) == (False, 0.5)
     assert result.path.exists()
