@@ -52,7 +52,7 @@ def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, stati
     """
     W, H = np.array(weight, float), np.array(gram, float)
     k, n = W.shape
-    dead = np.diag(H) == 0
+    damp, dead = percdamp * np.diag(H).mean(), np.diag(H) == 0
     H[dead, dead] = 1
     W[dead] = 0
     order = np.argsort(-np.diag(gram), kind="stable") if actorder else np.arange(k)
@@ -69,7 +69,7 @@ def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, stati
         for group in range(groups):
             fit(group, W[group * group_size : (group + 1) * group_size])
     W, H = W[order], H[np.ix_(order, order)]
-    U = np.linalg.cholesky(np.linalg.inv(H + percdamp * np.diag(H).mean() * np.eye(k))).T
+    U = np.linalg.cholesky(np.linalg.inv(H + damp * np.eye(k))).T
     for i in range(k):
         if not static and i % group_size == 0:
             fit(i // group_size, W[i : i + group_size])

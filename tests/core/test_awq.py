@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.grid import fit, quantize
+from onnx_woq.core.grid import fit, quantize, search
 from onnx_woq.core.methods import awq, rtn
 from onnx_woq.core.stats import Stats, column_errors, output_error
 from onnx_woq.recipe import Spec
@@ -113,6 +113,17 @@ def test_the_clip_range_is_the_one_asked_for():
     assert wide < narrow < none
 
 
+def test_clipping_weighs_rows_by_the_scaled_inputs():
+    weight, stats = problem(64, 40)
+    q = awq.solve(weight, stats, Spec(3, 32))
+    scaled = weight * q.input_scale[:, None]
+    found, _ = search(scaled, Spec(3, 32), (0.91, 1, 0.01), row_weights=stats.gram.diagonal() / q.input_scale**2)
+    plain, _ = fit(scaled, Spec(3, 32))
+    clipped = np.isclose(q.scales, found, rtol=1e-5).all(axis=0)
+    assert clipped.mean() > 0.5
+    np.testing.assert_array_equal(q.scales[:, ~clipped], plain[:, ~clipped])
+
+
 def test_weights_already_on_a_grid_are_left_unscaled():
     _, stats = problem(64, 1)
     codes = np.random.default_rng(0).integers(0, 16, (64, 30))
@@ -170,7 +181,7 @@ def test_scales_fit_their_dtype_whatever_the_inputs(scale_dtype, size):
         np.testing.assert_array_equal(q.dequantize()[silent], 0)
 
 
-@pytest.mark.parametrize("size", [1e-5, 1e5])
+@pytest.mark.parametrize("size", [1e-12, 1e5])
 def test_the_unit_of_the_inputs_does_not_matter(size):
     weight, stats = problem(64, 20)
     scaled = Stats(stats.gram * np.float32(size**2), stats.abs_mean * size, stats.abs_max, stats.tokens)
@@ -210,3 +221,12 @@ def test_a_scale_good_for_the_sample_only_is_not_used(monkeypatch):
     monkeypatch.setattr(awq, "SAMPLE", 20)  # every other column: the first kind alone
     q = awq.solve(weight, stats, Spec(4, 16), enable_mse_search=False)
     assert q.input_scale is None
+
+
+def test_the_sample_is_drawn_from_all_siblings(monkeypatch):
+    weight, stats = problem(64, 80)
+    codes = np.random.default_rng(0).integers(0, 16, (64, 40))
+    codes[::16], codes[1::16] = 0, 15
+    weight[:, :40] = 0.01 * ((codes - 6) * np.float32(0.375))  # the first half wants no scale, and hardly matters
+    monkeypatch.setattr(awq, "SAMPLE", 20)
+    assert awq.solve(weight, stats, Spec(4, 16)).input_scale is not None

@@ -145,6 +145,12 @@ def test_quantizing_again_changes_nothing(bits, symmetric, full_range):
 # --- the conventions
 
 
+def test_halves_are_rounded_to_even():
+    weight = np.array([[0], [15], [0.5], [1.5], [2.5], [7.5]], np.float32)
+    q = quantize(weight, *fit(weight, Spec(4, -1)), Spec(4, -1))
+    np.testing.assert_array_equal(q.codes, [[0], [15], [0], [2], [2], [8]])
+
+
 def test_asymmetric_range_always_holds_zero():
     weight = np.array([[3.0, -3.0], [4.5, -4.5]], np.float32)
     scales, zeros = fit(weight, Spec(4, -1))
@@ -340,6 +346,14 @@ def test_search_serves_the_rows_that_weigh_most():
     assert heavy[1] < 0.7 * heavy[0]
     tiny = search(weight, spec, (0.5, 1, 0.05), row_weights=h * 1e-37)
     np.testing.assert_array_equal(tiny[0], served.scales)  # only the proportions of row weights count
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_zero_stays_a_code_where_a_range_far_from_it_would_fit_better(sign):
+    weight = sign * (10 + gaussian(32, 50))
+    scales, zeros = search(weight, Spec(4, 16), (0.8, 1, 0.05))
+    np.testing.assert_array_equal(zeros, 0 if sign > 0 else 15)
+    np.testing.assert_allclose(quantize(weight, scales, zeros, Spec(4, 16)).dequantize(), weight, atol=0.6)
 
 
 def test_search_of_a_tile_is_search_of_its_groups():

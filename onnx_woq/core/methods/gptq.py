@@ -196,11 +196,9 @@ def factorize(
     potrf, trtri = (lapack.dpotrf, lapack.dtrtri) if dtype is np.float64 else (lapack.spotrf, lapack.strtri)
     backwards = order[::-1]
     for attempt in range(DAMP_RAISES + 1):
+        damp = percdamp * 10**attempt * float(gram.diagonal().mean(dtype=np.float64))
         reversed_gram = gram[np.ix_(backwards, backwards)].astype(dtype, copy=False)
-        diagonal = np.einsum("kk->k", reversed_gram)  # a view
-        diagonal[diagonal == 0] = 1
-        damp = percdamp * 10**attempt * diagonal.mean()
-        diagonal += damp
+        np.einsum("kk->k", reversed_gram)[...] += damp  # a view of the diagonal; dead inputs are positive now as well
         # LAPACK reads columns where numpy reads rows; the matrix being symmetric, its transpose is as good.
         lower, failed = potrf(reversed_gram.T, lower=1, clean=0, overwrite_a=1)
         if not failed:
