@@ -194,13 +194,17 @@ def factorize(
     k = len(gram)
     dtype: type[np.floating[Any]] = np.float64 if k <= FACTOR_EXACTLY else np.float32
     potrf, trtri = (lapack.dpotrf, lapack.dtrtri) if dtype is np.float64 else (lapack.spotrf, lapack.strtri)
-    backwards = order[::-1]
+    backwards, as_given = order[::-1], np.array_equal(order, np.arange(k))
     for attempt in range(DAMP_RAISES + 1):
         damp = percdamp * 10**attempt * float(gram.diagonal().mean(dtype=np.float64))
-        reversed_gram = gram[np.ix_(backwards, backwards)].astype(dtype, copy=False)
+        if as_given:  # a view; picking entries one by one would take a fifth of the time
+            reversed_gram = gram[::-1, ::-1].astype(dtype)
+        else:
+            reversed_gram = gram[np.ix_(backwards, backwards)].astype(dtype, copy=False)
         np.einsum("kk->k", reversed_gram)[...] += damp  # a view of the diagonal; dead inputs are positive now as well
-        # LAPACK reads columns where numpy reads rows; the matrix being symmetric, its transpose is as good.
-        lower, failed = potrf(reversed_gram.T, lower=1, clean=0, overwrite_a=1)
+        # LAPACK works in place on columns; the matrix being symmetric, its transpose is as good.
+        by_columns = reversed_gram if reversed_gram.flags.f_contiguous else reversed_gram.T
+        lower, failed = potrf(by_columns, lower=1, clean=0, overwrite_a=1)
         if not failed:
             inverse, _ = trtri(lower, lower=1, overwrite_c=1)
             pivots = inverse.diagonal()[::-1].astype(np.float64)
