@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
-from onnx_woq.errors import DataError, RecipeError
-from onnx_woq.folder import Destination, destination, find_model
+from onnx_woq.errors import DataError, OutputError, RecipeError, nearest
+from onnx_woq.folder import Destination, destination, find_model, make_folder
 from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
@@ -100,45 +101,39 @@ def tune(
         OnnxWoqError: model, data, configs or output cannot be used at all.
     """
     start = time.monotonic()
-    _check(tolerance, criterion, objective, max_trials, timeout)
+    _check(tolerance, judge_limit, criterion, objective, max_trials, timeout)
     path = find_model(model)
     place = destination(output, path) if output is not None else None
     recipes = _recipes(configs, samples, seqlen)
     source = load(path)
     for recipe in recipes.values():
         plan(source, recipe)
-    folder = Path(workdir) if workdir is not None else Path(tempfile.mkdtemp(prefix="onnx-woq-"))
-    folder.mkdir(parents=True, exist_ok=True)
     calibration, held_out = _split(
         source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
-    run = _Run(source, folder, f"{model_hash(path)}/{feeds_hash(calibration)}", start, timeout, progress)
-    if eval_fn is not None:
-        run.say("evaluate", 0, 1)
-        judge = user_judge(
-            eval_fn,
-            path,
-            run.journal,
-            run.key,
-            tolerance=tolerance,
-            criterion=criterion,
-            higher_is_better=higher_is_better,
-        )
-    else:
-        judge = built_in_judge(source, held_out, judge_limit, partial(run.say, "evaluate"))
-    with SharedStatistics(source, list(recipes.values()), calibration, memory_budget, progress) as shared:
-        trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
-        best = _choose(trials, judge, objective)
-        if best and best.path is None:  # an earlier run made it and its file is gone since
-            run.timeout = None
-            made = run.trial_path(best.name, best.recipe)
-            _make(run, made, best.recipe, shared)
-            best = replace(best, path=made)
-    final = best.path if best else None
-    if best and place and final:
-        chosen = load(final)
-        write(chosen, place, metadata(chosen, path, best.recipe, feeds_hash(calibration)), path.parent)
-        final = place.onnx
+    with _work_folder(workdir, keep=place is None) as folder:
+        run = _Run(source, folder, f"{model_hash(path)}/{feeds_hash(calibration)}", start, timeout, progress)
+        if eval_fn is not None:
+            run.say("evaluate", 0, 1)
+            judge = user_judge(
+                eval_fn,
+                path,
+                run.journal,
+                run.key,
+                tolerance=tolerance,
+                criterion=criterion,
+                higher_is_better=higher_is_better,
+            )
+        else:
+            judge = built_in_judge(source, held_out, judge_limit, partial(run.say, "evaluate"))
+        with SharedStatistics(source, list(recipes.values()), calibration, memory_budget, progress) as shared:
+            trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
+            best = _still_there(run, _choose(trials, judge, objective), shared)
+        final = best.path if best else None
+        if best and place and final:
+            chosen = load(final)
+            write(chosen, place, metadata(chosen, path, best.recipe, feeds_hash(calibration)), path.parent)
+            final = place.onnx
     return TuneResult(
         met=bool(best and best.met),
         best=best,
@@ -152,6 +147,36 @@ def tune(
         stopped=stopped,
         seconds=time.monotonic() - start,
     )
+
+
+@contextmanager
+def _work_folder(given: str | Path | None, *, keep: bool) -> Iterator[Path]:
+    """The folder of journal and trials: the one given, or a temporary one that is removed unless `keep`.
+
+    A failure leaves a given folder for the next run to resume from, and none that was made for nothing.
+    """
+    if given is None:
+        folder = Path(tempfile.mkdtemp(prefix="onnx-woq-"))
+        try:
+            yield folder
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        made = make_folder(Path(given))
+    except OSError as error:
+        raise OutputError(f"cannot make the work folder {given}: {error.strerror or error}") from error
+    try:
+        yield Path(given)
+    except BaseException:
+        with suppress(OSError):  # what is not empty stays
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
 @dataclass
@@ -188,13 +213,24 @@ class _OutOfTime(Exception):
     """Raised between two taps when the run's time is over."""
 
 
-def _check(tolerance: float, criterion: str, objective: str, max_trials: int | None, timeout: float | None) -> None:
-    if criterion not in ("relative", "absolute"):
-        raise RecipeError(f"criterion={criterion!r}: choose relative or absolute")
-    if objective not in ("first", "smallest", "best"):
-        raise RecipeError(f"objective={objective!r}: choose first, smallest or best")
+def _check(
+    tolerance: float,
+    judge_limit: float | None,
+    criterion: str,
+    objective: str,
+    max_trials: int | None,
+    timeout: float | None,
+) -> None:
+    for name, value, known in (
+        ("criterion", criterion, ("relative", "absolute")),
+        ("objective", objective, ("first", "smallest", "best")),
+    ):
+        if value not in known:
+            raise RecipeError(f"unknown {name} {value!r}: {nearest(str(value), known)}")
     if not math.isfinite(tolerance) or tolerance < 0:
         raise RecipeError(f"tolerance={tolerance!r} must be a number of at least 0")
+    if judge_limit is not None and not math.isfinite(judge_limit):
+        raise RecipeError(f"tolerance {judge_limit!r} must be a number: nats per token, or dB without logits")
     if max_trials is not None and max_trials < 1:
         raise RecipeError(f"max_trials={max_trials!r} must be at least 1")
     if timeout is not None and not timeout > 0:
@@ -316,6 +352,16 @@ def _try(run: _Run, name: str, recipe: Recipe, judge: Judge, shared: SharedStati
         recipe=recipe,
         path=path if status == "ok" else None,
     )
+
+
+def _still_there(run: _Run, best: Trial | None, shared: SharedStatistics) -> Trial | None:
+    """The best trial with its model on disk: made again where an earlier run made it and its file is gone since."""
+    if best is None or best.path is not None:
+        return best
+    run.timeout = None
+    path = run.trial_path(best.name, best.recipe)
+    _make(run, path, best.recipe, shared)
+    return replace(best, path=path)
 
 
 def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,17 +73,20 @@ def companions(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES)
 
 
-def copy_companions(source: Path, target: Path) -> list[Path]:
-    """Copies the companions of a model's folder into `target`; returns the files that were new there."""
+@contextmanager
+def companions_copied(source: Path, target: Path) -> Iterator[None]:
+    """Copies the companions of the folder `source` into `target`, but only when the block inside has succeeded.
+
+    The copies are made first, in a private folder, so that a full disk is met before anything in `target` changes.
+    """
     if source.resolve() == target.resolve():
-        return []
-    new = []
-    for path in companions(source):
-        copy = target / path.name
-        if not copy.exists():
-            new.append(copy)
-        shutil.copyfile(path, copy)
-    return new
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix=".onnx-woq-", dir=target) as stage:
+        copies = [Path(shutil.copyfile(path, Path(stage) / path.name)) for path in companions(source)]
+        yield
+        for copy in copies:
+            os.replace(copy, target / copy.name)
 
 
 def make_folder(path: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ import numpy as np
 from onnx_woq.core.methods import METHODS
 from onnx_woq.core.stats import output_error
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize, OutputError
-from onnx_woq.folder import Destination, copy_companions, destination, find_model, make_folder
+from onnx_woq.folder import Destination, companions_copied, destination, find_model, make_folder
 from onnx_woq.graph.fold import can_fold, divide_input
 from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_runtime
 from onnx_woq.graph.model import Model, file_bytes, load, low_bit_nodes, model_hash, save
@@ -282,7 +282,7 @@ def metadata(quantized: Model, path: Path, recipe: Recipe, calibration: str) -> 
     return {
         "onnx_woq.version": version(),
         "onnx_woq.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
-        "onnx_woq.calibration": calibration,
+        "onnx_woq.calibration": calibration if METHODS[recipe.method].needs_data else "",
         "onnx_woq.source": model_hash(path),
         "onnx_woq.minimum_onnxruntime": required_runtime(quantized),
     }
@@ -294,10 +294,8 @@ def write(model: Model, place: Destination, properties: Mapping[str, str], compa
         try:
             for folder in make_folder(place.onnx.parent):
                 undo.callback(_remove_folder, folder)
-            if place.folder is not None:
-                for copy in copy_companions(companions_from, place.folder):
-                    undo.callback(copy.unlink, missing_ok=True)
-            save(model, place.onnx, metadata=properties)
+            with companions_copied(companions_from, place.folder) if place.folder else nullcontext():
+                save(model, place.onnx, metadata=properties)
         except OSError as error:
             raise OutputError(f"cannot write {place.onnx}: {error.strerror or error}") from error
         undo.pop_all()

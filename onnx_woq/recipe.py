@@ -173,6 +173,8 @@ def _table(name: str, data: Any) -> Mapping[str, Any]:
 def _expressions(name: str, expressions: Sequence[str]) -> tuple[str, ...]:
     if isinstance(expressions, str):
         expressions = (expressions,)
+    if not isinstance(expressions, list | tuple):
+        raise RecipeError(f"{name} must be a list of regular expressions, not {expressions!r}")
     for expression in expressions:
         try:
             re.compile(expression)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,8 +123,16 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return asdict(replace(self, recipe=None)) | {  # type: ignore[arg-type]
+        return {
+            "name": self.name,
+            "status": self.status,
+            "metric": self.metric,
+            "met": self.met,
+            "bytes": self.bytes,
+            "seconds": self.seconds,
+            "error": self.error,
             "recipe": self.recipe.to_dict(),
+            "resumed": self.resumed,
             "path": self.path and str(self.path),
         }
 
@@ -164,7 +173,7 @@ class TuneResult:
             "path": self.path and str(self.path),
             "trials": [trial.to_dict() for trial in self.trials],
             "metric": self.metric_name,
-            "baseline": self.baseline,
+            "baseline": self.baseline if math.isfinite(self.baseline) else None,
             "limit": self.limit,
             "higher_is_better": self.higher_is_better,
             "float_bytes": self.float_bytes,

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from onnx_woq.errors import ModelError, OutputError
-from onnx_woq.folder import copy_companions, destination, find_model, make_folder
+from onnx_woq.folder import companions_copied, destination, find_model, make_folder
 
 
 def test_a_folder_stands_for_its_only_model_or_the_one_called_model(tmp_path):
@@ -55,8 +55,13 @@ def test_companions_are_copied_and_weights_are_not(tmp_path):
     for name in ("config.json", "tokenizer.json", "merges.txt", "model.onnx", "model.onnx.data", "notes.txt"):
         (source / name).write_text(name)
     (target / "config.json").write_text("old")
-    new = copy_companions(source, target)
-    assert {path.name for path in new} == {"tokenizer.json", "merges.txt"}
+    before = sorted(os.listdir(target))
+    with pytest.raises(KeyError), companions_copied(source, target):
+        raise KeyError
+    assert sorted(os.listdir(target)) == before
+    assert (target / "config.json").read_text() == "old"
+    with companions_copied(source, target):
+        assert (target / "config.json").read_text() == "old"
     assert sorted(os.listdir(target)) == ["config.json", "merges.txt", "tokenizer.json"]
     assert (target / "config.json").read_text() == "config.json"
 

@@ -12,9 +12,15 @@ _NAMES = "onnx_woq names"  # key of the set of value names in the `meta` of ever
 
 
 def share_names(model: ir.Model, names: set[str]) -> None:
-    """Lets every graph of `model` know the names in use in all of them; clones of it go on sharing them."""
+    """Lets every graph of `model` know the names in use in all of them."""
     for graph in model.graphs():
         graph.meta[_NAMES] = names
+
+
+def unshare_names(copy: ir.Model) -> None:
+    """Gives a clone names of its own: what it takes later, its original does not know of."""
+    if names := copy.graph.meta.get(_NAMES):
+        share_names(copy, set(names))
 
 
 def fresh(graph: ir.Graph, name: str) -> str:

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
 from onnx_woq.errors import ModelError
 from onnx_woq.graph import files, wire
-from onnx_woq.graph.edit import LARGE, is_large, is_movable, lift_large, share_names
+from onnx_woq.graph.edit import LARGE, is_large, is_movable, lift_large, share_names, unshare_names
 from onnx_woq.graph.save import check_output, save
 
 __all__ = [
@@ -73,7 +73,9 @@ def load(path: str | Path) -> Model:
 
 def clone(model: Model) -> Model:
     """A copy of the structure to edit freely; the tensors are shared."""
-    return Model(model.ir.clone(), model.path, model.files)
+    copy = model.ir.clone()
+    unshare_names(copy)
+    return Model(copy, model.path, model.files)
 
 
 def serialize(model: Model) -> bytes:

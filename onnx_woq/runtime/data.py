@@ -47,10 +47,11 @@ def feeds(
     """The first `samples` samples of `source` after `skip`, complete and of the model's types.
 
     Text of a model that keeps a past is one stream of tokens cut into rows of `seqlen`; for other models (encoders)
-    each line of a .txt is a sample with special tokens around it. Each record of a .jsonl is a sample. A .npz is one
-    sample, its arrays named like the inputs; so is a .npy, for a model with one input. An element of an iterable is
-    a dictionary, one array, a list of arrays in the order of the inputs, or a tuple `(inputs, labels)`, of which the
-    labels are ignored. Inputs that follow from the tokens are filled in (`onnx_woq.runtime.inputs.fill`).
+    each line of a .txt is a sample with special tokens around it. Each record of a .jsonl is a sample. A .npz has
+    arrays named like the inputs, a .npy is for a model with one input: the first axis of a stack counts samples. An
+    element of an iterable is a dictionary, one array, a list of arrays in the order of the inputs, or a tuple
+    `(inputs, labels)`, of which the labels are ignored. Inputs that follow from the tokens are filled in
+    (`onnx_woq.runtime.inputs.fill`).
 
     Args:
         source: data in one of these forms, or "random".
@@ -142,12 +143,30 @@ def _open(
             raise DataError(f"there is no data at {path}: give {_FORMS}")
         if path.is_file() and path.suffix in (".txt", ".jsonl"):
             return _text(path, inputs, wanted, seqlen, exact_length, tokenizer, model_dir)
-        return _arrays(path)
+        return _stacked(_arrays(path), inputs)
     if isinstance(source, (Mapping, np.ndarray)):
         return iter([("the sample", source)])
     if not isinstance(source, Iterable):
         raise DataError(f"{type(source).__name__} is not data: give {_FORMS}")
     return ((f"sample {number}", element) for number, element in enumerate(source, 1))
+
+
+def _stacked(loaded: Iterator[tuple[str, Any]], inputs: list[InputInfo]) -> Iterator[tuple[str, Any]]:
+    """Arrays from files, one sample per entry of their common first axis where the model's batch size is free."""
+    needed = [info for info in inputs if not can_fill(info, inputs)]
+    for what, content in loaded:
+        named = content if isinstance(content, Mapping) else {needed[0].name: content} if len(needed) == 1 else {}
+        known = {info.name: info for info in inputs if info.name in named and info.shape}
+        whole = known and all(
+            named[name].ndim == len(info.shape or ()) and not isinstance((info.shape or (1,))[0], int)
+            for name, info in known.items()
+        )
+        count = {named[name].shape[0] for name in known} if whole else set()
+        if len(count) != 1 or any(name.startswith("past") for name in named):
+            yield what, content
+            continue
+        for row in range(count.pop()):
+            yield f"{what}, row {row + 1}", {name: named[name][row : row + 1] for name in known}
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, Any]]:

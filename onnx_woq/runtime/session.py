@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from onnx_ir.passes.common import LiftSubgraphInitializersToMainGraphPass
 
 from onnx_woq.errors import DataError, ModelError
-from onnx_woq.graph.model import LARGE, Model, clone, low_bit_nodes, memory_tensors, serialize
+from onnx_woq.graph.model import Model, low_bit_nodes, memory_tensors, serialize
 
 THREADS_VARIABLE = "ONNX_WOQ_THREADS"
 """Environment variable that gives the number of threads where the caller does not."""
@@ -45,15 +44,19 @@ def make_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_mem_pattern = False  # it plans for one shape, and samples are ragged
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    weights: list[np.ndarray] = []
     if isinstance(source, Model):
-        name, model = str(source.path), _lifted(source)
-        if for_calibration and not low_bit_nodes(model):  # low-bit kernels need their weights rearranged
+        name = str(source.path)
+        if for_calibration and not low_bit_nodes(source):  # low-bit kernels need their weights rearranged
             options.add_session_config_entry("session.disable_prepacking", "1")
-        content: str | bytes = _structure(model, options)
+        content: str | bytes
+        content, weights = _structure(source, options)
     else:
         name = content = str(source)
     try:
-        return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session.borrowed_weights = weights  # ONNX Runtime reads these arrays in place and does not own them
+        return session
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ModelError(f"{name} cannot be run: {_explain(error)}") from error
 
@@ -92,31 +95,19 @@ def _thread_count(threads: int) -> int:
     return 0
 
 
-def _lifted(model: Model) -> Model:
-    """The model with every initializer in the main graph: a subgraph's may not lie outside the structure."""
-    main = model.ir.graph
-    inner = (
-        value.const_value for graph in model.ir.graphs() if graph is not main for value in graph.initializers.values()
-    )
-    if not any(tensor is not None and tensor.nbytes > LARGE for tensor in inner):
-        return model
-    model = clone(model)
-    LiftSubgraphInitializersToMainGraphPass()(model.ir)
-    return model
-
-
-def _structure(model: Model, options: ort.SessionOptions) -> bytes:
-    """The structure as bytes, once `options` say where the weights lie."""
+def _structure(model: Model, options: ort.SessionOptions) -> tuple[bytes, list[np.ndarray]]:
+    """The structure as bytes, once `options` say where the weights lie; and the arrays among these."""
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent))
-    if arrays := memory_tensors(model):
+    arrays = {name: np.ascontiguousarray(array) for name, array in memory_tensors(model).items()}
+    if arrays:
         types = {name: model.ir.graph.initializers[name].dtype for name in arrays}
         values = [
-            ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), int(types[name] or 0))
+            ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(types[name] or 0))
             for name, array in arrays.items()
         ]
         options.add_external_initializers(list(arrays), values)
     try:
-        return serialize(model)
+        return serialize(model), list(arrays.values())
     except (ValueError, MemoryError) as error:
         raise ModelError(f"the structure of {model.path} does not fit into a session: {error}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -195,3 +196,10 @@ def recipe_of(path: Path) -> dict:
 
     model = onnx.load(path, load_external_data=False)
     return next((json.loads(p.value) for p in model.metadata_props if p.key.endswith("recipe")), {})
+
+
+def stable_id(value: object) -> str:
+    """A parameter's name that is the same in every process: pytest-xdist compares them."""
+    if isinstance(value, set | frozenset):
+        return "{" + ", ".join(sorted(map(str, value))) + "}"
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

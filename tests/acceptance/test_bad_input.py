@@ -289,7 +289,7 @@ def test_wrong_shapes_of_a_float_input(shape, refused, tmp_path):
     )
 
 
-@pytest.mark.parametrize("data", [[], (), iter(()), [None], [object()], 7, [{}], [()]], ids=str)
+@pytest.mark.parametrize("data", [[], (), iter(()), [None], [object()], 7, [{}], [()]], ids=measure.stable_id)
 def test_data_that_is_none(data, enc, tmp_path):
     before = measure.listing(tmp_path)
     with pytest.raises(DataError):

@@ -34,7 +34,7 @@ def float_bytes(path: Path) -> dict[str, bytes]:
         (("up$", "0.o$"), {"layer0.up", "layer1.up", "layer0.o"}),  # repeatable
         (("ayer0",), {name for name in ALL if name.startswith("layer0")}),  # searched, not matched
     ],
-    ids=str,
+    ids=measure.stable_id,
 )
 def test_excluded_weights_stay_untouched(method, expression, left_float, lm, lm_data, tmp_path):
     quantize(lm, tmp_path / "q.onnx", Recipe(method, exclude=expression), lm_data)
@@ -51,7 +51,7 @@ def test_excluded_weights_stay_untouched(method, expression, left_float, lm, lm_
         (("^layer1.q$", "W_layer0.down"), {"layer1.q", "layer0.down"}),
         (("head",), {"logits"}),
     ],
-    ids=str,
+    ids=measure.stable_id,
 )
 def test_include_selects_only_what_it_names(method, expressions, chosen, lm, lm_data, tmp_path):
     quantize(lm, tmp_path / "q.onnx", Recipe(method, include=expressions), lm_data)
@@ -187,7 +187,7 @@ def test_inspect_writes_nothing(lm, cli, tmp_path):
         (["--scheme", "sym"], Spec(4, 32, True)),
         (["--bits", "8", "--group-size", "16", "--scheme", "sym"], Spec(8, 16, True)),
     ],
-    ids=str,
+    ids=measure.stable_id,
 )
 def test_flags_beside_a_config_override_that_part_only(flags, spec, enc, cli, tmp_path):
     for config in (["--config", "RTN_G32ASYM"], []):

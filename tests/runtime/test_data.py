@@ -130,7 +130,8 @@ def test_single_files(lm, floats, tmp_path):
     np.savez(tmp_path / "d.npz", input_ids=ROWS[0], attention_mask=np.ones_like(ROWS[0]))
     np.save(tmp_path / "d.npy", XS[0])
     assert data_hash(read(tmp_path / "d.npz", lm, samples=1)) == data_hash(read([ROWS[0]], lm, samples=1))
-    assert np.array_equal(read(str(tmp_path / "d.npy"), floats, samples=1)[0]["x"], XS[0])
+    rows = read(str(tmp_path / "d.npy"), floats, samples=len(XS[0]))
+    assert all(np.array_equal(row["x"], x[None]) for row, x in zip(rows, XS[0], strict=True)), "a stack of samples"
     assert np.array_equal(read(XS[0], floats, samples=1)[0]["x"], XS[0]), "one array is one sample"
     assert np.array_equal(read({"x": XS[0]}, floats, samples=1)[0]["x"], XS[0])
 

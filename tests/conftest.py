@@ -1,0 +1,9 @@
+"""Settings of the whole suite: one thread per process."""
+
+from __future__ import annotations
+
+import os
+
+# Tiny models gain nothing from threads, and with two pytest processes on two cores they would fight. Before numpy.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("ONNX_WOQ_THREADS", "1")
