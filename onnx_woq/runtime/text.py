@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from onnx_woq.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 Encode = Callable[[str, bool], list[int]]
 """`encode(text, special)`: ids, with the special tokens of a whole document or without."""
@@ -20,8 +17,7 @@ Encode = Callable[[str, bool], list[int]]
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _BAD_ID = 2**32 - 1  # what onnxruntime-extensions returns for a token it has no id for
 _PROBE = "It’s 1,234 words:\n\n  don't “stop”; naïve café, 北京 и Москва – def f(x): return x**2 😀 <tag>"
-_PROBE_LENGTH = 4000  # characters of the user's text that two tokenizers are compared on
-_AGREEMENT = 0.99  # share of their tokens that has to be equal
+_PROBE_LENGTH = 4000  # characters of the user's text that a tokenizer is tried on
 _READABLE = 0.9  # share of letters that has to come back; a tokenizer may drop accents and signs it does not know
 _NO_LIMIT = 1 << 24  # tokens; a larger model_max_length means "not known"
 _CHARACTERS_PER_TOKEN = 8  # more than natural text has
@@ -50,9 +46,9 @@ class Tokenizer:
 def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vocabulary: int | None) -> Tokenizer:
     """The tokenizer in the folder `tokenizer`, or else beside the model or one folder up.
 
-    onnxruntime-extensions is asked first, as it reads most formats. It can be wrong without an error, so its ids must
-    lie in the vocabulary and agree with the `tokenizers` library on a stretch of `text` (where there is no
-    tokenizer.json, decode to it again); if not, the `tokenizers` library does the work.
+    The `tokenizers` library reads tokenizer.json. For other formats there is onnxruntime-extensions, which can be wrong
+    without an error, so its ids must lie in the vocabulary and decode to the text. It does not come first, as it would
+    deserve for its speed, because it crashes the process on a tokenizer.json whose kind it does not expect.
 
     Args:
         tokenizer: a folder, or a file in one.
@@ -65,18 +61,14 @@ def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vo
     """
     folder = _folder(tokenizer, model_dir)
     probe = text[:_PROBE_LENGTH] + _PROBE
-    reference, problem = _huggingface(folder)
-    fast, decode, fast_problem = _extensions(folder)
-    if fast is not None:
-        fast_problem = _mistrust(fast, decode, reference, probe, vocabulary)
-    encode = fast if not fast_problem else reference
+    encode, problem = _huggingface(folder)
+    if encode is None:
+        encode, other = _extensions(folder, probe, vocabulary)
     if encode is None:
         raise DataError(
-            f"the tokenizer in {folder} cannot be used: onnxruntime-extensions: {fast_problem}; tokenizers: {problem}. "
+            f"the tokenizer in {folder} cannot be used: tokenizers: {problem}; onnxruntime-extensions: {other}. "
             "Give the folder of the model's own tokenizer.json with --tokenizer, or token ids as .npz or dictionaries"
         )
-    if fast_problem:
-        logger.debug("onnxruntime-extensions is not used for %s: %s", folder, fast_problem)
     if worst := _outside(encode(probe, False), vocabulary):
         raise DataError(
             f"the tokenizer in {folder} gives id {worst}, but the model knows {vocabulary} tokens: "
@@ -169,42 +161,35 @@ def _huggingface(folder: Path) -> tuple[Encode | None, str]:
     return lambda text, special: list(tokenizer.encode(text, add_special_tokens=special).ids), ""
 
 
-def _extensions(folder: Path) -> tuple[Encode | None, Callable[[list[int]], str] | None, str]:
-    """The encoder and decoder by onnxruntime-extensions, or the reason why there are none."""
+def _extensions(folder: Path, text: str, vocabulary: int | None) -> tuple[Encode | None, str]:
+    """The encoder by onnxruntime-extensions, or the reason why it must not be used."""
+    if not _is_expected(folder / "tokenizer.json"):
+        return None, "it reads neither damaged files nor this kind of tokenizer.json"
     try:
         from onnxruntime_extensions.pp_api import Tokenizer as Extensions
     except ImportError:
-        return None, None, "not installed (pip install onnxruntime-extensions)"
+        return None, "not installed (pip install onnxruntime-extensions)"
     try:
         plain = Extensions(str(folder), {"add_special_tokens": False})
         whole = Extensions(str(folder))
-        plain.tokenize("a")
-    except Exception as error:  # the library raises bare RuntimeError and others
-        return None, None, " ".join(str(error).split())
-
-    def decode(ids: list[int]) -> str:
-        text = plain.detokenize(ids)
-        return text if isinstance(text, str) else "".join(text)
-
-    return lambda text, special: [int(i) for i in (whole if special else plain).tokenize(text)], decode, ""
-
-
-def _mistrust(
-    fast: Encode, decode: Callable[[list[int]], str] | None, reference: Encode | None, text: str, vocabulary: int | None
-) -> str:
-    """Why the ids of `fast` for `text` must not be believed; "" if they may."""
-    try:
-        for special in (False, True):
-            ids = fast(text, special)
-            if worst := _outside(ids, vocabulary):
-                return f"it gives the id {worst}"
-            if reference and _overlap(ids, reference(text, special)) < _AGREEMENT:
-                return "it disagrees with the tokenizers library"
-        if reference is None and decode and _overlap(_letters(decode(fast(text, False))), _letters(text)) < _READABLE:
-            return "its ids do not decode to the text they were made from"
+        ids = [int(i) for i in plain.tokenize(text)]
+        if worst := _outside(ids, vocabulary):
+            return None, f"it gives the id {worst}"
+        if _overlap(_letters("".join(plain.detokenize(ids))), _letters(text)) < _READABLE:
+            return None, "its ids do not decode to the text they were made from"
     except Exception as error:  # whatever the library raises, it is not to be used
-        return str(error)
-    return ""
+        return None, " ".join(str(error).split())
+    return lambda text, special: [int(i) for i in (whole if special else plain).tokenize(text)], ""
+
+
+def _is_expected(file: Path) -> bool:
+    """Whether onnxruntime-extensions survives a tokenizer.json; true where there is none."""
+    if not file.is_file():
+        return True
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["model"]["type"] in ("BPE", "Unigram")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _outside(ids: list[int], vocabulary: int | None) -> int | None:
@@ -213,8 +198,8 @@ def _outside(ids: list[int], vocabulary: int | None) -> int | None:
     return worst if worst == _BAD_ID or (vocabulary is not None and worst >= vocabulary) else None
 
 
-def _overlap(a: Sequence[int | str], b: Sequence[int | str]) -> float:
-    """The share of tokens or letters that two sequences have in common, whatever their places."""
+def _overlap(a: str, b: str) -> float:
+    """The share of letters that two texts have in common, whatever their places."""
     return sum((Counter(a) & Counter(b)).values()) / max(len(a), len(b), 1)
 
 

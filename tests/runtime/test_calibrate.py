@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from builders import BOOL, graph, node, random, rtn, run, value, write
 
-from onnx_woq.errors import DataError
+from onnx_woq.errors import DataError, ModelError
 from onnx_woq.graph.expose import expose
 from onnx_woq.graph.lower.matmulnbits import lower_tap
 from onnx_woq.graph.model import load
@@ -122,6 +122,30 @@ def test_windows_leave_no_trace(store, dtype, tmp_path, monkeypatch):
             assert one.tokens == other.tokens
 
 
+def normed(path):
+    """Residual blocks with norms that ONNX Runtime, if it may, fuses with the sum before them."""
+    nodes, weights, last = [], {"g": 1 + random(K) / 8, "z": random(K, seed=1) / 8}, "x"
+    for i in range(4):
+        weights |= {f"A{i}": random(K, K, seed=2 * i) / 6, f"B{i}": random(K, K, seed=2 * i + 1) / 6}
+        nodes += [
+            node("LayerNormalization", [last, "g", "z"], [f"n{i}"]),
+            node("MatMul", [f"n{i}", f"A{i}"], [f"a{i}"]),
+            node("Relu", [f"a{i}"], [f"r{i}"]),
+            node("MatMul", [f"r{i}", f"B{i}"], [f"b{i}"]),
+            node("Add", [last, f"b{i}"], [f"s{i}"]),
+        ]
+        last = f"s{i}"
+    return write(path, graph(nodes, [value("x", ("b", "t", K))], [value(last, ("b", "t", K))], weights))
+
+
+def test_fusions_leave_no_trace(tmp_path):
+    model = load(normed(tmp_path / "m.onnx"))
+    taps, _ = find_taps(model, Recipe())
+    one_by_one = walk(model, taps, RAGGED, memory_budget=0)
+    for (_, one), (_, other) in zip(walk(model, taps, RAGGED), one_by_one, strict=True):
+        assert np.array_equal(one.gram, other.gram)
+
+
 def test_windows_cover_all_taps_in_order(chained):
     _, taps = chained
     for budget in (0, 1, 50_000, 1 << 30):
@@ -132,19 +156,37 @@ def test_windows_cover_all_taps_in_order(chained):
     assert len(windows(taps, RAGGED, 1 << 30)) == 1
 
 
+@pytest.fixture
+def products(monkeypatch):
+    """The names of the MatMuls in every part that is run."""
+    names = []
+    make = replay_module.make_session
+
+    def spy(part, **options):
+        names.extend(n.name for n in part.ir.graph if n.op_type == "MatMul")
+        return make(part, **options)
+
+    monkeypatch.setattr(replay_module, "make_session", spy)
+    return names
+
+
 @pytest.mark.parametrize("sequential", [False, True])
-def test_every_product_is_run_once(sequential, chained, monkeypatch):
+def test_every_product_is_run_once(sequential, chained, products):
     """Parts start where the last one ended, and nothing behind the last tap is run."""
     model, taps = chained
-    run_nodes = []
-    make = replay_module.make_session
-    monkeypatch.setattr(
-        replay_module,
-        "make_session",
-        lambda part, **options: run_nodes.extend(n.op_type for n in part.ir.graph) or make(part, **options),
-    )
-    list(walk(model, taps, RAGGED, memory_budget=4 * estimate_bytes(taps[:1], RAGGED), sequential=sequential))
-    assert run_nodes.count("MatMul") == 4, "a, b, c and d, but not the head"
+    budget = 4 * estimate_bytes(taps[:1], RAGGED)
+    for tap, _ in walk(model, taps, RAGGED, memory_budget=budget, sequential=sequential):
+        scale(model, tap.sites[0].weight_name, 1.1)
+    assert sorted(products) == ["a", "b", "c", "d"]
+
+
+def test_an_edit_to_the_linear_before_costs_that_linear(chained, products):
+    """As folding a scale into it does: what it started from is still there."""
+    model, taps = chained
+    for tap, _ in walk(model, taps, RAGGED, sequential=True):
+        if before := {"B": "A", "D": "C"}.get(tap.sites[0].weight_name):
+            scale(model, before, 0.9)
+    assert sorted(products) == ["a", "a", "b", "c", "c", "d"]
 
 
 def test_large_hidden_states_go_to_disk_or_are_computed_again(monkeypatch):
@@ -275,6 +317,17 @@ def test_nan_names_the_tensor_and_the_sample(tmp_path):
     good = np.ones((3, K), np.float32)
     with pytest.raises(DataError, match=r"logs.*sample 2"):
         list(walk(model, taps, [{"x": good}, {"x": -good}, {"x": good}]))
+
+
+def test_a_weight_that_is_not_finite_is_named(tmp_path):
+    """Its activations are seen before any solver reads it."""
+    nodes = [node("MatMul", ["x", "A"], ["a"]), node("Tanh", ["a"], ["t"]), node("MatMul", ["t", "B"], ["y"])]
+    weights = {"A": random(K, K), "B": random(K, K)}
+    weights["A"][3, 4] = np.nan
+    model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("t", K))], [value("y", ("t", K))], weights)))
+    taps, _ = find_taps(model, Recipe())
+    with pytest.raises(ModelError, match=r"'A'.*NaN"):
+        list(walk(model, taps, [{"x": random(3, K)}]))
 
 
 def test_no_samples(chained):

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from builders import BOOL, graph, node, random, rtn, run, value, write
+from builders import BOOL, graph, lower, node, random, rtn, run, value, write
 
 from onnx_woq.errors import DataError, ModelError
 from onnx_woq.graph.lower.matmulnbits import lower_tap
@@ -76,6 +76,12 @@ def test_weights_in_bodies(tmp_path):
     for flag in (True, False):
         feed = FEED | {"flag": np.array(flag)}
         assert np.array_equal(make_session(load(path)).run(None, feed)[0], run(path, feed)[0])
+    model = load(path)
+    _, (q,), _ = lower(model)
+    (y,) = make_session(model, for_calibration=True).run(None, FEED | {"flag": np.array(True)})
+    halves = np.split(q.dequantize(), 2, axis=1)
+    then = min(halves, key=lambda half: np.abs(half - random(K, K)).max())
+    np.testing.assert_allclose(y, FEED["x"] @ then, rtol=1e-3, atol=1e-4)
 
 
 def test_a_calibration_session_makes_no_copy_of_the_weights(tmp_path):
