@@ -11,11 +11,12 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError
@@ -95,13 +96,12 @@ def estimate_bytes(taps: Sequence[Tap], batches: Sequence[Feed]) -> int:
 
 
 def _token_count(feed: Feed) -> int:
-    """Tokens of a sample, by its widest input that is not a past: everything but the channels of a float input."""
-    sizes = [
-        int(np.prod(array.shape if array.dtype.kind in "iu" else array.shape[:-1]))
-        for name, array in feed.items()
-        if not name.startswith("past")
-    ]
-    return max(sizes, default=0)
+    """Tokens of a sample: its input_ids, or else its widest input without its channels."""
+    if "input_ids" in feed:
+        return feed["input_ids"].size
+    return max(
+        (array.size // (array.shape[-1] if array.ndim > 1 else 1) for array in feed.values() if array.size), default=0
+    )
 
 
 def _window_by_window(
@@ -225,10 +225,6 @@ def _single_threaded_blas() -> AbstractContextManager[Any]:
     """BLAS with one thread per call: the pool already uses every core, and BLAS threads on top fight for them."""
     import scipy.linalg.blas  # noqa: F401  only a library that is loaded can be limited
 
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return nullcontext()
     return threadpool_limits(1, user_api="blas")
 
 

@@ -146,6 +146,15 @@ def test_fusions_leave_no_trace(tmp_path):
         assert np.array_equal(one.gram, other.gram)
 
 
+def test_estimates_count_tokens_not_masks(chained):
+    _, taps = chained
+    ids = {"input_ids": np.zeros((2, 100), np.int64), "mask": np.zeros((2, 1, 100, 100), bool)}
+    grams = sum(4 * tap.k**2 for tap in taps)
+    for feed in (ids, {"x": np.zeros((2, 100, K))}):
+        assert estimate_bytes(taps, [feed]) == grams + 2 * sum(4 * tap.k * 200 for tap in taps)
+    assert estimate_bytes(taps, []) == grams
+
+
 def test_windows_cover_all_taps_in_order(chained):
     _, taps = chained
     for budget in (0, 1, 50_000, 1 << 30):
