@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
-from onnx_woq.errors import DataError, OutputError, RecipeError, nearest
-from onnx_woq.folder import Destination, destination, find_model, make_folder
+from onnx_woq.errors import DataError, RecipeError, nearest
+from onnx_woq.folder import Destination, destination, find_model, work_folder
 from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
@@ -111,7 +109,7 @@ def tune(
     calibration, held_out = _split(
         source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
-    with _work_folder(workdir, keep=place is None) as folder:
+    with work_folder(workdir, keep=place is None) as folder:
         run = _Run(source, folder, f"{model_hash(path)}/{feeds_hash(calibration)}", start, timeout, progress)
         if eval_fn is not None:
             run.say("evaluate", 0, 1)
@@ -147,36 +145,6 @@ def tune(
         stopped=stopped,
         seconds=time.monotonic() - start,
     )
-
-
-@contextmanager
-def _work_folder(given: str | Path | None, *, keep: bool) -> Iterator[Path]:
-    """The folder of journal and trials: the one given, or a temporary one that is removed unless `keep`.
-
-    A failure leaves a given folder for the next run to resume from, and none that was made for nothing.
-    """
-    if given is None:
-        folder = Path(tempfile.mkdtemp(prefix="onnx-woq-"))
-        try:
-            yield folder
-        except BaseException:
-            keep = False
-            raise
-        finally:
-            if not keep:
-                shutil.rmtree(folder, ignore_errors=True)
-        return
-    try:
-        made = make_folder(Path(given))
-    except OSError as error:
-        raise OutputError(f"cannot make the work folder {given}: {error.strerror or error}") from error
-    try:
-        yield Path(given)
-    except BaseException:
-        with suppress(OSError):  # what is not empty stays
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where a model is read from and where its result goes: files, folders, and the small files beside a model."""
+"""Where a model is read from and where its result goes: files, folders, work folders, the files beside a model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,3 +98,33 @@ def make_folder(path: Path) -> list[Path]:
     for folder in reversed(missing):
         folder.mkdir()
     return missing
+
+
+@contextmanager
+def work_folder(given: str | Path | None, *, keep: bool) -> Iterator[Path]:
+    """The folder of journal and trials: the one given, or a temporary one that is removed unless `keep`.
+
+    A failure leaves a given folder for the next run to resume from, and none that was made for nothing.
+    """
+    if given is None:
+        folder = Path(tempfile.mkdtemp(prefix="onnx-woq-"))
+        try:
+            yield folder
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            if not keep:
+                shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        made = make_folder(Path(given))
+    except OSError as error:
+        raise OutputError(f"cannot make the work folder {given}: {error.strerror or error}") from error
+    try:
+        yield Path(given)
+    except BaseException:
+        with suppress(OSError):  # what is not empty stays
+            for folder in made:
+                folder.rmdir()
+        raise

@@ -23,6 +23,7 @@ METHODS = {
     "RTN": Recipe("rtn"),
     "RTN, clip search": Recipe("rtn", options={"enable_mse_search": True}),
     "GPTQ": Recipe("gptq"),
+    "GPTQ, clip search": Recipe("gptq", options={"enable_mse_search": True}),
     "GPTQ, act-order": Recipe("gptq", options={"actorder": True}),
     "GPTQ, act-order, clip search": Recipe("gptq", options={"actorder": True, "enable_mse_search": True}),
     "AWQ": Recipe("awq"),
