@@ -82,7 +82,13 @@ class Structure:
             opset_imports=self.graph.opset_imports,
             name="part",
         )
-        return view.clone()
+        part = view.clone()
+        fed = {value.name for value in part.inputs}
+        for node in part:
+            for value in node.outputs:
+                if value.name in fed:  # one output of a node is there already, another one has to be computed again
+                    value.name = f"{value.name}/again"
+        return part
 
     def _found(self, names: Iterable[str]) -> list[ir.Value]:
         """The values called so, or an output of the node in whose bodies they are."""

@@ -255,6 +255,41 @@ def test_sequential_statistics_are_of_the_model_as_it_is(edit, budget, chained):
         dict(edits())[edit](model, tap)
 
 
+@pytest.mark.parametrize("budget", [0, 2 << 30])
+def test_a_norm_that_also_gives_the_residual_sum(budget, tmp_path):
+    """Scaling the norm spoils one of its outputs, not the other; scaling the linear then runs the norm again."""
+    nodes, weights, last = [], {"z": np.zeros((1, 1, K), np.float32)}, ("x", "z")
+    for i in range(3):
+        weights |= {
+            f"G{i}": random(K, 40, seed=i) / 6,
+            f"D{i}": random(40, K, seed=9 + i) / 6,
+            f"g{i}": 1 + random(K) / 8,
+        }
+        nodes += [
+            node("Add", [last[1], "zeros"], [f"e{i}"]),
+            node(
+                "SkipSimplifiedLayerNormalization",
+                [last[0], f"e{i}", f"g{i}"],
+                [f"n{i}", "", "", f"s{i}"],
+                domain="com.microsoft",
+            ),
+            node("MatMul", [f"n{i}", f"G{i}"], [f"h{i}"]),
+            node("Tanh", [f"h{i}"], [f"t{i}"]),
+            node("MatMul", [f"t{i}", f"D{i}"], [f"d{i}"]),
+        ]
+        last = (f"s{i}", f"d{i}")
+    nodes.insert(0, node("Sub", ["x", "x"], ["zeros"]))
+    main = graph(nodes, [value("x", ("b", "t", K))], [value(last[1], ("b", "t", K))], weights)
+    model = load(write(tmp_path / "m.onnx", main, domains={"com.microsoft": 1}))
+    taps, _ = find_taps(model, Recipe())
+    assert len(taps) == 6
+    for tap, stats in walk(model, taps, RAGGED, sequential=True, memory_budget=budget):
+        whole, names = expose(model, tap.values)
+        same(stats, flat(run(whole, feed, [names[tap.values[0]]])[0] for feed in RAGGED), rtol=1e-5)
+        kind, block = tap.values[0]
+        scale(model, f"{'g' if kind == 'n' else 'G'}{block}", 0.9)
+
+
 def test_an_edit_that_reaches_a_tap_of_the_same_part(tmp_path):
     """Two taps that do not depend on each other, until an edit for the first touches the second's norm."""
     nodes = [
