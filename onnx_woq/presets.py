@@ -26,7 +26,7 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "RTN_G32ASYM": "round to nearest, 4 bits, groups of 32, asymmetric; needs no calibration data",
         "GPTQ_G32ASYM": "GPTQ, 4 bits, groups of 32, asymmetric",
         "GPTQ_G32ASYM_DISABLE_LAST_MATMUL": "GPTQ as above, the last MatMul (language-model head) stays float",
-        "GPTQ_G128ASYM": "GPTQ, 4 bits, groups of 128, asymmetric; the smallest",
+        "GPTQ_G128ASYM": "GPTQ, 4 bits, groups of 128, asymmetric; fewer scales",
         "AWQ_G32ASYM": "AWQ, 4 bits, groups of 32, asymmetric",
     }
 )

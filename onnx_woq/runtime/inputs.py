@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -48,11 +50,41 @@ class InputInfo:
 def model_inputs(model: Model) -> list[InputInfo]:
     """The inputs that must be fed, in the model's order.
 
+    Newer versions of the onnxruntime-genai builder leave the head size of the past open: it is then read from the
+    configuration beside the model.
+
     Raises:
         DataError: one of them is a sequence, an optional or text.
     """
     graph = model.ir.graph
-    return [_describe(value) for value in graph.inputs if value.name not in graph.initializers]
+    infos = [_describe(value) for value in graph.inputs if value.name not in graph.initializers]
+    if any(_has_open_head(info) for info in infos) and (size := _head_size(model.path.parent)):
+        infos = [
+            replace(info, shape=(*(info.shape or ())[:-1], size)) if _has_open_head(info) else info for info in infos
+        ]
+    return infos
+
+
+def _has_open_head(info: InputInfo) -> bool:
+    """Whether this is a past `[batch, heads, sequence, head size]` that does not say its head size."""
+    shape = info.shape or ()
+    return _is_past(info) and len(shape) == 4 and isinstance(shape[1], int) and not isinstance(shape[3], int)
+
+
+def _head_size(folder: Path) -> int | None:
+    """Channels of an attention head, from genai_config.json or config.json; None if neither says."""
+    for name, path in (("genai_config.json", ("model", "decoder")), ("config.json", ())):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key in path:
+                config = config[key]
+            size = config.get("head_size") or config.get("head_dim")
+            size = size or config["hidden_size"] // config["num_attention_heads"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+            continue
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
 
 
 def can_fill(info: InputInfo, inputs: Sequence[InputInfo]) -> bool:

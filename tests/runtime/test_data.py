@@ -54,6 +54,28 @@ def test_the_limit_is_seen_behind_a_cast(tmp_path):
     assert model_inputs(load(write(tmp_path / "m.onnx", main)))[0].limit == 11
 
 
+@pytest.mark.parametrize(
+    ("name", "config", "size"),
+    [
+        ("genai_config.json", {"model": {"decoder": {"head_size": 24, "hidden_size": 9}}}, 24),
+        ("config.json", {"hidden_size": 96, "num_attention_heads": 4}, 24),
+        ("config.json", {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 32}, 32),
+        ("config.json", {"hidden_size": 96, "num_attention_heads": 0}, "head"),
+        ("config.json", [], "head"),
+    ],
+)
+def test_an_open_head_size_is_read_from_the_configuration(name, config, size, tmp_path):
+    inputs = [value("input_ids", ("b", "t"), INT64), value("past_key_values.0.key", ("b", 2, "past", "head"))]
+    main = graph([node("Identity", ["past_key_values.0.key"], ["y"])], inputs, [value("y")])
+    path = write(tmp_path / "m.onnx", main)
+    assert model_inputs(load(path))[1].shape == ("b", 2, "past", "head")
+    (tmp_path / name).write_text(json.dumps(config))
+    found = model_inputs(load(path))
+    assert found[1].shape == ("b", 2, "past", size)
+    (feed,) = read([{"input_ids": ROWS[0]}], found, samples=1)
+    assert feed["past_key_values.0.key"].shape == (1, 2, 0, 0 if size == "head" else size)
+
+
 def test_everything_is_filled_in(lm):
     (feed,) = read([{"input_ids": ROWS[1]}], lm, samples=1)
     assert list(feed) == [info.name for info in lm], "in the model's order"
