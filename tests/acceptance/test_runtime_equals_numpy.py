@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from runtimes import need, need_opset
 
 from onnx_woq import Recipe, Spec, quantize
+from onnx_woq.graph.lower.matmulnbits import minimum_runtime
 
 from . import measure, zoo
 
@@ -21,6 +23,12 @@ CHAIN_INPUT = zoo.correlated(1, 7, WIDTHS[0])
 def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("chains")
     return {dtype: zoo.chain(folder / f"{dtype}.onnx", WIDTHS, dtype=dtype) for dtype in (zoo.F32, zoo.F16)}
+
+
+def need_kernel(bits: int, dtype: type[np.floating]) -> None:
+    """Skips where the runtime has no kernel for `bits` bits in float arithmetic."""
+    version = minimum_runtime(bits, accuracy_level=0, scale_dtype=dtype)
+    need(version, f"MatMulNBits for {bits} bits and {np.dtype(dtype)}")
 
 
 def assert_close_to(out: np.ndarray, x: np.ndarray, w: np.ndarray, eps: float) -> None:
@@ -36,11 +44,13 @@ def assert_close_to(out: np.ndarray, x: np.ndarray, w: np.ndarray, eps: float) -
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize("dtype", [zoo.F32, zoo.F16], ids=["fp32", "fp16"])
 def test_every_grid(bits, group, symmetric, dtype, chains, tmp_path):
+    kind = np.float32 if dtype == zoo.F32 else np.float16
+    need_kernel(bits, kind)
     model, before = chains[dtype], measure.digest(chains[dtype])
     quantize(model, tmp_path / "q.onnx", Recipe("rtn", Spec(bits, group, symmetric), accuracy_level=0))
     out = tmp_path / "q.onnx"
     onnx.checker.check_model(str(out), full_check=False)
-    x = CHAIN_INPUT.astype(np.float32 if dtype == zoo.F32 else np.float16)
+    x = CHAIN_INPUT.astype(kind)
     rows = measure.run(out, [{"x": x}])
     full, values, floats = onnx.load(out), measure.tensors(onnx.load(out)), measure.float_weights(model)
     found = {node.output[0]: node for node in measure.nodes(full) if node.op_type == "MatMulNBits"}
@@ -75,8 +85,9 @@ def test_every_grid(bits, group, symmetric, dtype, chains, tmp_path):
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 @pytest.mark.parametrize(("bits", "group"), [(1, 32), (2, 64), (3, -1), (4, 32), (5, 16), (8, 512)])
 def test_calibrated_methods_write_what_runs(method, bits, group, dtype, tmp_path):
-    model = zoo.chain(tmp_path / "m.onnx", (160, 37, 24), dtype=dtype)
     kind = np.float32 if dtype == zoo.F32 else np.float16
+    need_kernel(bits, kind)
+    model = zoo.chain(tmp_path / "m.onnx", (160, 37, 24), dtype=dtype)
     data = [{"x": zoo.correlated(i, 40, 160).astype(kind)} for i in range(2)]
     quantize(model, tmp_path / "q.onnx", Recipe(method, Spec(bits, group), accuracy_level=0), data)
     got, twin = measure.run(tmp_path / "q.onnx", data), measure.run(measure.decoded_twin(tmp_path / "q.onnx"), data)
@@ -99,6 +110,7 @@ def test_groups_that_are_not_native_are_exact_too(group, tmp_path):
 
 @pytest.mark.parametrize("opset", [13, 14, 17, 21, 25])
 def test_every_opset(opset, tmp_path):
+    need_opset(opset)
     model = zoo.language_model(tmp_path / "m.onnx", opset=opset)
     data = zoo.lm_feeds(zoo.token_ids(2))
     quantize(model, tmp_path / "q.onnx", Recipe("gptq", Spec(8, 32), accuracy_level=0), data)
@@ -153,6 +165,7 @@ def test_bodies_may_use_the_same_names(method, tmp_path):
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_a_branch_that_calibration_never_takes(method, tmp_path):
     """No statistics for one body: the model still comes out whole."""
+    need("1.29", "correct int8 products with zero points in bodies")
     model = zoo.branches(tmp_path / "m.onnx")
     quantize(model, tmp_path / "q.onnx", Recipe(method, Spec(8, 16)), [{"x": X, "flag": np.array(True)}] * 2)
     for flag in (True, False):

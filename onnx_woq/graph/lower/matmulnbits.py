@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DOMAIN = "com.microsoft"
 _BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
 _OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
+_BODIES = (1, 29)  # before, int8 products with zero points in bodies are silently wrong: constants lie outside
 _SCALE_BYTES = 4
 
 
@@ -36,7 +37,7 @@ def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.
 def required_runtime(model: Model) -> str:
     """The oldest onnxruntime whose CPU kernels run every MatMulNBits in `model`, "" if it has none."""
     found = [
-        _oldest(n.attributes["bits"].as_int(), n.attributes["accuracy_level"].as_int(), _is_half(n.inputs[2]))
+        _oldest_of(n, in_body=n.graph is not model.ir.graph)
         for n in model.ir.graph.all_nodes()
         if n.op_type == "MatMulNBits" and "accuracy_level" in n.attributes
     ]
@@ -110,6 +111,13 @@ def _oldest(container: int, accuracy_level: int, half: bool) -> tuple[int, int]:
     if container == 2 and half:
         return (1, 28)
     return _OLDEST[container]
+
+
+def _oldest_of(node: ir.Node, *, in_body: bool) -> tuple[int, int]:
+    level = node.attributes["accuracy_level"].as_int()
+    if in_body and level == 4 and len(node.inputs) > 3 and node.inputs[3] is not None:
+        return _BODIES
+    return _oldest(node.attributes["bits"].as_int(), level, _is_half(node.inputs[2]))
 
 
 def _is_half(scales: ir.Value | None) -> bool:
