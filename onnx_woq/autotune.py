@@ -29,6 +29,7 @@ from onnx_woq.pipeline import (
     plan,
     read_data,
     solve,
+    warn_of_old_runtime,
     write,
 )
 from onnx_woq.presets import PRESETS, preset
@@ -131,6 +132,7 @@ def tune(
         if best and place and final:
             chosen = load(final)
             write(chosen, place, metadata(chosen, path, best.recipe, feeds_hash(calibration)), path.parent)
+            warn_of_old_runtime(chosen)
             final = place.onnx
     return TuneResult(
         met=bool(best and best.met),

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +90,7 @@ def quantize(
     copies = shared_copy_bytes(source, taps)
     calibration = feeds_hash(batches)
     write(source, place, metadata(source, path, recipe, calibration), path.parent)
+    warn_of_old_runtime(source)
     return QuantizeReport(
         model=path,
         output=place.onnx,
@@ -299,6 +302,27 @@ def write(model: Model, place: Destination, properties: Mapping[str, str], compa
         except OSError as error:
             raise OutputError(f"cannot write {place.onnx}: {error.strerror or error}") from error
         undo.pop_all()
+
+
+def warn_of_old_runtime(quantized: Model) -> None:
+    """Says so when the installed onnxruntime is older than the result needs: it may fail, or compute wrong numbers."""
+    needed = required_runtime(quantized)
+    try:
+        installed = version_of("onnxruntime")
+    except PackageNotFoundError:  # another distribution of it: nothing is known
+        return
+    if needed and _numbers(installed) < _numbers(needed):
+        logger.warning(
+            "the result needs onnxruntime %s and %s is installed, which may refuse it or compute wrong numbers: "
+            "upgrade it, or use more bits or --accuracy-level 0",
+            needed,
+            installed,
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in version.split(".")[:2])
 
 
 def _remove_folder(folder: Path) -> None:
