@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_woq.folder import find_model
-from onnx_woq.graph.lower.matmulnbits import packed_bytes
 from onnx_woq.graph.model import file_bytes, load
 from onnx_woq.graph.taps import find_taps, shared_copy_bytes
-from onnx_woq.pipeline import Progress
+from onnx_woq.pipeline import Progress, report_of
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
-from onnx_woq.results import Inspection, TapReport
+from onnx_woq.results import Inspection
 
 if TYPE_CHECKING:
     from onnx_woq.runtime.evaluate import Metrics
@@ -27,20 +26,7 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
     path = find_model(model)
     source = load(path)
     taps, skipped = find_taps(source, recipe)
-    rows = tuple(
-        TapReport(
-            name=tap.name,
-            sites=tuple(site.name for site in tap.sites),
-            spec=tap.spec,
-            k=tap.k,
-            n=tap.n,
-            bytes_before=tap.weight_bytes,
-            bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
-            error=None,
-            scaling="",
-        )
-        for tap in taps
-    )
+    rows = tuple(report_of(tap, tap.weight_bytes) for tap in taps)
     copies = shared_copy_bytes(source, taps)
     before = file_bytes(source)
     saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnx_woq.core.cpu import cores, one_blas_thread
 from onnx_woq.core.methods import METHODS
 from onnx_woq.core.stats import output_error
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize, OutputError
@@ -208,7 +208,7 @@ def solve(
     `true_sequential`, and where folding decides by them.
     """
     one_by_one = recipe.true_sequential or _folding(recipe)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = cores()
     reports: list[TapReport] = []
     pending: deque[tuple[Tap, Future[_Solution]]] = deque()
 
@@ -218,11 +218,11 @@ def solve(
         if progress:
             progress("solve", len(reports), total)
 
-    with _one_blas_thread(), ThreadPoolExecutor(cores) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         try:
             for tap, stats in collected:
                 pending.append((tap, pool.submit(_solve_tap, recipe, tap, stats)))
-                while len(pending) > (0 if one_by_one else cores):
+                while len(pending) > (0 if one_by_one else workers):
                     put_in()
             while pending:
                 put_in()
@@ -253,15 +253,20 @@ def _put_in(model: Model, recipe: Recipe, tap: Tap, solution: _Solution) -> TapR
     q, before = solution.q, tap.weight_bytes
     scaling = "" if q.input_scale is None else divide_input(tap, q.input_scale, allow_mul=not _folding(recipe))
     lower_tap(model, tap, q, accuracy_level=recipe.accuracy_level)
+    return report_of(tap, before, solution.error, scaling)
+
+
+def report_of(tap: Tap, bytes_before: int, error: float | None = None, scaling: str = "") -> TapReport:
+    """The report of a tap that was quantized, or is going to be."""
     return TapReport(
         name=tap.name,
         sites=tuple(site.name for site in tap.sites),
         spec=tap.spec,
         k=tap.k,
         n=tap.n,
-        bytes_before=before,
+        bytes_before=bytes_before,
         bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
-        error=solution.error,
+        error=error,
         scaling=scaling,
     )
 
@@ -269,13 +274,6 @@ def _put_in(model: Model, recipe: Recipe, tap: Tap, solution: _Solution) -> TapR
 def _folding(recipe: Recipe) -> bool:
     """Whether an input scale that cannot be folded exactly is left out, rather than multiplied by in a new node."""
     return bool(recipe.options.get("folding", False))
-
-
-def _one_blas_thread() -> AbstractContextManager[object]:
-    import scipy.linalg.blas  # noqa: F401  only a library that is loaded can be limited
-    from threadpoolctl import threadpool_limits
-
-    return threadpool_limits(1, user_api="blas")
 
 
 def metadata(quantized: Model, path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:

@@ -56,14 +56,9 @@ class QuantizeReport:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return {
-            "model": str(self.model),
+            **_plan(self),
             "output": str(self.output),
             "recipe": self.recipe.to_dict(),
-            "taps": [asdict(tap) for tap in self.taps],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "copies": dict(self.copies),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
             "calibration": self.calibration,
             "seconds": self.seconds,
         }
@@ -83,14 +78,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return {
-            "model": str(self.model),
-            "taps": [asdict(tap) for tap in self.taps],
-            "skipped": [asdict(skipped) for skipped in self.skipped],
-            "copies": dict(self.copies),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-        }
+        return _plan(self)
 
 
 @dataclass(frozen=True)
@@ -180,3 +168,15 @@ class TuneResult:
             "stopped": self.stopped,
             "seconds": self.seconds,
         }
+
+
+def _plan(result: QuantizeReport | Inspection) -> dict[str, Any]:
+    """What a quantization and the look at one before it have in common."""
+    return {
+        "model": str(result.model),
+        "taps": [asdict(tap) for tap in result.taps],
+        "skipped": [asdict(skipped) for skipped in result.skipped],
+        "copies": dict(result.copies),
+        "bytes_before": result.bytes_before,
+        "bytes_after": result.bytes_after,
+    }

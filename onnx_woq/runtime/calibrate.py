@@ -8,16 +8,13 @@ never kept: memory does not grow with tokens.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from threadpoolctl import threadpool_limits
 
+from onnx_woq.core.cpu import cores, one_blas_thread
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError
 from onnx_woq.graph.model import Model, clone
@@ -162,8 +159,7 @@ def _collect(
     """The statistics of `taps` over all samples by tap name; taps with the same inputs get the same object."""
     stats = {tap.values: Stats.empty(tap.k) for tap in taps}
     values = list(dict.fromkeys(value for names in stats for value in names))
-    workers = max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with _single_threaded_blas(), ThreadPoolExecutor(workers) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(cores()) as pool:
         running: list[Future[None]] = []
         for number, arrays in enumerate(replay.run(model, values, later, keep_used=keep_used)):
             _finish(running, taps)
@@ -219,13 +215,6 @@ def _unpadded(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
     if array.ndim == 3 and array.shape[:2] == mask.shape:
         return array[mask]
     return array[mask.reshape(-1)] if array.ndim == 2 and len(array) == mask.size else array
-
-
-def _single_threaded_blas() -> AbstractContextManager[Any]:
-    """BLAS with one thread per call: the pool already uses every core, and BLAS threads on top fight for them."""
-    import scipy.linalg.blas  # noqa: F401  only a library that is loaded can be limited
-
-    return threadpool_limits(1, user_api="blas")
 
 
 class _Steps:
