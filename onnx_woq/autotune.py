@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
-from onnx_woq.errors import DataError, RecipeError, nearest
+from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
 from onnx_woq.folder import Destination, destination, find_model, work_folder
 from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
-from onnx_woq.graph.taps import Tap, find_taps
+from onnx_woq.graph.taps import Tap
 from onnx_woq.judge import Judge, built_in_judge, user_judge
 from onnx_woq.pipeline import (
     MEMORY_BUDGET,
@@ -105,8 +105,7 @@ def tune(
     place = destination(output, path) if output is not None else None
     recipes = _recipes(configs, samples, seqlen)
     source = load(path)
-    for recipe in recipes.values():
-        plan(source, recipe)
+    _some_apply(source, recipes)
     calibration, held_out = _split(
         source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
@@ -227,6 +226,18 @@ def _recipes(
     return {name: calibrated_on(recipe, samples, seqlen) for name, recipe in named.items()}
 
 
+def _some_apply(source: Model, recipes: Mapping[str, Recipe]) -> None:
+    """Raises what is wrong when no recipe finds anything to quantize; where some do, the others are failed trials."""
+    problems = []
+    for recipe in recipes.values():
+        try:
+            plan(source, recipe)
+        except NothingToQuantize as error:
+            problems.append(error)
+    if len(problems) == len(recipes):
+        raise problems[0]
+
+
 def _split(
     source: Model,
     path: Path,
@@ -337,7 +348,7 @@ def _still_there(run: _Run, best: Trial | None, shared: SharedStatistics) -> Tri
 def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
     """Quantizes the float model by `recipe` and writes it to `path`."""
     model = clone(run.source)
-    taps, _ = find_taps(model, recipe)
+    taps, _ = plan(model, recipe)
 
     def while_time_lasts() -> Iterator[tuple[Tap, Stats | None]]:
         for item in shared.of(model, recipe, taps):

@@ -74,8 +74,8 @@ def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
             return command(*args, **kwargs)
         except OnnxWoqError as error:
             raise BadInput(str(error)) from error
-        except KeyboardInterrupt:
-            click.echo("interrupted: nothing unfinished was written", err=True)
+        except KeyboardInterrupt as interrupt:
+            click.echo(f"interrupted: {interrupt}" if interrupt.args else "interrupted: nothing was written", err=True)
             sys.exit(INTERRUPTED)
 
     return guarded
@@ -262,26 +262,30 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
     tolerance = given["tolerance"]
     place = Path(output)
     workdir = Path(given["workdir"]) if given["workdir"] else place.with_name(f".{place.name}.onnx-woq-tune")
-    with progress_bar() as progress:
-        result = tune(
-            model,
-            evaluation,
-            calib,
-            configs=recipes,
-            tolerance=0.01 if tolerance is None or evaluation is None else tolerance,
-            judge_limit=tolerance if evaluation is None else None,
-            criterion=given["criterion"],
-            higher_is_better=given["higher_is_better"],
-            objective=given["objective"],
-            max_trials=given["max_trials"],
-            timeout=given["timeout"],
-            samples=given["samples"],
-            seqlen=given["seqlen"],
-            tokenizer=given["tokenizer"],
-            workdir=workdir,
-            output=output,
-            progress=progress,
-        )
+    try:
+        with progress_bar() as progress:
+            result = tune(
+                model,
+                evaluation,
+                calib,
+                configs=recipes,
+                tolerance=0.01 if tolerance is None or evaluation is None else tolerance,
+                judge_limit=tolerance if evaluation is None else None,
+                criterion=given["criterion"],
+                higher_is_better=given["higher_is_better"],
+                objective=given["objective"],
+                max_trials=given["max_trials"],
+                timeout=given["timeout"],
+                samples=given["samples"],
+                seqlen=given["seqlen"],
+                tokenizer=given["tokenizer"],
+                workdir=workdir,
+                output=output,
+                progress=progress,
+            )
+    except KeyboardInterrupt as interrupt:
+        finished = f"finished trials are kept in {workdir}, the same command goes on from there"
+        raise KeyboardInterrupt(finished) from interrupt
     if not given["workdir"]:  # the run is finished: nothing is left to resume
         shutil.rmtree(workdir, ignore_errors=True)
     return result
