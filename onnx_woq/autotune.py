@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,10 +89,12 @@ def tune(
             fewest bytes within it; "best" tries all and takes the best metric.
         max_trials: trials at most, those of a resumed run included.
         timeout: seconds; no trial starts later, and one being solved is given up.
-        workdir: folder of the journal and the trial models; a run killed there resumes. Temporary by default.
+        workdir: folder of the journal and the trial models; a run killed there resumes. Temporary by default. The
+            journal knows `eval_fn` by its name: give another folder when what it does has changed.
         output: where the best model goes, an .onnx file or a folder; by default it stays in `workdir`.
         judge_limit: replaces the built-in judge's limit.
-        samples, seqlen: replace `nsamples` and `pad_max_length` of every recipe.
+        samples, seqlen: replace `nsamples` and `pad_max_length` of every recipe. All share one calibration, on the
+            most samples that any of them asks for.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
         memory_budget: bytes that calibration may hold at once.
         progress: called with (stage, done, total).
@@ -110,7 +113,7 @@ def tune(
         source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
     with work_folder(workdir, keep=place is None) as folder:
-        run = _Run(source, folder, f"{model_hash(path)}/{feeds_hash(calibration)}", start, timeout, progress)
+        run = _Run(source, folder, model_hash(path), feeds_hash(calibration), start, timeout, progress)
         if eval_fn is not None:
             run.say("evaluate", 0, 1)
             judge = user_judge(
@@ -130,7 +133,7 @@ def tune(
         final = best.path if best else None
         if best and place and final:
             chosen = load(final)
-            write(chosen, place, metadata(chosen, path, best.recipe, feeds_hash(calibration)), path.parent)
+            write(chosen, place, {}, path.parent)  # the trial's file says already what it is
             warn_of_old_runtime(chosen)
             final = place.onnx
     return TuneResult(
@@ -154,10 +157,16 @@ class _Run:
 
     source: Model
     folder: Path
-    key: str
+    source_hash: str
+    calibration_hash: str
     start: float
     timeout: float | None
     progress: Progress | None
+
+    @property
+    def key(self) -> str:
+        """What every journal entry of this model and data begins with."""
+        return f"{self.source_hash}/{self.calibration_hash}"
 
     @property
     def journal(self) -> Path:
@@ -170,8 +179,13 @@ class _Run:
             self.progress(stage, done, total)
 
     def trial_path(self, name: str, recipe: Recipe) -> Path:
-        """Where a trial's model stands, in a folder of its own with tokenizer and config beside it."""
-        return self.folder / f"{name}-{recipe.fingerprint()}" / self.source.path.name
+        """Where a trial's model stands, in a folder of its own with tokenizer and config beside it.
+
+        It follows from name and recipe alone: folders of trials are removed, so neither a name that looks like a path
+        nor a journal from elsewhere may lead out of the work folder.
+        """
+        plain = re.sub(r"[^\w-]+", "_", name)
+        return self.folder / f"{plain}-{recipe.fingerprint()}" / self.source.path.name
 
     def out_of_time(self) -> bool:
         """Whether no more work may begin."""
@@ -266,8 +280,9 @@ def _split(
             "the built-in judge needs at least 2 samples, one to calibrate and one held out: give more data, "
             "a shorter --seqlen, or an evaluation function of your own (--eval)"
         )
-    held = min(HELD_OUT, max(len(batches) - wanted, len(batches) // 3, 1))
-    if exact and len(batches) - held < wanted:
+    spare = len(batches) - wanted
+    held = min(HELD_OUT, spare) if exact and spare > 0 else min(HELD_OUT, max(spare, len(batches) // 3, 1))
+    if exact and spare < held:
         logger.warning("%d of the %d samples are held out for judging", held, len(batches))
     return batches[:-held], batches[-held:]
 
@@ -288,7 +303,7 @@ def _try_all(
             return trials, "max_trials"
         key = f"{run.key}/{recipe.fingerprint()}/{judge.key}"
         if key in known:
-            trial = _remembered(name, recipe, judge, known[key])
+            trial = _remembered(run, name, recipe, judge, known[key])
         elif run.out_of_time():
             return trials, "timeout"
         else:
@@ -357,13 +372,13 @@ def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> No
             yield item
 
     solve(model, recipe, while_time_lasts(), len(taps), run.progress)
-    properties = metadata(model, run.source.path, recipe, feeds_hash(shared.batches))
+    properties = metadata(model, run.source_hash, recipe, run.calibration_hash)
     write(model, Destination(path, path.parent), properties, run.source.path.parent)
 
 
-def _remembered(name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
+def _remembered(run: _Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
     """A trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
-    path = Path(entry["path"]) if entry.get("path") else None
+    path = run.trial_path(name, recipe)
     metric = entry.get("metric")
     return Trial(
         name=name,
@@ -375,7 +390,7 @@ def _remembered(name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any
         error=entry.get("error", ""),
         recipe=recipe,
         resumed=True,
-        path=path if path and path.exists() else None,
+        path=path if metric is not None and path.exists() else None,
     )
 
 

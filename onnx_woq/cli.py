@@ -118,7 +118,7 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
     if auto and (given["config"] or given["recipe_file"]):
         raise RecipeError("--auto tries all predefined configurations: leave out --config and --recipe")
     if auto or given["evaluation"]:
-        recipes = {name: _recipe(given, name) for name in PRESETS} if auto else {_label(given): _recipe(given)}
+        recipes = dict(_named_recipe(given, name) for name in (PRESETS if auto else [None]))
         result = _tune(model, output, calib, recipes, given)
         _print(as_json, result, report.tuning)
         if not result.met:
@@ -193,10 +193,19 @@ def configs(as_json: bool) -> None:
         click.echo(f"{name:<{width}}  {MEANINGS[name]}")
 
 
-def _label(given: dict[str, Any]) -> str:
-    if given["config"]:
-        return str(given["config"]).upper()
-    return Path(given["recipe_file"]).stem if given["recipe_file"] else "RTN_G32ASYM"
+def _named_recipe(given: dict[str, Any], name: str | None) -> tuple[str, Recipe]:
+    """A recipe with what its row in the table is called: as the preset it is, or by what the flags made of it."""
+    from onnx_woq.report import spec_name
+
+    recipe = _recipe(given, name)
+    if given["recipe_file"]:
+        return Path(given["recipe_file"]).stem, recipe
+    base = (name or given["config"] or "RTN_G32ASYM").upper()
+    was, grid = PRESETS[base], spec_name(recipe.spec)
+    what = grid if recipe.method == was.method else f"{recipe.method.upper()} {grid}"
+    if (recipe.method, recipe.spec) == (was.method, was.spec):
+        return base, recipe
+    return (f"{base}: {what}" if name or given["config"] else what), recipe
 
 
 def _recipe(given: dict[str, Any], name: str | None = None) -> Recipe:

@@ -89,7 +89,7 @@ def quantize(
     reports = solve(source, recipe, collected, len(taps), progress)
     copies = shared_copy_bytes(source, taps)
     calibration = feeds_hash(batches)
-    write(source, place, metadata(source, path, recipe, calibration), path.parent)
+    write(source, place, metadata(source, model_hash(path), recipe, calibration), path.parent)
     warn_of_old_runtime(source)
     return QuantizeReport(
         model=path,
@@ -276,7 +276,7 @@ def _folding(recipe: Recipe) -> bool:
     return bool(recipe.options.get("folding", False))
 
 
-def metadata(quantized: Model, path: Path, recipe: Recipe, calibration: str) -> dict[str, str]:
+def metadata(quantized: Model, source_hash: str, recipe: Recipe, calibration: str) -> dict[str, str]:
     """What a written model says of itself: recipe, version, hashes of calibration and source, oldest runtime."""
     from onnx_woq.version import version
 
@@ -284,7 +284,7 @@ def metadata(quantized: Model, path: Path, recipe: Recipe, calibration: str) -> 
         "onnx_woq.version": version(),
         "onnx_woq.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         "onnx_woq.calibration": calibration if METHODS[recipe.method].needs_data else "",
-        "onnx_woq.source": model_hash(path),
+        "onnx_woq.source": source_hash,
         "onnx_woq.minimum_onnxruntime": required_runtime(quantized),
     }
 

@@ -1,13 +1,19 @@
-"""Tuning where some configurations do not apply."""
+"""Tuning: odd configurations, odd names, work done once, nothing removed that is not its own."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 from builders import graph, node, random, value, write
+from click.testing import CliRunner
 
-from onnx_woq import PRESETS, tune
+from onnx_woq import PRESETS, Recipe, Spec, autotune, pipeline, tune
+from onnx_woq.cli import main
+from onnx_woq.core.stats import Stats
 from onnx_woq.errors import NothingToQuantize
+from onnx_woq.graph.model import model_hash
 
 
 @pytest.fixture
@@ -25,3 +31,75 @@ def test_a_configuration_that_finds_nothing_is_a_failed_trial(one_matmul, tmp_pa
     assert result.met
     with pytest.raises(NothingToQuantize):
         tune(one_matmul, lambda _: 1.0, data, configs=["GPTQ_G32ASYM_DISABLE_LAST_MATMUL"], workdir=tmp_path / "v")
+
+
+def samples(count):
+    return [np.random.default_rng(i).standard_normal((8, 64)).astype(np.float32) for i in range(count)]
+
+
+def test_a_journal_cannot_have_a_folder_removed(one_matmul, tmp_path):
+    """Where a trial's model stands follows from the work folder, not from what a journal says."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "m.onnx").write_bytes(b"mine")
+    work = tmp_path / "w"
+    first = tune(one_matmul, _better_at_8_bits, None, configs=["RTN_G32ASYM"], objective="best", workdir=work)
+    journal = work / "journal.jsonl"
+    journal.write_text(journal.read_text().replace(str(first.path), str(precious / "m.onnx")))
+    assert str(precious) in journal.read_text()
+    configs = ["RTN_G32ASYM", Recipe("rtn", Spec(bits=8))]
+    again = tune(one_matmul, _better_at_8_bits, None, configs=configs, objective="best", workdir=work)
+    assert (precious / "m.onnx").read_bytes() == b"mine"
+    assert again.path.is_relative_to(work)
+
+
+def _better_at_8_bits(path):
+    return float(path.with_name("m.onnx.data").stat().st_size if path.with_name("m.onnx.data").exists() else 0)
+
+
+@pytest.mark.parametrize("name", ["../outside", "a/b", "/absolute", "..", "two words: 3 bits"])
+def test_a_configuration_may_be_called_anything(name, one_matmul, tmp_path):
+    work = tmp_path / "deep" / "w"
+    result = tune(one_matmul, lambda _: 1.0, None, configs={name: Recipe()}, workdir=work)
+    assert result.best.name == name
+    assert result.path.is_relative_to(work)
+    assert ".." not in result.path.relative_to(work).parts
+
+
+@pytest.mark.parametrize(
+    ("available", "asked", "calibrating"), [(20, 16, 16), (24, 16, 16), (40, 16, 16), (16, 16, 11)]
+)
+def test_asked_for_samples_calibrate_where_there_are_enough(available, asked, calibrating, one_matmul, monkeypatch):
+    seen = []
+    update = Stats.update
+    monkeypatch.setattr(Stats, "update", lambda stats, x: (seen.append(len(x)), update(stats, x))[1])
+    tune(one_matmul, None, samples(available), configs=["GPTQ_G32ASYM"], samples=asked)
+    assert len(seen) == calibrating
+
+
+def test_the_source_is_hashed_once(one_matmul, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(autotune, "model_hash", lambda path: calls.append(path) or model_hash(path))
+    monkeypatch.setattr(pipeline, "model_hash", lambda path: calls.append(path) or model_hash(path))
+    tune(one_matmul, lambda _: 1.0, samples(3), objective="best", output=tmp_path / "q.onnx")
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "label"),
+    [
+        (["--algorithm", "gptq"], "GPTQ 4 bit g32 asym"),
+        (["--config", "gptq_g128asym"], "GPTQ_G128ASYM"),
+        (["--config", "GPTQ_G128ASYM", "--bits", "3"], "GPTQ_G128ASYM: 3 bit g128 asym"),
+        ([], "RTN_G32ASYM"),
+        (["--auto", "--algorithm", "rtn", "--objective", "best"], "RTN_G32ASYM"),
+    ],
+)
+def test_a_row_is_called_what_it_is(flags, label, one_matmul, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.one", lambda _: 1.0, raising=False)
+    arguments = ["quantize", str(one_matmul), "-o", str(tmp_path / "q.onnx"), "--eval", "builtins:one", "--json"]
+    arguments += ["--calib", "random", "--samples", "3"]
+    done = CliRunner().invoke(main, [*arguments, *flags])
+    result = json.loads(done.stdout)
+    assert result["best"] == label
+    assert len({trial["name"] for trial in result["trials"]}) == (len(PRESETS) if "--auto" in flags else 1)
