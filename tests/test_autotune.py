@@ -14,6 +14,7 @@ from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import NothingToQuantize
 from onnx_woq.graph.model import model_hash
+from onnx_woq.shared_statistics import SharedStatistics
 
 
 @pytest.fixture
@@ -103,3 +104,19 @@ def test_a_row_is_called_what_it_is(flags, label, one_matmul, tmp_path, monkeypa
     result = json.loads(done.stdout)
     assert result["best"] == label
     assert len({trial["name"] for trial in result["trials"]}) == (len(PRESETS) if "--auto" in flags else 1)
+
+
+def test_statistics_beyond_the_memory_budget_give_the_same_model(one_matmul, tmp_path, monkeypatch):
+    spilled = []
+    spill = SharedStatistics._spill
+    monkeypatch.setattr(SharedStatistics, "_spill", lambda *a: (spilled.append(file := spill(*a)), file)[1])
+    written = []
+    for budget in (1 << 30, 1):
+        work = tmp_path / str(budget)
+        result = tune(
+            one_matmul, lambda _: 1.0, samples(4), configs=["GPTQ_G32ASYM"], memory_budget=budget, workdir=work
+        )
+        written.append(result.path.read_bytes())
+        assert len(spilled) == (budget == 1)
+    assert written[0] == written[1]
+    assert not spilled[0].exists()

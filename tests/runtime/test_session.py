@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from builders import BOOL, graph, lower, node, random, rtn, run, value, write
 
@@ -159,3 +162,22 @@ def test_the_models_folder_is_left_alone(tmp_path):
     before = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     outputs(load(path), for_calibration=True)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == before
+
+
+def test_a_session_keeps_the_arrays_it_reads(tmp_path, monkeypatch):
+    """A tensor that is not contiguous is handed over as a copy, which nothing but the session keeps alive."""
+    weight = random(K, K)
+    main = graph([node("MatMul", ["x", "W"], ["y"])], [value("x", ("b", "t", K))], [value("y")], {"W": weight})
+    model = load(write(tmp_path / "m.onnx", main))
+    model.ir.graph.initializers["W"].const_value = ir.Tensor(np.asfortranarray(weight), name="W")
+    borrowed = []
+    hand_over = ort.OrtValue.ortvalue_from_numpy_with_onnx_type
+    monkeypatch.setattr(
+        ort.OrtValue,
+        "ortvalue_from_numpy_with_onnx_type",
+        lambda array, kind: (borrowed.append(weakref.ref(array)), hand_over(array, kind))[1],
+    )
+    session = make_session(model, for_calibration=True)
+    gc.collect()
+    assert [array() is not None for array in borrowed] == [True]
+    np.testing.assert_allclose(session.run(None, FEED)[0], FEED["x"] @ weight, rtol=1e-4, atol=1e-4)
