@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 MODELS_VENV := .venv-models
 
-.PHONY: demo test test-real lint types real-models clean
+.PHONY: demo test test-real lint types real-models bench clean
 
 $(BIN)/onnx-woq: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,16 @@ real-models:
 	test -x $(MODELS_VENV)/bin/python || $(PYTHON) -m venv $(MODELS_VENV)
 	$(MODELS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r tools/requirements-models.txt
 	$(MODELS_VENV)/bin/python tools/real_models.py
+
+# Every row of docs/benchmarks.md that needs no other tool, about an hour on a quiet machine with two cores and 20 GB of
+# disk in build/bench; needs `make real-models`. CALIB=FILE calibrates on a text instead of random tokens, which changes
+# no number. LARGE=1 adds the 7B shape (another 18 GB). The rows against other tools: tools/bench.py --help.
+bench: $(VENV)/.bench
+	$(BIN)/python tools/bench.py all $(if $(CALIB),--text $(CALIB)) $(if $(LARGE),--large)
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
+	touch $@
 
 test-real: $(VENV)/.test
 	$(BIN)/python -m pytest -m real

@@ -26,6 +26,10 @@ class OutputError(OnnxWoqError):
     """The result cannot be written where it was asked for."""
 
 
+class MemoryLimit(OnnxWoqError):
+    """The memory that the process may take is too little for the largest weight."""
+
+
 class NothingToQuantize(ModelError):
     """No eligible MatMul or Gemm remains under this recipe."""
 

@@ -13,6 +13,7 @@ from typing import Any
 from onnx_woq.errors import RecipeError, nearest
 
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
+SEQUENTIAL_UNITS = ("tap", "block")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ class Recipe:
         overrides: expression -> Spec for the sites it finds, or None to leave them float; the last match wins.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
         accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
-        true_sequential: collect each tap's statistics with every earlier tap already quantized.
+        true_sequential: collect each tap's statistics with what comes before it already quantized.
+        sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
+            `onnx_woq.graph.blocks`).
         nsamples: calibration samples used at most.
         pad_max_length: longest calibration sample, in tokens.
         use_max_length: use only samples of exactly `pad_max_length` tokens.
@@ -77,6 +80,7 @@ class Recipe:
     lm_head: bool = True
     accuracy_level: int = 4
     true_sequential: bool = False
+    sequential_unit: str = "tap"
     nsamples: int = 128
     pad_max_length: int = 2048
     use_max_length: bool = False
@@ -96,6 +100,8 @@ class Recipe:
         for name in ("lm_head", "true_sequential", "use_max_length"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.sequential_unit not in SEQUENTIAL_UNITS:
+            raise RecipeError(f"unknown sequential_unit: {nearest(str(self.sequential_unit), SEQUENTIAL_UNITS)}")
         object.__setattr__(self, "include", _expressions("include", self.include))
         object.__setattr__(self, "exclude", _expressions("exclude", self.exclude))
         _expressions("overrides", tuple(self.overrides))

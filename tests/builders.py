@@ -83,6 +83,14 @@ def rtn(tap):
     return grid.QuantizedTensor(codes, scales, zeros, tap.spec.bits, group, tap.spec.symmetric)
 
 
+def pack_tap(tap, q):
+    """Each distinct weight of a tap packed from its columns of `q`, as `lower_tap` takes them."""
+    from onnx_woq.graph.lower.matmulnbits import pack
+
+    columns = dict.fromkeys((part.start, part.stop) for _, part in tap.slices())
+    return [pack(q.columns(slice(*place)), tap.scale_dtype) for place in columns]
+
+
 def lower(model, recipe=None, *, accuracy_level: int = 0):
     """Quantizes every tap of a loaded model by rounding; returns taps, their QuantizedTensors and what was skipped."""
     from onnx_woq.graph.lower.matmulnbits import lower_tap
@@ -92,7 +100,7 @@ def lower(model, recipe=None, *, accuracy_level: int = 0):
     taps, skipped = find_taps(model, recipe or Recipe())
     solved = [rtn(tap) for tap in taps]
     for tap, q in zip(taps, solved, strict=True):
-        lower_tap(model, tap, q, accuracy_level=accuracy_level)
+        lower_tap(model, tap, pack_tap(tap, q), accuracy_level=accuracy_level)
     return taps, solved, skipped
 
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_woq.errors import ModelError
 
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_HALVES = FLOATS[1:]
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,49 @@ class Constant:
         """Equal for two constants that are the same numbers by construction."""
         return (id(self.root), self.steps)
 
-    def array(self) -> np.ndarray:
-        """The numbers, a float32 copy that is independent of the file.
+    def view(self) -> np.ndarray:
+        """The numbers, read-only, where they lie and in the type they have there as far as that is possible.
+
+        A view of a file is mapped on its own and unmapped with the view, whoever else reads the tensor. A Cast to a
+        type that holds every number of the stored one is left out; after any other Cast it is a copy.
 
         Raises:
             ModelError: the data does not have the size its dimensions say.
         """
         try:
-            array = self.tensor.numpy()
+            array = mapped(self.tensor)
+            stored = self.tensor.dtype
             for op, argument in self.steps:
-                with np.errstate(over="ignore"):  # the model, too, would compute with the infinity
-                    array = array.astype(argument.numpy()) if op == "Cast" else array.transpose(argument)
-            out = np.array(array, dtype=np.float32, order="C")
+                if op == "Transpose":
+                    array = array.transpose(argument)
+                elif argument != stored and not (argument == ir.DataType.FLOAT and stored in _HALVES):
+                    with np.errstate(over="ignore"):  # the model, too, would compute with the infinity
+                        array, stored = array.astype(argument.numpy()), argument
         except (ValueError, OSError) as error:
             raise ModelError(f"weight {self.root.name!r} cannot be read ({error}): fetch or export it again") from error
-        del array
-        release(self.tensor)
-        return out
+        array = array[...]
+        array.flags.writeable = False
+        return array
+
+    def array(self) -> np.ndarray:
+        """As `view`, a float32 copy that is independent of the file."""
+        return np.array(self.view(), dtype=np.float32, order="C")
+
+
+def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
+    """A tensor's array; of one in a file a map of its own, which no reader in another thread can take away."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    own = type(tensor)(
+        tensor.location,
+        tensor.offset,
+        tensor.length,
+        tensor.dtype,
+        shape=tensor.shape,
+        name=tensor.name,
+        base_dir=tensor.base_dir,
+    )
+    return own.numpy()
 
 
 def release(tensor: ir.TensorProtocol) -> None:

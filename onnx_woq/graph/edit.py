@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -11,16 +11,16 @@ LARGE = 1024  # bytes; a tensor above it is kept in a file, the others are part 
 _NAMES = "onnx_woq names"  # key of the set of value names in the `meta` of every graph of a model; never saved
 
 
-def share_names(model: ir.Model, names: set[str]) -> None:
-    """Lets every graph of `model` know the names in use in all of them."""
-    for graph in model.graphs():
+def share_names(graphs: Iterable[ir.Graph], names: set[str]) -> None:
+    """Lets every graph of a model know the names in use in all of them."""
+    for graph in graphs:
         graph.meta[_NAMES] = names
 
 
 def unshare_names(copy: ir.Model) -> None:
     """Gives a clone names of its own: what it takes later, its original does not know of."""
     if names := copy.graph.meta.get(_NAMES):
-        share_names(copy, set(names))
+        share_names(copy.graphs(), set(names))
 
 
 def fresh(graph: ir.Graph, name: str) -> str:
@@ -100,6 +100,34 @@ def is_large(tensor: ir.TensorProtocol) -> bool:
 def is_movable(value: ir.Value) -> bool:
     """Whether a body's initializer can live in the main graph instead."""
     return not value.is_graph_input() and not value.is_graph_output()
+
+
+def lift_constants(graphs: Iterable[ir.Graph], elements: int) -> None:
+    """Makes an initializer of every Constant node with a tensor of at least so many elements."""
+    for graph in graphs:
+        for node in graph:
+            if node.op_type == "Constant" and node.domain == "" and len(node.attributes) == 1:
+                _lift_constant(graph, node, elements)
+
+
+def _lift_constant(graph: ir.Graph, node: ir.Node, elements: int) -> None:
+    value, attribute = node.outputs[0], node.attributes.get("value")
+    if attribute is None or attribute.is_ref() or attribute.type != ir.AttributeType.TENSOR:
+        return
+    tensor = attribute.value  # `as_tensor` compares it with a protocol, member by member
+    if tensor.size < elements or value.is_graph_output() or not value.name:
+        return
+    constant = ir.Value(
+        name=value.name,
+        type=ir.TensorType(tensor.dtype),
+        shape=tensor.shape,
+        const_value=tensor,
+        metadata_props=dict(value.metadata_props),
+    )
+    constant.meta.update(value.meta)
+    graph.register_initializer(constant)
+    value.replace_all_uses_with(constant)
+    graph.remove(node, safe=True)
 
 
 def lift_large(model: ir.Model) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import onnx_ir as ir
@@ -30,6 +31,31 @@ class LinkedTensor(ir.ExternalTensor):
 
     def _check_path_containment(self) -> None:
         """Nothing: checked when the model was loaded. If onnx_ir renames its check, reading is refused again."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file that tensors lie in.
+
+    Attributes:
+        path: real, below `folder`.
+        folder: of the model.
+        location: of the file in it, as models write it.
+        size: in bytes.
+        linked: it has several names on disk.
+    """
+
+    path: Path
+    folder: Path
+    location: str
+    size: int
+    linked: bool
+
+
+def source(path: Path, folder: Path) -> Source:
+    """What there is to know of the file `path`, the model file itself or one that `data_file` accepted."""
+    status = path.stat()
+    return Source(path, folder, path.relative_to(folder).as_posix(), status.st_size, status.st_nlink > 1)
 
 
 def real_path(named: Path) -> Path:
@@ -99,33 +125,32 @@ def _linked_alike(location: str, named: Path, real: Path) -> bool:
     return (named.is_symlink() or real.stat().st_nlink > 1) and location == os.path.basename(location)
 
 
-def placed(tensor: ir.ExternalTensor, target: Path, folder: Path) -> ir.ExternalTensor:
-    """`tensor` with its data in the file `target` under `folder`, once its place in that file is checked.
+def placed(tensor: ir.ExternalTensor, source: Source) -> ir.ExternalTensor:
+    """`tensor` with its data in the file `source`, once its place in that file is checked.
 
     Raises:
         ModelError: the file is too short, or the sizes contradict each other.
     """
-    status = target.stat()
     dims = tensor.shape.numpy()
     try:
         size, offset = tensor.nbytes, tensor.offset or 0
     except TypeError as error:  # strings, and types that do not exist, have no size
         raise ModelError(
-            f"tensor {tensor.name!r} has a type that cannot be stored in {target}: export it again"
+            f"tensor {tensor.name!r} has a type that cannot be stored in {source.path}: export it again"
         ) from error
     if any(d < 0 for d in dims) or offset < 0 or tensor.length not in (None, 0, size):
         raise ModelError(
             f"tensor {tensor.name!r} with dimensions {list(dims)} needs {size} bytes, but the model says offset "
             f"{offset}, length {tensor.length}: the model is damaged, fetch it again"
         )
-    if offset + size > status.st_size:
+    if offset + size > source.size:
         raise ModelError(
-            f"{target} is too short: tensor {tensor.name!r} needs bytes {offset} to {offset + size}, "
-            f"the file has {status.st_size}: fetch it again"
+            f"{source.path} is too short: tensor {tensor.name!r} needs bytes {offset} to {offset + size}, "
+            f"the file has {source.size}: fetch it again"
         )
-    kind = LinkedTensor if status.st_nlink > 1 else ir.ExternalTensor
+    kind = LinkedTensor if source.linked else ir.ExternalTensor
     return kind(
-        target.relative_to(folder).as_posix(),
+        source.location,
         offset,
         size,
         tensor.dtype,
@@ -133,5 +158,5 @@ def placed(tensor: ir.ExternalTensor, target: Path, folder: Path) -> ir.External
         name=tensor.name or "",
         doc_string=tensor.doc_string,
         metadata_props=tensor.metadata_props,
-        base_dir=folder,
+        base_dir=source.folder,
     )

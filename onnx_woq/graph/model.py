@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+import xxhash
+from onnx_ir.passes.common import InlinePass
 
 from onnx_woq.errors import ModelError
 from onnx_woq.graph import files, wire
-from onnx_woq.graph.edit import LARGE, is_large, is_movable, lift_large, share_names, unshare_names
+from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
+from onnx_woq.graph.proto import copied, from_proto, to_proto
 from onnx_woq.graph.save import check_output, save
 
 __all__ = [
     "LARGE", "MEMORY", "Model", "check_output", "clone", "file_bytes", "load", "low_bit_nodes", "memory_tensors",
-    "model_hash", "save", "serialize",
+    "model_hash", "save", "serialize", "structure",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -63,48 +65,66 @@ def load(path: str | Path) -> Model:
     _check_opset(named, proto)
     _check_nodes(named, proto)
     model = Model(_to_ir(named, proto), real)
-    LiftConstantsToInitializersPass(size_limit=LARGE // 16)(model.ir)  # 16 bytes: the largest element
-    model.files = _place_tensors(model.ir, named, real)
+    graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
+    lift_constants(graphs, LARGE // 16)  # 16 bytes: the largest element
+    model.files = _place_tensors(model.ir, graphs, named, real)
     _sort(model.ir.graph)
-    share_names(model.ir, _unique_names(model.ir))
+    share_names(graphs, _unique_names(graphs))
     lift_large(model.ir)
     return model
 
 
 def clone(model: Model) -> Model:
     """A copy of the structure to edit freely; the tensors are shared."""
-    copy = model.ir.clone()
+    copy = copied(model.ir)
     unshare_names(copy)
     return Model(copy, model.path, model.files)
 
 
-def serialize(model: Model) -> bytes:
-    """The structure as .onnx bytes for a session, next to no weights in them.
+def structure(model: Model) -> onnx.ModelProto:
+    """The structure as protobuf for a session or for shape inference, next to no weights in it.
 
     Large tensors on disk are external, at locations relative to `model.path.parent`; large tensors in memory are
-    external at the place `MEMORY`, and `memory_tensors` has them under their names.
+    external at the place `MEMORY`, and `memory_tensors` has them under their names. Those in bodies move to the main
+    graph of `model`.
     """
-    structure = model.ir.clone()
-    lift_large(structure)
-    for value, tensor in _memory(structure):
-        shape = ir.Shape(tensor.shape.numpy())
-        place = ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=shape, name=value.name or "")
-        value.const_value = place
-    return ir.to_proto(structure).SerializeToString()
+    places = {
+        name: ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+        for name, tensor in _memory(model)
+    }
+    return to_proto(model.ir, places)
+
+
+def serialize(model: Model) -> bytes:
+    """`structure` as .onnx bytes."""
+    return structure(model).SerializeToString()
 
 
 def memory_tensors(model: Model) -> dict[str, np.ndarray]:
     """The arrays to hand to a session beside `serialize(model)`, by initializer name."""
-    return {value.name or "": tensor.numpy() for value, tensor in _memory(model.ir)}
+    return {name: tensor.numpy() for name, tensor in _memory(model)}
 
 
-def model_hash(path: str | Path) -> str:
-    """A hash of the contents of the .onnx file and of its external data files, whatever they are called."""
-    digest = hashlib.blake2b(digest_size=16)
-    for file in load(path).files:
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+def model_hash(model: Model) -> str:
+    """A hash of the contents of the .onnx file and of its external data files, whatever they are called.
+
+    It tells models apart that somebody has, and results that belong to another one: XXH3 of 128 bits does that ten
+    times as fast as a cryptographic hash, and nothing here is secret or signed.
+
+    Raises:
+        ModelError: a file cannot be read any more.
+    """
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(1 << 18))  # stays in the processor's cache
+    try:
+        for file in model.files:
+            with file.open("rb", buffering=0) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))  # a byte moved from one file to the next is a difference
+                while count := stream.readinto(buffer):
+                    digest.update(buffer[:count])
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}): fetch it again") from error
     return digest.hexdigest()
 
 
@@ -190,7 +210,7 @@ def _default_version(proto: onnx.ModelProto) -> int | None:
 
 def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
     try:
-        model = ir.from_proto(proto)
+        model = from_proto(proto)
     except Exception as error:  # onnx_ir wraps whatever it meets
         cause: BaseException = error
         while inner := cause.__cause__ or cause.__context__:
@@ -203,7 +223,7 @@ def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
         InlinePass(lambda function: function.identifier() in heavy)(model)
     except Exception as error:  # the pass raises ValueError or its own; it may stop half way, so start over
         logger.warning("the functions of %s cannot be inlined (%s); the MatMuls inside them stay float", named, error)
-        return ir.from_proto(proto)
+        return from_proto(proto)
     return model
 
 
@@ -221,30 +241,36 @@ def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
         heavy = more
 
 
-def _place_tensors(model: ir.Model, named: Path, real: Path) -> tuple[Path, ...]:
+def _place_tensors(model: ir.Model, graphs: Iterable[ir.Graph], named: Path, real: Path) -> tuple[Path, ...]:
     """Checks every external tensor and points it at its real file; returns the files, `real` first."""
-    targets: dict[str, Path] = {real.name: real}
-    folder = real.parent
+    sources: dict[str, files.Source] = {real.name: files.source(real, real.parent)}
 
     def place(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         location = str(tensor.location)
-        if location not in targets:
-            targets[location] = files.data_file(location, named, real)
-        return files.placed(tensor, targets[location], folder)
+        if location not in sources:
+            sources[location] = files.source(files.data_file(location, named, real), real.parent)
+        return files.placed(tensor, sources[location])
 
-    for graph in model.graphs():
+    for graph in graphs:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 value.const_value = place(value.const_value)
             elif value.const_value is not None:
                 value.const_value = _unpacked(named, value.const_value)
-    for node in all_nodes(model):
-        for name, attribute in list(node.attributes.items()):
-            if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                # Only initializers may be external in every runtime version.
-                loaded = ir.Tensor(place(attribute.value).numpy().copy(), name=attribute.value.name)
-                node.attributes[name] = ir.AttrTensor(name, loaded)
-    return tuple(dict.fromkeys(targets.values()))
+        for node in graph:
+            _load_attributes(node, place)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            _load_attributes(node, place)
+    return tuple(dict.fromkeys(source.path for source in sources.values()))
+
+
+def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.ExternalTensor]) -> None:
+    """Reads tensors that are attributes: only initializers may be external in every runtime version."""
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+            loaded = ir.Tensor(place(attribute.value).numpy().copy(), name=attribute.value.name)
+            node.attributes[name] = ir.AttrTensor(name, loaded)
 
 
 def _unpacked(named: Path, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
@@ -275,28 +301,30 @@ def _sort(graph: ir.Graph) -> None:
         seen.add(node)
 
 
-def _unique_names(model: ir.Model) -> set[str]:
+def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
     """Gives values in subgraphs names that no other value has, and returns all names."""
     used: set[str] = set()
-    for graph in model.graphs():  # the main graph comes first, and keeps its names
+    counts: dict[str, int] = {}  # of the values that wanted a name: bodies by the hundred may all have the same ones
+    for graph in graphs:  # the main graph comes first, and keeps its names
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         for value in dict.fromkeys(values):
             if not value.name:
                 continue
-            name, count = value.name, 1
+            name, count = value.name, counts.get(value.name, 1)
             while name in used:
                 count += 1
                 name = f"{value.name}_{count}"
+            counts[value.name] = count
             used.add(name)
-            value.name = name
+            if name != value.name:
+                value.name = name
     return used
 
 
-def _memory(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
-    """Large tensors that no file has, as far as `lift_large` can bring them into the main graph."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            movable = graph is model.graph or is_movable(value)
-            if tensor is not None and movable and is_large(tensor) and not isinstance(tensor, ir.ExternalTensor):
-                yield value, tensor
+def _memory(model: Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Large tensors that no file has, by name; those in bodies have then moved to the main graph."""
+    lift_large(model.ir)
+    for name, value in model.ir.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and is_large(tensor) and not isinstance(tensor, ir.ExternalTensor):
+            yield name, tensor

@@ -7,6 +7,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -15,6 +17,7 @@ import onnx_ir as ir
 
 from onnx_woq.errors import OutputError
 from onnx_woq.graph.edit import is_large, lift_large
+from onnx_woq.graph.proto import to_proto
 
 if TYPE_CHECKING:
     from onnx_woq.graph.model import Model
@@ -50,16 +53,33 @@ def check_output(model: Model, out: str | Path) -> Path:
     return out
 
 
-def save(model: Model, out: str | Path, *, metadata: Mapping[str, str]) -> list[Path]:
+@dataclass(frozen=True)
+class Stored:
+    """Tensors that lie in a data file already, which becomes that of the result.
+
+    Attributes:
+        folder: private, on the disk of the result; holds the file under the name `data_path` gives it.
+        places: `id` of an array in the model -> its offset in the file; the arrays are kept alive elsewhere.
+        end: bytes of the file that count.
+    """
+
+    folder: Path
+    places: Mapping[int, int]
+    end: int
+
+
+def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: Stored | None = None) -> list[Path]:
     """Writes the model to `out`, its large tensors to one file `<out>.data` beside it.
 
     Both files are written under temporary names in the same folder and then renamed, so a failure or an interrupt
-    leaves the folder as it was. Tensors pass one at a time; those on disk are copied from file to file.
+    leaves the folder as it was. Tensors pass one at a time; those on disk are copied from file to file. A data file
+    that is there already is completed and renamed; only if the model no longer uses all of it, it is written anew.
 
     Args:
-        model: left as it is.
+        model: left as it is, but for large constants of bodies, which move to the main graph.
         out: the .onnx file; an existing one is replaced.
         metadata: added to the model's own.
+        stored: the tensors that need not be written any more. Its folder is left to the caller.
 
     Returns:
         The files written, `out` first.
@@ -68,20 +88,27 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str]) -> list[
         OutputError: it cannot be written there.
     """
     out = check_output(model, out)
-    structure = model.ir.clone()
-    lift_large(structure)
-    structure.metadata_props.update(metadata)
-    structure.ir_version = max(structure.ir_version, _min_ir_version(structure))
+    lift_large(model.ir)
+    version = max(model.ir.ir_version, _min_ir_version(model.ir))
+    place: AbstractContextManager[str | Path] = (
+        nullcontext(stored.folder) if stored else tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
+    )
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        with place as folder:
             new = Path(folder) / out.name
-            big = _move_out(structure, data_path(out).name)
-            if big:
-                _write_data(big, data_path(new), out)
-            new.write_bytes(_serialized(structure))
-            return _swap_in(new, out)
+            outside, layout = _move_out(model.ir, data_path(out).name, stored)
+            data = data_path(new) if layout.keep else new.with_name("compact.data")
+            _write_data(layout, data, out)
+            new.write_bytes(_serialized(model.ir, outside, metadata, version))
+            return _swap_in(new, data, out)
     except OSError as error:
-        raise OutputError(_explain(error, out)) from error
+        raise OutputError(explain(error, out)) from error
+
+
+def next_place(end: int, nbytes: int) -> int:
+    """Where a tensor of `nbytes` bytes starts in a data file that is `end` bytes long."""
+    step = _PAGE if nbytes >= 64 * _PAGE else _LINE
+    return -(-end // step) * step
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -97,33 +124,53 @@ def _min_ir_version(model: ir.Model) -> int:
     return onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
 
 
-def _move_out(model: ir.Model, location: str) -> list[tuple[int, ir.TensorProtocol]]:
-    """Makes every large initializer external in the file `location`; returns the tensors with their offsets there."""
-    placed: dict[object, ir.ExternalTensor] = {}
-    order: list[tuple[int, ir.TensorProtocol]] = []
-    end = 0
+@dataclass(frozen=True)
+class _Layout:
+    """What goes into a data file: `new` tensors at their offsets, behind the first `keep` bytes of what is there."""
+
+    new: list[tuple[int, ir.TensorProtocol]]
+    keep: int
+
+
+def _move_out(model: ir.Model, location: str, stored: Stored | None) -> tuple[dict[str, ir.TensorProtocol], _Layout]:
+    """What the initializers of the main graph are in the written model: large ones lie in the file `location`, small
+    ones in the structure; and what has to be written to that file."""
+    outside: dict[object, ir.TensorProtocol] = {}
+    written: dict[str, ir.TensorProtocol] = {}
     for graph in model.graphs():
-        for value in graph.initializers.values():
+        for name, value in graph.initializers.items():
             tensor = value.const_value
-            if tensor is None:
-                continue
-            if graph is not model.graph or not is_large(tensor):
-                if isinstance(tensor, ir.ExternalTensor):
-                    value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
-                continue
-            key = _identity(tensor)
-            if key not in placed:
-                step = _PAGE if tensor.nbytes >= 64 * _PAGE else _LINE
-                offset = -(-end // step) * step
-                end = offset + tensor.nbytes
-                shape = ir.Shape(tensor.shape.numpy())
-                placed[key] = ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name="")
-                order.append((offset, tensor))
-            there = placed[key]
-            value.const_value = ir.ExternalTensor(
-                location, there.offset, there.length, there.dtype, shape=there.shape, name=value.name or ""
-            )
-    return order
+            if graph is model.graph and tensor is not None and is_large(tensor):
+                outside.setdefault(_identity(tensor), tensor)
+            elif isinstance(tensor, ir.ExternalTensor):
+                embedded = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=value.name)
+                if graph is model.graph:
+                    written[name] = embedded
+                else:
+                    value.const_value = embedded
+    offsets, layout = _laid_out(outside, stored)
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and is_large(tensor):
+            shape, offset = ir.Shape(tensor.shape.numpy()), offsets[_identity(tensor)]
+            written[name] = ir.ExternalTensor(location, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name)
+    return written, layout
+
+
+def _laid_out(tensors: Mapping[object, ir.TensorProtocol], stored: Stored | None) -> tuple[dict[object, int], _Layout]:
+    """The offset of each tensor: where it is stored, if all that is stored is used; else one after the other."""
+    places = stored.places if stored else {}
+    offsets = {key: places[id(t.raw)] for key, t in tensors.items() if isinstance(t, ir.Tensor) and id(t.raw) in places}
+    end = stored.end if stored else 0
+    if len(set(offsets.values())) < len(places):
+        offsets, end = {}, 0
+    layout = _Layout([], end)
+    for key, tensor in tensors.items():
+        if key not in offsets:
+            offsets[key] = next_place(end, tensor.nbytes)
+            end = offsets[key] + tensor.nbytes
+            layout.new.append((offsets[key], tensor))
+    return offsets, layout
 
 
 def _identity(tensor: ir.TensorProtocol) -> object:
@@ -133,14 +180,19 @@ def _identity(tensor: ir.TensorProtocol) -> object:
     return id(tensor)
 
 
-def _write_data(tensors: list[tuple[int, ir.TensorProtocol]], path: Path, out: Path) -> None:
-    """Writes each tensor at its offset, after asking whether the disk has room for all."""
-    last, tensor = tensors[-1]
-    needed, free = last + tensor.nbytes, shutil.disk_usage(path.parent).free
+def _write_data(layout: _Layout, path: Path, out: Path) -> None:
+    """Writes each new tensor at its offset, after asking whether the disk has room for all."""
+    if not layout.new and not layout.keep:
+        path.unlink(missing_ok=True)
+        return
+    last = layout.new[-1] if layout.new else None
+    needed = last[0] + last[1].nbytes - layout.keep if last else 0
+    free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OutputError(f"{out} needs {needed:,} bytes, its disk has {free:,} free: make room or choose another disk")
-    with path.open("wb") as file:
-        for offset, tensor in tensors:
+    with path.open("r+b" if layout.keep else "wb") as file:
+        file.truncate(layout.keep)
+        for offset, tensor in layout.new:
             file.seek(offset)
             _write(tensor, file)
 
@@ -152,18 +204,20 @@ def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
         file.write(tensor.tobytes())
 
 
-def _serialized(model: ir.Model) -> bytes:
+def _serialized(
+    model: ir.Model, tensors: Mapping[str, ir.TensorProtocol], metadata: Mapping[str, str], version: int
+) -> bytes:
     try:
-        return ir.to_proto(model).SerializeToString()
+        return to_proto(model, tensors, metadata=metadata, ir_version=version).SerializeToString()
     except (ValueError, MemoryError) as error:  # protobuf ends at 2 GiB; its exception differs between versions
         raise OutputError(f"the graph itself, without its weights, is too large to save: {error}") from error
 
 
-def _swap_in(new: Path, out: Path) -> list[Path]:
-    """Renames the new files over the old ones; if anything stops it half way, the old pair is put back."""
-    pairs = [(data_path(new), data_path(out)), (new, out)]  # the .onnx last: it names the other
+def _swap_in(new: Path, data: Path, out: Path) -> list[Path]:
+    """Renames the new files over the old ones; if anything stops it half way, everything is put back."""
+    pairs = [(data, data_path(out)), (new, out)]  # the .onnx last: it names the other
     backup = new.with_name("old.data")
-    kept = False
+    undo: list[tuple[Path, Path]] = []
     written = []
     try:
         for source, target in pairs:
@@ -171,19 +225,19 @@ def _swap_in(new: Path, out: Path) -> list[Path]:
                 continue
             if target != out and os.path.lexists(target):
                 os.replace(target, backup)
-                kept = True
+                undo.append((backup, target))
             os.replace(source, target)
+            undo.append((target, source))
             written.append(target)
     except BaseException:
-        if kept:
-            os.replace(backup, data_path(out))
-        elif data_path(out) in written:
-            data_path(out).unlink()
+        for source, target in reversed(undo):
+            os.replace(source, target)
         raise
     return written[::-1]
 
 
-def _explain(error: OSError, out: Path) -> str:
+def explain(error: OSError, out: Path) -> str:
+    """Why `out` cannot be written, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{out} cannot be written, the disk is full or the file too large for it: make room or use another disk"
     return f"{out} cannot be written ({error.strerror or error}): choose another place"

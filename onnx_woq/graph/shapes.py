@@ -8,7 +8,7 @@ from functools import cached_property
 import onnx
 import onnx_ir as ir
 
-from onnx_woq.graph.model import Model, serialize
+from onnx_woq.graph.model import Model, structure
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +29,8 @@ class Ranks:
 
     @cached_property
     def _inferred(self) -> dict[str, int]:
-        proto = onnx.ModelProto.FromString(serialize(self._model))
         try:
-            inferred = onnx.shape_inference.infer_shapes(proto)
+            inferred = onnx.shape_inference.infer_shapes(structure(self._model))
         except Exception as error:  # it raises many kinds for operators it dislikes; ranks only widen what we accept
             logger.info("shape inference failed: %s", error)
             return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,9 @@ from onnx_woq.recipe import Recipe, Spec
 SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
 
 _MULTIPLIES = {"MatMul": ("",), "Gemm": ("",), "FusedMatMul": ("com.microsoft",), "FusedGemm": ("com.microsoft",)}
+
+_EXPONENTS = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all ones: infinite, or not a number
+_TILE = 1 << 17  # numbers looked at in one go
 
 # What may stand between the last MatMul and the output it makes: one computed input, channels kept in place.
 _TAIL_OPS = {
@@ -69,23 +72,48 @@ class Site:
         attribute = self.node.attributes.get("transB")
         return self.kind == "Gemm" and attribute is not None and bool(attribute.as_int())
 
-    def weight(self) -> np.ndarray:
-        """The weight [K, N] in float32, a copy."""
-        array = self.constant().array()
+    def view(self) -> np.ndarray:
+        """The weight [K, N], read-only: in the type it is stored in, in either memory order, and no copy.
+
+        A copy only where the graph rounds it to another type, and with a scale, which is multiplied in float32.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        array = self.constant().view()
         array = array.T if self.transposed() else array.reshape(self.k, self.n)
         if self.scale != 1.0:
-            array *= np.float32(self.scale)
+            array = array.astype(np.float32) * np.float32(self.scale)
+            array.flags.writeable = False
         return array
 
-    def finite_weight(self) -> np.ndarray:
-        """As `weight`; ModelError naming the weight if a number in it is not finite."""
-        array = self.weight()
-        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):  # min and max pass NaN on
+    def finite_view(self) -> np.ndarray:
+        """As `view`; ModelError naming the weight if a number in it is not finite."""
+        array = self.view()
+        if not _is_finite(array):
             raise ModelError(
                 f"weight {self.weight_name!r} of {self.node_name or self.name!r} has NaN or infinite values: "
                 "export the model again, or exclude this node"
             )
         return array
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the distinct weights of a tap.
+
+    Attributes:
+        name: of the weight.
+        k: input channels.
+        n: output channels.
+        read: gives it, [k, n] in float32, float16 or bfloat16: read-only, in either memory order, mapped from its
+            file if possible and unmapped once nobody holds it. Its numbers are those of `Tap.weight`, finite or not.
+    """
+
+    name: str
+    k: int
+    n: int
+    read: Callable[[], np.ndarray]
 
 
 @dataclass(eq=False)
@@ -116,13 +144,21 @@ class Tap:
         Raises:
             ModelError: a weight is not finite or cannot be read.
         """
-        parts = [site.finite_weight() for site in self._distinct()]
-        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
+        whole = np.empty((self.k, self.n), np.float32)
+        end = 0
+        for site in self._distinct():
+            start, end = end, end + site.n
+            whole[:, start:end] = site.finite_view()
+        return whole
+
+    def parts(self) -> list[Part]:
+        """The distinct weights one by one, in the order they have in `weight`, as they are stored."""
+        return [Part(site.weight_name, site.k, site.n, site.view) for site in self._distinct()]
 
     def check(self) -> None:
         """Reads every weight once, for the errors of `weight` before hours of work instead of after."""
         for site in self._distinct():
-            site.finite_weight()
+            site.finite_view()
 
     def slices(self) -> Iterator[tuple[Site, slice]]:
         """Each site with its columns of `weight()`; sites that read the same constant share them."""
@@ -308,6 +344,7 @@ def _group(chosen: Sequence[tuple[Site, Spec]]) -> list[Tap]:
 
     def leader(i: int) -> int:
         while leaders[i] != i:
+            leaders[i] = leaders[leaders[i]]
             i = leaders[i]
         return i
 
@@ -339,3 +376,12 @@ def _int(node: ir.Node, name: str, default: int) -> int:
 def _float(node: ir.Node, name: str, default: float) -> float:
     attribute = node.attributes.get(name)
     return default if attribute is None else attribute.as_float()
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether every number of a matrix is, from the bits of its exponents: no type is widened, no matrix copied."""
+    rows = array if array.flags.c_contiguous else array.T
+    bits = rows.view(np.dtype(f"u{array.dtype.itemsize}"))
+    mask = bits.dtype.type(_EXPONENTS[array.dtype.name])
+    step = max(1, _TILE // max(1, bits.shape[1]))
+    return not any(((bits[i : i + step] & mask) == mask).any() for i in range(0, len(bits), step))

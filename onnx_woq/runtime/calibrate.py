@@ -1,36 +1,55 @@
 """Collect the statistics of every tap: `walk` runs the model over the samples and sums up what flows into its weights.
 
-One forward pass serves as many taps as the memory budget allows at once, a *window*; the next window goes on from where
-the last one ended (`onnx_woq.runtime.replay`). Activations are summed up while the next sample is being run and are
-never kept: memory does not grow with tokens.
+The model runs block by block (`onnx_woq.graph.blocks`): as many blocks at once as the memory budget allows, a *window*;
+the next window goes on from where the last one ended (`onnx_woq.runtime.replay`). Activations are summed up while the
+next sample is being run and are never kept: memory does not grow with tokens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import onnx_ir as ir
 
-from onnx_woq.core.cpu import cores, one_blas_thread
+from onnx_woq.core.cpu import one_blas_thread
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError
+from onnx_woq.graph.blocks import Cut, blocks_of, cuts
+from onnx_woq.graph.branches import conditions, take, untaken
 from onnx_woq.graph.model import Model, clone
 from onnx_woq.graph.taps import Tap
 from onnx_woq.runtime.data import Feed
-from onnx_woq.runtime.inputs import MASKS
+from onnx_woq.runtime.inputs import MASKS, is_past, model_inputs
 from onnx_woq.runtime.replay import Replay
-from onnx_woq.runtime.structure import Contents, Structure
+from onnx_woq.runtime.session import thread_count
+from onnx_woq.runtime.structure import Structure, contents
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all); a step is one sample in one window."""
 
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_IN_FLIGHT = 2  # samples whose activations are held at once
+PREPACK_BYTES = 256 << 20
+"""Of a block's weights, as stored; beyond it they are multiplied from where they are."""
+
+HIDDEN_SHARE = 4
+"""One part in so many of the memory budget is for hidden states; what is beyond it goes to disk."""
+
+IN_BETWEEN = 3
+"""Values of the widest kind, and attention scores, that are alive at once between two taps."""
+
+NARROW_HEAD = 64
+"""Channels of an attention head where the model does not say."""
+
+Sequential = Literal["off", "block", "tap"]
+"""What is quantized already when a tap's statistics are collected: nothing, earlier blocks, all earlier taps."""
 
 
 def walk(
@@ -39,8 +58,9 @@ def walk(
     batches: list[Feed],
     *,
     memory_budget: int = 2 << 30,
-    sequential: bool = False,
+    sequential: Sequential = "off",
     progress: Progress | None = None,
+    checkpoint: Path | None = None,
 ) -> Iterator[tuple[Tap, Stats]]:
     """Every tap with the statistics of its inputs over all samples, in graph order.
 
@@ -48,11 +68,14 @@ def walk(
         model: the float model; the consumer may edit it between two taps.
         taps: of this model.
         batches: one feed per sample. Tokens where a fed attention mask is 0 are left out.
-        memory_budget: bytes for activations, Gram matrices and remembered hidden states; exceeded only where a single
-            tap needs more.
-        sequential: collect each tap's statistics on the model as the consumer has edited it by then. Otherwise they
-            are those of the model at the time of this call and, bit for bit, the same whatever the budget.
+        memory_budget: bytes for activations, Gram matrices, a window's weights and remembered hidden states; exceeded
+            only where a single tap needs more.
+        sequential: "off": the statistics are those of the model at the time of this call and, bit for bit, the same
+            whatever the budget. "block": those of the model as the consumer has edited it by the time the tap's block
+            is reached; "tap": by the time the tap itself is reached.
         progress: called after each step.
+        checkpoint: a private folder where the hidden states at the last window ends are kept. A walk over the taps that
+            are left, in another process, goes on from there as far as they are still what the model computes.
 
     Raises:
         DataError: there are no samples, the model cannot be run on one of them, or computes NaN or infinite numbers.
@@ -60,36 +83,120 @@ def walk(
     """
     if not batches:
         raise DataError("calibration needs at least one sample")
-    if sequential:
-        return _one_by_one(model, list(taps), batches, memory_budget, progress)
-    return _window_by_window(clone(model), list(taps), batches, memory_budget, progress)
+    form = {"off": _float, "block": _block_by_block, "tap": _tap_by_tap}[sequential]
+    model = clone(model) if sequential == "off" else model
+    return form(_Walk(model, batches, memory_budget, progress, checkpoint), taps)
 
 
-def windows(taps: Sequence[Tap], batches: Sequence[Feed], memory_budget: int = 2 << 30) -> list[list[Tap]]:
-    """The taps in consecutive groups whose statistics are collected together; never less than one tap each.
+@dataclass
+class _Walk:
+    """What the forms of a walk have in common."""
 
-    With half precision it is always one: for want of kernels ONNX Runtime computes in float32 and rounds where a part
-    of the model ends, so parts must not depend on the budget if results are not to.
+    model: Model
+    batches: list[Feed]
+    budget: int
+    progress: Progress | None
+    checkpoint: Path | None
+    prepack: bool = False
+
+    def windows(self, groups: Sequence[Sequence[Tap]]) -> list[list[Tap]]:
+        """See `windows`."""
+        return windows(groups, self.batches, self.budget, prepack=self.prepack)
+
+    @contextmanager
+    def replay(self) -> Iterator[tuple[Replay, Callable[[], Model]]]:
+        """The samples, to be run part by part; and the model as it is now, with the branches that they take."""
+        lanes = min(thread_count(), len(self.batches))
+        found = cuts(self.model)
+        self.prepack = prepacks(found[-1])
+        side = {name for cut in found if cut.side for name in cut.side.outputs}
+        with ThreadPoolExecutor(lanes) as pool:
+            try:
+                hidden = self.budget // HIDDEN_SHARE
+                replay = Replay(self.batches, hidden, pool, lanes, side, self.checkpoint, self.prepack)
+                taken = self._branches(replay)
+                replay.absent = untaken(self.model, taken)
+                yield replay, lambda: take(self.model, taken)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    def _branches(self, replay: Replay) -> dict[str, bool]:
+        """The branches that all samples take, see `take`."""
+        asked = conditions(self.model)
+        found: dict[str, set[bool]] = {name: set() for name in asked}
+        if asked:
+            for arrays in replay.run(self.model, list(asked.values()), keep_saved=True):
+                for name, condition in asked.items():
+                    found[name].add(bool(arrays[condition].any()))
+        return {name: values.pop() for name, values in found.items() if len(values) == 1}
+
+
+def prepacks(cut: Cut) -> bool:
+    """Whether float weights are rearranged for speed, which takes as much memory again as a block's weights do.
+
+    Products then round otherwise, so this follows from the model alone and not from the memory there is.
     """
-    if any(site.dtype in _HALF for tap in taps for site in tap.sites):
-        return [[tap] for tap in taps]
+    sizes = sorted(block.weight_bytes for block in cut.blocks)
+    return bool(sizes) and sizes[len(sizes) // 2] <= PREPACK_BYTES
+
+
+def windows(
+    groups: Sequence[Sequence[Tap]], batches: Sequence[Feed], memory_budget: int = 2 << 30, *, prepack: bool = False
+) -> list[list[Tap]]:
+    """The taps in consecutive groups whose statistics are collected together: as many blocks as the budget allows.
+
+    A block that is too large for it is collected in several goes, one tap at least in each.
+    """
+    available = memory_budget - memory_budget // HIDDEN_SHARE
     split: list[list[Tap]] = []
-    used = 0
-    for tap in taps:
-        size = estimate_bytes([tap], batches)
-        if not split or used + size > memory_budget // 2:  # the other half is for hidden states
-            split.append([])
-            used = 0
-        split[-1].append(tap)
-        used += size
+    used, before = available + 1, None
+    for group in groups:
+        fits = estimate_bytes(group, batches, before, prepack=prepack) <= available
+        for piece in [group] if fits else [[tap] for tap in group]:
+            more = estimate_bytes(piece, batches, before, prepack=prepack)
+            if used + more > available:
+                split.append([])
+                used = 0
+            split[-1] += piece
+            used += more
+            before = piece[-1]
     return split
 
 
-def estimate_bytes(taps: Sequence[Tap], batches: Sequence[Feed]) -> int:
-    """Bytes that collecting these taps together takes: their activations of the longest samples, and Gram matrices."""
+def estimate_bytes(
+    taps: Sequence[Tap], batches: Sequence[Feed], before: Tap | None = None, *, prepack: bool = False
+) -> int:
+    """Bytes that collecting these taps together takes: their inputs of the longest samples, Gram matrices, weights.
+
+    Args:
+        taps: collected together.
+        batches: all samples.
+        before: the tap before them, whose weights are multiplied on the way; those of the last one are not.
+        prepack: weights are rearranged.
+    """
     tokens = max(map(_token_count, batches), default=0)
+    held = min(thread_count(), len(batches)) + 1  # samples: those being run, and the one being summed up
     inputs = {value: tap.k for tap in taps for value in tap.values}
-    return sum(4 * k * tokens * _IN_FLIGHT for k in inputs.values()) + sum(4 * tap.k * tap.k for tap in taps)
+    grams = {tap.values: 4 * tap.k * tap.k for tap in taps}
+    run = ([before] if before else []) + list(taps[:-1])
+    weights = (2 if prepack else 1) * sum(4 * tap.k * tap.n for tap in run)  # in float32, whatever they are stored in
+    return sum(4 * k * tokens * held for k in inputs.values()) + sum(grams.values()) + weights
+
+
+def between_bytes(model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> int:
+    """Bytes of what is computed on the way from tap to tap, for the samples that are run side by side."""
+    tokens = max(map(_token_count, batches), default=0)
+    rows = max((feed["input_ids"].shape[0] for feed in batches if "input_ids" in feed), default=1)
+    narrow, wide = min(tap.k for tap in taps), max(tap.k for tap in taps)
+    shapes = (info.shape for info in model_inputs(model) if is_past(info))
+    head = next((shape[-1] for shape in shapes if shape and isinstance(shape[-1], int)), NARROW_HEAD)
+    scores = (narrow // head + 1) * tokens * (tokens // max(1, rows))
+    return min(thread_count(), len(batches)) * IN_BETWEEN * 4 * (scores + wide * tokens)
+
+
+def hidden_bytes(taps: Sequence[Tap], batches: Sequence[Feed]) -> int:
+    """Bytes of the hidden states of all samples where one part ends and the next begins."""
+    return 2 * 4 * min(tap.k for tap in taps) * sum(map(_token_count, batches))
 
 
 def _token_count(feed: Feed) -> int:
@@ -101,39 +208,60 @@ def _token_count(feed: Feed) -> int:
     )
 
 
-def _window_by_window(
-    model: Model, taps: list[Tap], batches: list[Feed], memory_budget: int, progress: Progress | None
-) -> Iterator[tuple[Tap, Stats]]:
+def _float(walk: _Walk, taps: list[Tap]) -> Iterator[tuple[Tap, Stats]]:
     """The taps of a model that nobody edits."""
-    replay = Replay(batches, memory_budget // 2)
-    split = windows(taps, batches, memory_budget)
-    report = _Steps(progress, len(split) * len(batches))
-    for index, window in enumerate(split):
-        later = {value for rest in split[index + 1 :] for tap in rest for value in tap.values}
-        collected = _collect(replay, model, window, later, report, keep_used=False)
-        for tap in window:
-            yield tap, collected.pop(tap.name)
+    with walk.replay() as (replay, now):
+        model = now()
+        split = walk.windows(blocks_of(model, taps))
+        report = _Steps(walk.progress, len(split) * len(walk.batches))
+        for index, window in enumerate(split):
+            later = _values(tap for rest in split[index + 1 :] for tap in rest)
+            collected = _collect(replay, model, window, later, report, frozen=True)
+            for tap in window:
+                yield tap, collected.pop(tap.name)
 
 
-def _one_by_one(
-    model: Model, taps: list[Tap], batches: list[Feed], memory_budget: int, progress: Progress | None
-) -> Iterator[tuple[Tap, Stats]]:
+def _block_by_block(walk: _Walk, taps: list[Tap]) -> Iterator[tuple[Tap, Stats]]:
+    """The taps of a model that is edited on the way; those of a block see each other float."""
+    with walk.replay() as (replay, now):
+        report = _Steps(walk.progress, len(taps) * len(walk.batches))
+        done = 0
+        for group in blocks_of(now(), taps):
+            model, split = now(), walk.windows([group])
+            if len(split) > 1 and model is walk.model:
+                model = clone(model)  # edits begin while the block is still being collected
+            for window in split:
+                later = _values(taps[done + len(window) :])
+                collected = _collect(
+                    replay, model, window, later, report, keep_used=True, frozen=model is not walk.model
+                )
+                for tap in window:
+                    done += 1
+                    report.reach(done * len(walk.batches))
+                    yield tap, collected.pop(tap.name)
+
+
+def _tap_by_tap(walk: _Walk, taps: list[Tap]) -> Iterator[tuple[Tap, Stats]]:
     """The taps of a model that is edited on the way: together only those whose inputs do not depend on each other."""
-    replay = Replay(batches, memory_budget // 2)
-    contents = replay.contents
-    report = _Steps(progress, len(taps) * len(batches))
-    done = 0
-    while done < len(taps):
-        window = _independent(model, windows(taps[done:], batches, memory_budget)[0])
-        later = {value for tap in taps[done + len(window) :] for value in tap.values}
-        collected = _collect(replay, model, window, later, report, keep_used=True)
-        before = _inputs(contents, model, window[1:])
-        for tap in window:
-            if tap is not window[0] and _inputs(contents, model, [tap]) != {tap.name: before[tap.name]}:
-                break  # an edit for an earlier tap has reached this one's input after all
-            done += 1
-            report.reach(done * len(batches))
-            yield tap, collected.pop(tap.name)
+    with walk.replay() as (replay, now):
+        report = _Steps(walk.progress, len(taps) * len(walk.batches))
+        done = 0
+        while done < len(taps):
+            model = now()
+            window = _independent(model, walk.windows([[tap] for tap in taps[done:]])[0])
+            later = _values(taps[done + len(window) :])
+            collected = _collect(replay, model, window, later, report, keep_used=True)
+            before = _inputs(model, window[1:])
+            for tap in window:
+                if tap is not window[0] and _inputs(now(), [tap]) != {tap.name: before[tap.name]}:
+                    break  # an edit for an earlier tap has reached this one's input after all
+                done += 1
+                report.reach(done * len(walk.batches))
+                yield tap, collected.pop(tap.name)
+
+
+def _values(taps: Iterable[Tap]) -> set[str]:
+    return {value for tap in taps for value in tap.values}
 
 
 def _independent(model: Model, taps: list[Tap]) -> list[Tap]:
@@ -141,31 +269,40 @@ def _independent(model: Model, taps: list[Tap]) -> list[Tap]:
     group = taps[:1]
     structure = Structure(model)
     for tap in taps[1:]:
-        if structure.depends(tap.values, {site.node for earlier in group for site in earlier.sites}):
+        if structure.depends(tap.values, [site.name for earlier in group for site in earlier.sites]):
             break
         group.append(tap)
     return group
 
 
-def _inputs(contents: Contents, model: Model, taps: list[Tap]) -> dict[str, tuple[int, ...]]:
+def _inputs(model: Model, taps: list[Tap]) -> dict[str, tuple[str, ...]]:
     """What the inputs of each tap are computed from."""
-    numbers = contents.of(model) if taps else {}
-    return {tap.name: tuple(numbers[value] for value in tap.values) for tap in taps}
+    digests = contents(model) if taps else {}
+    return {tap.name: tuple(digests.get(value, "") for value in tap.values) for tap in taps}
 
 
 def _collect(
-    replay: Replay, model: Model, taps: list[Tap], later: set[str], report: _Steps, *, keep_used: bool
+    replay: Replay,
+    model: Model,
+    taps: list[Tap],
+    later: set[str],
+    report: _Steps,
+    *,
+    keep_used: bool = False,
+    frozen: bool = False,
 ) -> dict[str, Stats]:
     """The statistics of `taps` over all samples by tap name; taps with the same inputs get the same object."""
     stats = {tap.values: Stats.empty(tap.k) for tap in taps}
-    values = list(dict.fromkeys(value for names in stats for value in names))
-    with one_blas_thread(), ThreadPoolExecutor(cores()) as pool:
-        running: list[Future[None]] = []
-        for number, arrays in enumerate(replay.run(model, values, later, keep_used=keep_used)):
+    values = [value for value in dict.fromkeys(v for names in stats for v in names) if value not in replay.absent]
+    running: list[Future[None]] = []
+    with one_blas_thread():
+        parts = replay.run(model, values, later, keep_used=keep_used, frozen=frozen)
+        for number, arrays in enumerate(parts):
             _finish(running, taps)
             mask = _padding(replay.batches[number])
             running = [
-                pool.submit(_add, stats[names], {name: arrays[name] for name in names}, mask, number) for names in stats
+                replay.pool.submit(partial(_add, one, {n: arrays[n] for n in names if n in arrays}, mask, number))
+                for names, one in stats.items()
             ]
             del arrays
             report.step()

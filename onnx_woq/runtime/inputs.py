@@ -68,7 +68,7 @@ def model_inputs(model: Model) -> list[InputInfo]:
 def _has_open_head(info: InputInfo) -> bool:
     """Whether this is a past `[batch, heads, sequence, head size]` that does not say its head size."""
     shape = info.shape or ()
-    return _is_past(info) and len(shape) == 4 and isinstance(shape[1], int) and not isinstance(shape[3], int)
+    return is_past(info) and len(shape) == 4 and isinstance(shape[1], int) and not isinstance(shape[3], int)
 
 
 def _head_size(folder: Path) -> int | None:
@@ -96,12 +96,12 @@ def can_fill(info: InputInfo, inputs: Sequence[InputInfo]) -> bool:
         return rank in (2, None)
     if info.name in ("use_cache_branch", "cache_position", *_ZEROS):
         return rank in (0, 1, None)
-    return _is_past(info) and info.shape is not None
+    return is_past(info) and info.shape is not None
 
 
 def is_decoder(inputs: Sequence[InputInfo]) -> bool:
     """Whether the model keeps a past, so that its text is one stream of tokens."""
-    return any(_is_past(info) for info in inputs)
+    return any(is_past(info) for info in inputs)
 
 
 def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], what: str) -> dict[str, np.ndarray]:
@@ -142,7 +142,7 @@ def _made(info: InputInfo, size: tuple[int, ...], mask: np.ndarray | None) -> np
         return np.maximum(np.cumsum(steps, axis=1) - 1, 0).astype(info.dtype)
     if info.name == "cache_position":
         return np.arange(length, dtype=info.dtype)
-    if _is_past(info):
+    if is_past(info):
         return np.zeros([_past_dim(info, axis, batch) for axis in range(len(info.shape or ()))], info.dtype)
     return np.zeros([1] * len(info.shape or ()), info.dtype)  # use_cache_branch, num_logits_to_keep
 
@@ -158,7 +158,8 @@ def _past_dim(info: InputInfo, axis: int, batch: int) -> int:
     return batch if is_batch else 0
 
 
-def _is_past(info: InputInfo) -> bool:
+def is_past(info: InputInfo) -> bool:
+    """Whether an input holds keys and values of earlier tokens."""
     return bool(_PAST.match(info.name)) and info.dtype.kind not in "iub"
 
 

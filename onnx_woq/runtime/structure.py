@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
 
+from onnx_woq.graph.blocks import bodies, is_costly, reads_of
 from onnx_woq.graph.model import Model
-
-_PRODUCTS = re.compile("MatMul|Gemm|Conv|LSTM|GRU|RNN|QMoE")
 
 
 class Structure:
@@ -27,24 +25,23 @@ class Structure:
         self.graph = model.ir.graph
         self.named: dict[str, ir.Value] = {value.name or "": value for value in self.graph.inputs}
         self.reads: dict[ir.Node, list[ir.Value]] = {}
-        self._owners: dict[ir.Node, ir.Node] = {}  # node in a body -> node of the main graph
         self._homes: dict[str, ir.Value] = {}  # value in a body -> an output of the node that has it
         for node in self.graph:
             self.named.update((value.name or "", value) for value in node.outputs)
-            self.reads[node] = [value for value in node.inputs if value is not None]
-            for body in _bodies(node):
+            self.reads[node] = [value for value in reads_of(node, self.graph) if value.graph is self.graph]
+            for body in bodies(node):
                 for inner in body.all_nodes():
-                    self._owners[inner] = node
                     self._homes.update((value.name or "", node.outputs[0]) for value in inner.outputs)
-                    self.reads[node] += [v for v in inner.inputs if v is not None and v.graph is self.graph]
 
-    def depends(self, values: Iterable[str], nodes: Collection[ir.Node]) -> bool:
-        """Whether any of `values` is computed from the outputs of `nodes`."""
-        above = self._ancestors(self._found(values))
-        return not above.isdisjoint(self._owners.get(node, node) for node in nodes)
+    def depends(self, values: Iterable[str], others: Iterable[str]) -> bool:
+        """Whether any of `values` is computed from any of `others`."""
+        return not self._ancestors(self._found(values)).isdisjoint(v.producer() for v in self._found(others))
 
-    def crossing(self, values: Iterable[str], later: Iterable[str]) -> list[str]:
-        """Names of what is known once `values` are, is read on the way to `later`, and was costly to compute."""
+    def crossing(self, values: Iterable[str], later: Iterable[str], side: Collection[str] = ()) -> list[str]:
+        """Names of what is known once `values` are and is read on the way to `later`, if worth remembering.
+
+        That is what was costly to compute, and what `side` names: cheap, but read again and again.
+        """
         wanted = self._found(later)
         done = self._ancestors(self._found(values))
         todo = self._ancestors(wanted) - done
@@ -54,9 +51,9 @@ class Structure:
                 crossing |= dict.fromkeys(value for value in self.reads[node] if value.producer() in done)
         costly: set[ir.Value] = set()
         for node, reads in self.reads.items():
-            if node in done and (not costly.isdisjoint(reads) or _is_costly(node)):
+            if node in done and (not costly.isdisjoint(reads) or is_costly(node)):
                 costly.update(node.outputs)
-        return [value.name or "" for value in crossing if value in costly]
+        return [value.name or "" for value in crossing if value in costly or value.name in side]
 
     def between(self, have: Collection[str], outputs: Sequence[str]) -> ir.Graph:
         """A copy of the part that computes `outputs` from those values in `have` that it needs: its inputs."""
@@ -95,9 +92,9 @@ class Structure:
         places = (self.named.get(name, self._homes.get(name)) for name in names)
         return [value for value in places if value is not None]
 
-    def _ancestors(self, values: Iterable[ir.Value]) -> set[ir.Node]:
+    def _ancestors(self, values: Iterable[ir.Value]) -> set[ir.Node | None]:
         """The nodes that have to run for `values`."""
-        nodes: set[ir.Node] = set()
+        nodes: set[ir.Node | None] = set()
         pending = list(values)
         while pending:
             node = pending.pop().producer()
@@ -107,57 +104,40 @@ class Structure:
         return nodes
 
 
-@dataclass
-class Contents:
-    """Gives values numbers that are equal exactly when the same operators computed them from the same constants."""
+def contents(model: Model) -> dict[str, str]:
+    """Value name -> a digest that is equal where the same operators compute it from the same constants.
 
-    numbers: dict[tuple[Any, ...], int] = field(default_factory=dict)
-    alive: dict[int, Any] = field(default_factory=dict)  # constants, so that no id is used twice
-
-    def of(self, model: Model) -> dict[str, int]:
-        """Value name -> number, for every value of the model and its bodies."""
-        found: dict[ir.Value | None, int] = {None: 0}
-        self._graph(model.ir.graph, found)
-        return {value.name or "": number for value, number in found.items() if value is not None}
-
-    def _graph(self, graph: ir.Graph, found: dict[ir.Value | None, int]) -> None:
-        for value in graph.inputs:
-            found[value] = self._number("input", value.name)
-        for value in graph.initializers.values():
-            found[value] = self._number("constant", self._identity(value.const_value))
-        for node in graph:
-            attributes = frozenset((a.name, self._attribute(a, found)) for a in node.attributes.values())
-            reads = tuple([found[value] for value in node.inputs])
-            for index, value in enumerate(node.outputs):
-                found[value] = self._number(node.domain, node.op_type, node.overload, attributes, reads, index)
-
-    def _attribute(self, attribute: ir.Attr, found: dict[ir.Value | None, int]) -> Any:
-        if attribute.type == ir.AttributeType.GRAPH:
-            body = attribute.as_graph()
-            self._graph(body, found)
-            return tuple(found[value] for value in (*body.inputs, *body.outputs))
-        value = attribute.value
-        if isinstance(value, (int, float, str, bytes)):
-            return value
-        if isinstance(value, Sequence) and all(isinstance(v, (int, float, str, bytes)) for v in value):
-            return tuple(value)
-        return self._identity(value)
-
-    def _identity(self, thing: Any) -> int:
-        self.alive[id(thing)] = thing
-        return id(thing)
-
-    def _number(self, *content: Any) -> int:
-        return self.numbers.setdefault(content, len(self.numbers) + 1)
+    It covers the bodies' values too. Constants go by their names, which are never used twice in a model and its edited
+    copies, so that digests can be compared from one process to the next.
+    """
+    found: dict[ir.Value | None, str] = {None: ""}
+    _digest_graph(model.ir.graph, found)
+    return {value.name or "": digest for value, digest in found.items() if value is not None}
 
 
-def _bodies(node: ir.Node) -> list[ir.Graph]:
-    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+def _digest_graph(graph: ir.Graph, found: dict[ir.Value | None, str]) -> None:
+    for value in graph.inputs:
+        found[value] = _digest("input", value.name)
+    for value in graph.initializers.values():
+        found[value] = _digest("constant", value.name)
+    for node in graph:
+        attributes = sorted((a.name, _attribute(a, found)) for a in node.attributes.values())
+        reads = [found[value] for value in node.inputs]
+        made = _digest(node.domain, node.op_type, node.overload, attributes, reads)
+        for index, value in enumerate(node.outputs):
+            found[value] = f"{made}/{index}" if index else made
 
 
-def _is_costly(node: ir.Node) -> bool:
-    """Whether the node multiplies by a constant matrix, or runs bodies that do: not to be done twice without need."""
-    if any(_is_costly(inner) for body in _bodies(node) for inner in body.all_nodes()):
-        return True
-    constants = (value.const_value for value in node.inputs if value is not None and value.const_value is not None)
-    return bool(_PRODUCTS.search(node.op_type)) and any(len(tensor.shape) > 1 for tensor in constants)
+def _attribute(attribute: ir.Attr, found: dict[ir.Value | None, str]) -> str:
+    if attribute.type == ir.AttributeType.GRAPH:
+        body = attribute.as_graph()
+        _digest_graph(body, found)
+        return _digest(*(found[value] for value in (*body.inputs, *body.outputs)))
+    if attribute.type == ir.AttributeType.TENSOR:
+        tensor = attribute.as_tensor()
+        return _digest(str(tensor.dtype), tuple(tensor.shape.numpy()), tensor.tobytes())
+    return repr(attribute.value)
+
+
+def _digest(*content: Any) -> str:
+    return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()

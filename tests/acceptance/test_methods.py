@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_woq import Recipe, Spec, quantize
+from onnx_woq import Recipe, Spec, memory, quantize
 
 from . import measure, zoo
 
@@ -257,11 +257,13 @@ def test_calibration_runs_the_model_once_per_sample(lm, lm_data, forwards, tmp_p
     assert len(lm_data) <= len(forwards) <= len(lm_data) + 2
 
 
-def test_the_memory_budget_changes_nothing_but_memory(lm, lm_data, tmp_path):
+def test_the_memory_budget_changes_nothing_but_memory(lm, lm_data, tmp_path, monkeypatch):
     """The statistics are the float model's whatever the window: later windows do not see quantized layers."""
     for method in ("gptq", "awq"):
+        with monkeypatch.context() as little:
+            little.setattr(memory, "WINDOW", 60_000)
+            quantize(lm, tmp_path / "small.onnx", Recipe(method), lm_data)
         quantize(lm, tmp_path / "large.onnx", Recipe(method), lm_data)
-        quantize(lm, tmp_path / "small.onnx", Recipe(method), lm_data, memory_budget=60_000)
         large, small = measure.decoded(tmp_path / "large.onnx"), measure.decoded(tmp_path / "small.onnx")
         assert all(measure.agreement(small[name], w) > 0.998 for name, w in large.items())
 

@@ -154,7 +154,7 @@ def test_a_trial_that_quantization_cannot_make_does_not_stop_the_others(enc, enc
 
     broken_gptq = methods.Method("gptq", broken, True)
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "gptq": broken_gptq})
-    monkeypatch.setattr("onnx_woq.pipeline.METHODS", methods.METHODS)
+    monkeypatch.setattr("onnx_woq.solving.METHODS", methods.METHODS)
     result = tune(enc, by_recipe(lambda _: 1.0), enc_data, configs=["GPTQ_G32ASYM", "RTN_G32ASYM"], workdir=tmp_path)
     assert result.trials[0].status == "failed"
     assert "MemoryError" in result.trials[0].error

@@ -86,7 +86,10 @@ class Net:
         opset: int = 17,
         external: str = "",
         functions: Sequence[onnx.FunctionProto] = (),
+        domains: Sequence[str] = (),
+        check: bool = True,
     ) -> Path:
+        """Writes and checks the model; `check` off for operators that ONNX Runtime has in ONNX's own domain."""
         graph = helper.make_graph(
             self.nodes,
             "zoo",
@@ -95,6 +98,7 @@ class Net:
             initializer=self.tensors,
         )
         imports = [helper.make_opsetid("", opset)] + [helper.make_opsetid(f.domain, 1) for f in functions]
+        imports += [helper.make_opsetid(domain, 1) for domain in domains]
         model = helper.make_model(graph, opset_imports=imports, functions=list(functions))
         model.ir_version = 8 if opset < 19 else 10
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +107,8 @@ class Net:
             onnx.save(model, path, save_as_external_data=True, **options)
         else:
             onnx.save(model, path)
-        onnx.checker.check_model(str(path), full_check=True)
+        if check:
+            onnx.checker.check_model(str(path), full_check=True)
         return path
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from builders import BOOL, FLOAT, FLOAT16, graph, lower, node, random, rtn, run, value, write
+from builders import BOOL, FLOAT, FLOAT16, graph, lower, node, pack_tap, random, rtn, run, value, write
 
 from onnx_woq.graph.edit import add_initializer
 from onnx_woq.graph.fold import can_fold, divide_input
@@ -40,7 +40,7 @@ def site_tap(model):
 def multiply_weights(tap, scale):
     """Multiplies the rows of every float weight of the tap by the scale."""
     for site in tap.sites:
-        weight = site.weight() * scale[:, None]
+        weight = site.view() * scale[:, None]
         weight = (weight.T if site.transposed() else weight).astype(site.dtype.numpy())
         site.node.replace_input_with(1, add_initializer(site.node.graph, f"{site.weight_name}_s", weight))
 
@@ -187,7 +187,7 @@ LINEAR = {
 
 def lower_all_but_the_tap(model):
     for tap in find_taps(model, Recipe(exclude=("^site",)))[0]:
-        lower_tap(model, tap, rtn(tap), accuracy_level=0)
+        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
@@ -292,7 +292,7 @@ def test_folding_and_lowering_a_whole_gated_block(tmp_path):
     for tap in find_taps(model, Recipe().with_spec(bits=8, group_size=16))[0]:
         kinds.append(divide_input(tap, SCALE, allow_mul=False))
         multiply_weights(tap, SCALE)
-        lower_tap(model, tap, rtn(tap), accuracy_level=0)
+        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
     assert kinds == ["norm", "linear"]
     want, got = run(path, feeds)[0], run(model, feeds)[0]
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)

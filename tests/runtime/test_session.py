@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from builders import BOOL, graph, lower, node, random, rtn, run, value, write
+from builders import BOOL, graph, lower, node, pack_tap, random, rtn, run, value, write
 
 from onnx_woq.errors import DataError, ModelError
 from onnx_woq.graph.lower.matmulnbits import lower_tap
@@ -61,7 +61,7 @@ def test_changed_tensors_and_low_bit_weights(tmp_path):
     gamma.const_value = ir.Tensor(gamma.const_value.numpy() * 2, name="g2")
     taps, _ = find_taps(model, Recipe())
     for tap in taps[:2]:
-        lower_tap(model, tap, rtn(tap), accuracy_level=0)
+        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
     assert not np.allclose(outputs(model)[0], run(path, FEED)[0], rtol=1e-3)
     assert np.array_equal(outputs(model)[0], run(model, FEED)[0])
     assert np.allclose(outputs(model, for_calibration=True)[0], outputs(model)[0], rtol=1e-4, atol=1e-4)

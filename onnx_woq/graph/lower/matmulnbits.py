@@ -6,6 +6,8 @@ Other widths are stored in the next wider one and other groups in smaller blocks
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,35 @@ _BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256
 _OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
 _BODIES = (1, 29)  # before, int8 products with zero points in bodies are silently wrong: constants lie outside
 _SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight `[K, N]` as MatMulNBits stores it; nothing but arrays and numbers, so it can be sent and kept.
+
+    Attributes:
+        codes: uint8 [N, blocks, bytes per block].
+        scales: float32 or float16 [N, blocks].
+        zeros: uint8 [N, bytes], None where all of them are the middle of the range.
+        k, n: of the weight.
+        bits: per stored code.
+        block: rows per block.
+        width: bits of the grid, at most `bits`; names carry it.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    k: int
+    n: int
+    bits: int
+    block: int
+    width: int
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What there is to store, in the order of the operator's inputs."""
+        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
 
 
 def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.floating] = np.float32) -> str:
@@ -70,16 +101,42 @@ def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
     return container, min(fitting, key=lambda block: (column_bytes(block), -block))
 
 
-def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating]) -> int:
-    """Bytes that a weight `[k, n]` takes once quantized: codes, scales and zero points."""
+def packed_shapes(
+    k: int, n: int, spec: Spec, scale_dtype: type[np.floating]
+) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
+    """Shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
     container, block = native_layout(spec.bits, spec.group_size, k)
     blocks = -(-k // block)
-    zeros = 0 if spec.symmetric else -(-blocks * container // 8)
-    return n * (blocks * (block * container // 8 + np.dtype(scale_dtype).itemsize) + zeros)
+    byte = np.dtype(np.uint8)
+    shapes = (((n, blocks, block * container // 8), byte), ((n, blocks), np.dtype(scale_dtype)))
+    return shapes if spec.symmetric else (*shapes, ((n, -(-blocks * container // 8)), byte))
 
 
-def lower_tap(model: Model, tap: Tap, q: QuantizedTensor, *, accuracy_level: int) -> None:
-    """Rewrites every site of `tap` in place as MatMulNBits reading `q`.
+def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating]) -> int:
+    """Bytes that a weight `[k, n]` takes once quantized: codes, scales and zero points."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in packed_shapes(k, n, spec, scale_dtype))
+
+
+def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec) -> Packed:
+    """The `Packed` that has these `arrays`, of the shapes that `packed_shapes` gives."""
+    container, block = native_layout(spec.bits, spec.group_size, k)
+    codes, scales, *zeros = arrays
+    return Packed(codes, scales, zeros[0] if zeros else None, k, n, container, block, spec.bits)
+
+
+def pack(q: QuantizedTensor, scale_dtype: type[np.floating]) -> Packed:
+    """What MatMulNBits stores for `q`, its scales in `scale_dtype`."""
+    k, n = q.codes.shape
+    container, block = native_layout(q.bits, q.group_size, k)
+    # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
+    shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric else 0
+    scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
+    zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
+    return Packed(pack_codes(q.codes, container, block, shift), scales, zeros, k, n, container, block, q.bits)
+
+
+def lower_tap(model: Model, tap: Tap, packed: Sequence[Packed], *, accuracy_level: int) -> list[ir.Value]:
+    """Rewrites every site of `tap` in place as MatMulNBits reading `packed`.
 
     Nodes and outputs keep their names. Sites that share a weight share the new initializers. A Gemm's constant bias
     becomes the bias input, any other C an Add. bfloat16, which has no CPU kernel, is computed in float32 between
@@ -88,16 +145,23 @@ def lower_tap(model: Model, tap: Tap, q: QuantizedTensor, *, accuracy_level: int
     Args:
         model: the model `tap` was found in.
         tap: every site of it is rewritten.
-        q: of `tap.weight()`, codes `[K, n]`.
+        packed: its distinct weights, in order.
         accuracy_level: 4 computes with int8 activations, 0 in float.
+
+    Returns:
+        The new initializers, weight by weight.
     """
     model.ir.opset_imports.setdefault(DOMAIN, 1)
-    shared: dict[tuple[int, int], _Packed] = {}
-    for site, columns in list(tap.slices()):
-        place = (columns.start, columns.stop)
-        if place not in shared:
-            shared[place] = _pack(model, site, q.columns(columns), tap.scale_dtype)
-        _rewrite(model, site, shared[place], accuracy_level)
+    added: dict[int, tuple[ir.Value | None, ...]] = {}
+    places: dict[tuple[object, ...], int] = {}
+    keyed = [(site, places.setdefault(site.key(), len(places))) for site in tap.sites]  # before any weight goes
+    if len(places) != len(packed):
+        raise ValueError(f"{tap.name!r} has {len(places)} weights, not {len(packed)}")
+    for site, index in keyed:
+        if index not in added:
+            added[index] = _add(model, site, packed[index])
+        _rewrite(model, site, packed[index], added[index], accuracy_level)
+    return [value for values in added.values() for value in values if value is not None]
 
 
 def _container(bits: int) -> int:
@@ -128,32 +192,18 @@ def _text(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """The initializers of one weight (codes, scales, zero points or None) and the attributes that describe them."""
-
-    inputs: tuple[ir.Value | None, ...]
-    attributes: tuple[tuple[str, int], ...]
-
-
-def _pack(model: Model, site: Site, q: QuantizedTensor, scale_dtype: type[np.floating]) -> _Packed:
-    k, n = q.codes.shape
-    container, block = native_layout(q.bits, q.group_size, k)
-    # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
-    shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric else 0
+def _add(model: Model, site: Site, packed: Packed) -> tuple[ir.Value | None, ...]:
+    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None."""
     graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
-    codes = add_initializer(graph, f"{site.weight_name}_Q{q.bits}", pack_codes(q.codes, container, block, shift))
-    scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
-    inputs: list[ir.Value | None] = [codes, add_initializer(graph, f"{codes.name}_scales", scales)]
-    if q.symmetric:
-        inputs.append(None)
-    else:
-        zeros = pack_zeros(spread(q.zeros, k, q.group_size, block), container)
-        inputs.append(add_initializer(graph, f"{codes.name}_zero_points", zeros))
-    return _Packed(tuple(inputs), (("K", k), ("N", n), ("bits", container), ("block_size", block)))
+    codes = add_initializer(graph, f"{site.weight_name}_Q{packed.width}", packed.codes)
+    scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
+    zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
+    return codes, scales, zeros
 
 
-def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> None:
+def _rewrite(
+    model: Model, site: Site, packed: Packed, stored: tuple[ir.Value | None, ...], accuracy_level: int
+) -> None:
     """Turns one node into MatMulNBits, and adds the nodes around it for what the float one did itself."""
     node = site.node
     old = list(node.inputs)
@@ -165,7 +215,7 @@ def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> 
         activation = add_node("Cast", [activation], f"{site.name}_input", before=node, to=ir.DataType.FLOAT)
         product = _after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
         product.type = ir.TensorType(ir.DataType.FLOAT)
-    inputs = [activation, *packed.inputs, None, bias]
+    inputs = [activation, *stored, None, bias]
     while inputs[-1] is None:
         inputs.pop()
     node.resize_inputs(len(inputs))
@@ -173,7 +223,8 @@ def _rewrite(model: Model, site: Site, packed: _Packed, accuracy_level: int) -> 
         node.replace_input_with(index, value)
     node.domain, node.op_type, node.version = DOMAIN, "MatMulNBits", None
     node.attributes.clear()
-    for name, number in (*packed.attributes, ("accuracy_level", accuracy_level)):
+    numbers = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block}
+    for name, number in (numbers | {"accuracy_level": accuracy_level}).items():
         node.attributes.add(ir.AttrInt64(name, number))
     for value in old[1:]:
         prune(value)

@@ -1,0 +1,177 @@
+"""How much memory a quantization takes, said before it starts; and how to make do with less."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_woq.core.methods import METHODS
+from onnx_woq.errors import MemoryLimit
+from onnx_woq.graph.blocks import blocks_of, cuts
+from onnx_woq.graph.lower.matmulnbits import packed_bytes
+from onnx_woq.graph.model import Model
+from onnx_woq.graph.taps import Tap
+from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.data import Feed
+
+WINDOW = 2 << 30
+"""Bytes for calibration at once where no limit is given; more makes it hardly faster."""
+
+SLACK = 96 << 20
+"""Bytes for what is not counted: the runtime's own, the allocator's leftovers."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What will be taken, in bytes.
+
+    Attributes:
+        window: for calibration at once: weights being multiplied, activations, Gram matrices, hidden states.
+        solving: for all tasks in flight together; the largest task fits.
+        workers: tasks in flight at most.
+        peak: of the whole process, estimated.
+        disk: for hidden states that do not fit; beside the result.
+        text: one line for people.
+    """
+
+    window: int
+    solving: int
+    workers: int
+    peak: int
+    disk: int
+    text: str
+
+
+def plan_memory(
+    model: Model, taps: Sequence[Tap], batches: Sequence[Feed], recipe: Recipe, max_memory: int | None, workers: int
+) -> MemoryPlan:
+    """What quantizing `taps` takes, within `max_memory` bytes for the whole process if that is given.
+
+    Args:
+        model: the float model.
+        taps: of it.
+        batches: calibration samples; none where the method needs no data.
+        recipe: tells the method.
+        max_memory: bytes; None takes what makes it fast.
+        workers: of the executor.
+
+    Raises:
+        MemoryLimit: the largest tap does not fit; the message says how much is needed.
+    """
+    base = resident() + SLACK
+    tasks = sorted((task_bytes(tap, recipe) for tap in taps), reverse=True)
+    largest, solving = tasks[0], sum(tasks[:workers])
+    calibrating = _Calibrating.of(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
+    least = calibrating.least if calibrating else 0
+    between = calibrating.between if calibrating else 0
+    window = WINDOW
+    if max_memory is not None:
+        free = max_memory - base - between
+        if free < largest + least:
+            needed = base + between + largest + least
+            raise MemoryLimit(
+                f"{size(max_memory)} of memory is too little for {model.path.name}: the largest of its weights needs "
+                f"{size(needed)}; give at least --max-memory {-(-needed >> 20)}MiB"
+                + (", or shorter samples" if calibrating else "")
+            )
+        solving = max(largest, min(solving, (free - least) // 2 if calibrating else free))
+        window = min(window, free - solving)
+    used = calibrating.used(window) if calibrating else 0
+    peak = base + used + solving
+    disk = calibrating.spilled(window) if calibrating else 0
+    return MemoryPlan(window, solving, workers, peak, disk, _text(model, used, solving, base, peak, max_memory))
+
+
+@dataclass(frozen=True)
+class _Calibrating:
+    """What a walk takes, in bytes.
+
+    Attributes:
+        blocks: the taps by block.
+        batches: samples.
+        prepack: see `runtime.calibrate.prepacks`.
+        between: see `runtime.calibrate.between_bytes`.
+        hidden: see `runtime.calibrate.hidden_bytes`.
+    """
+
+    blocks: list[list[Tap]]
+    batches: Sequence[Feed]
+    prepack: bool
+    between: int
+    hidden: int
+
+    @classmethod
+    def of(cls, model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> _Calibrating:
+        from onnx_woq.runtime.calibrate import between_bytes, hidden_bytes, prepacks
+
+        between, hidden = between_bytes(model, taps, batches), hidden_bytes(taps, batches)
+        return cls(blocks_of(model, taps), batches, prepacks(cuts(model)[-1]), between, hidden)
+
+    @property
+    def least(self) -> int:
+        """The smallest budget that holds every window."""
+        from onnx_woq.runtime.calibrate import HIDDEN_SHARE
+
+        return self._largest(0) * HIDDEN_SHARE // (HIDDEN_SHARE - 1)
+
+    def used(self, budget: int) -> int:
+        """What a walk takes that is given `budget`."""
+        from onnx_woq.runtime.calibrate import HIDDEN_SHARE
+
+        return self._largest(budget) + min(self.hidden, budget // HIDDEN_SHARE) + self.between
+
+    def spilled(self, budget: int) -> int:
+        """What of it goes to disk."""
+        from onnx_woq.runtime.calibrate import HIDDEN_SHARE
+
+        return self.hidden if self.hidden > budget // HIDDEN_SHARE else 0
+
+    def _largest(self, budget: int) -> int:
+        from onnx_woq.runtime.calibrate import estimate_bytes, windows
+
+        split = windows(self.blocks, self.batches, budget, prepack=self.prepack)
+        befores = [None, *(window[-1] for window in split)]
+        return max(
+            estimate_bytes(w, self.batches, b, prepack=self.prepack) for w, b in zip(split, befores, strict=False)
+        )
+
+
+def task_bytes(tap: Tap, recipe: Recipe) -> int:
+    """Bytes that solving a tap takes, its statistics and its result included."""
+    needs_data = METHODS[recipe.method].needs_data
+    stats = 4 * tap.k * tap.k if needs_data else 0
+    itemsize = 4 if needs_data else tap.weight_bytes // max(1, tap.k * tap.n)
+    result = packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype)
+    return stats + itemsize * tap.k * tap.n + solve_bytes(recipe.method, tap.k, tap.n) + result
+
+
+def resident() -> int:
+    """Bytes of memory that this process takes now."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # not Linux: what it has taken at most
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return pages * resource.getpagesize()
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def _text(model: Model, window: int, solving: int, base: int, peak: int, limit: int | None) -> str:
+    reason = cuts(model)[-1].reason
+    calibrating = f"calibrating {size(window)}, " if window else ""
+    within = "" if limit is None else f" (limit {size(limit)})"
+    return (
+        f"about {size(peak)} of memory{within}: {calibrating}solving {size(solving)}, the rest {size(base)}; {reason}"
+    )
+
+
+def solve_bytes(method: str, k: int, n: int) -> int:
+    """Bytes that a solver works with beside weight and statistics."""
+    if method == "rtn":
+        return k * n
+    return k * n * 6 + (16 if k <= 4096 else 8) * k * k + (64 << 20)
