@@ -7,8 +7,9 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,26 +18,17 @@ from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
 from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
 from onnx_woq.folder import Destination, destination, find_model, work_folder
+from onnx_woq.graph.lower.matmulnbits import required_runtime
 from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
-from onnx_woq.graph.taps import Tap
+from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
-from onnx_woq.pipeline import (
-    MEMORY_BUDGET,
-    Feed,
-    Progress,
-    calibrated_on,
-    feeds_hash,
-    metadata,
-    plan,
-    read_data,
-    solve,
-    warn_of_old_runtime,
-    write,
-)
+from onnx_woq.making import Feed, Known, Means, Progress, make, means, write
+from onnx_woq.pipeline import calibrated_on, feeds_hash, metadata, plan, read_data, warn_of_old_runtime
 from onnx_woq.presets import PRESETS, preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Trial, TuneResult
 from onnx_woq.shared_statistics import SharedStatistics
+from onnx_woq.solving import solves_alike
 
 if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
@@ -67,8 +59,10 @@ def tune(
     samples: int | None = None,
     seqlen: int | None = None,
     tokenizer: str | Path | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    max_memory: int | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> TuneResult:
     """Quantizes `model` with one configuration after another until the accuracy holds.
 
@@ -96,8 +90,10 @@ def tune(
         samples, seqlen: replace `nsamples` and `pad_max_length` of every recipe. All share one calibration, on the
             most samples that any of them asks for.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
-        memory_budget: bytes that calibration may hold at once.
+        max_memory: bytes that the whole process may take; by default it takes what makes it fast.
+        executor: where taps are solved, see `quantize`.
         progress: called with (stage, done, total).
+        announce: called with a line for people on what memory and disk it will take, before the work begins.
 
     Raises:
         OnnxWoqError: model, data, configs or output cannot be used at all.
@@ -112,8 +108,13 @@ def tune(
     calibration, held_out = _split(
         source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
-    with work_folder(workdir, keep=place is None) as folder:
-        run = _Run(source, folder, model_hash(path), feeds_hash(calibration), start, timeout, progress)
+    taps = _all_taps(source, recipes.values())
+    heaviest = next((r for r in recipes.values() if METHODS[r.method].needs_data), next(iter(recipes.values())))
+    with (
+        work_folder(workdir, keep=place is None) as folder,
+        means(source, taps, heaviest, calibration, max_memory, executor, progress, announce) as with_means,
+    ):
+        run = _Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, with_means)
         if eval_fn is not None:
             run.say("evaluate", 0, 1)
             judge = user_judge(
@@ -127,14 +128,14 @@ def tune(
             )
         else:
             judge = built_in_judge(source, held_out, judge_limit, partial(run.say, "evaluate"))
-        with SharedStatistics(source, list(recipes.values()), calibration, memory_budget, progress) as shared:
+        with SharedStatistics(source, list(recipes.values()), calibration, with_means) as shared:
             trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
             best = _still_there(run, _choose(trials, judge, objective), shared)
         final = best.path if best else None
         if best and place and final:
             chosen = load(final)
             write(chosen, place, {}, path.parent)  # the trial's file says already what it is
-            warn_of_old_runtime(chosen)
+            warn_of_old_runtime(required_runtime(chosen))
             final = place.onnx
     return TuneResult(
         met=bool(best and best.met),
@@ -161,7 +162,8 @@ class _Run:
     calibration_hash: str
     start: float
     timeout: float | None
-    progress: Progress | None
+    means: Means
+    known: Known = field(default_factory=dict)  # what a later configuration solves alike
 
     @property
     def key(self) -> str:
@@ -175,8 +177,8 @@ class _Run:
 
     def say(self, stage: str, done: int, total: int) -> None:
         """Reports progress to whoever asked for it."""
-        if self.progress:
-            self.progress(stage, done, total)
+        if self.means.progress:
+            self.means.progress(stage, done, total)
 
     def trial_path(self, name: str, recipe: Recipe) -> Path:
         """Where a trial's model stands, in a folder of its own with tokenizer and config beside it.
@@ -252,6 +254,16 @@ def _some_apply(source: Model, recipes: Mapping[str, Recipe]) -> None:
         raise problems[0]
 
 
+def _all_taps(source: Model, recipes: Iterable[Recipe]) -> list[Tap]:
+    """What any of the recipes quantizes."""
+    largest: dict[tuple[str, ...], Tap] = {}
+    for recipe in recipes:
+        for tap in find_taps(source, recipe)[0]:
+            if tap.n >= largest.setdefault(tap.values, tap).n:
+                largest[tap.values] = tap
+    return list(largest.values())
+
+
 def _split(
     source: Model,
     path: Path,
@@ -298,7 +310,9 @@ def _try_all(
     """Makes the trials in order; returns them and why it stopped."""
     trials: list[Trial] = []
     known = journal.read(run.journal)
+    left = list(recipes.values())
     for name, recipe in recipes.items():
+        left.pop(0)
         if max_trials is not None and len(trials) >= max_trials:
             return trials, "max_trials"
         key = f"{run.key}/{recipe.fingerprint()}/{judge.key}"
@@ -313,6 +327,8 @@ def _try_all(
                 return trials, "timeout"
             journal.append(run.journal, {"key": key} | trial.to_dict())
         trials.append(trial)
+        if not any(solves_alike(recipe, later) for later in left):
+            run.known.clear()
         if trial.met and objective == "first":
             return trials, "met"
         _drop_all_but(trials, _choose(trials, judge, objective))
@@ -365,15 +381,24 @@ def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> No
     model = clone(run.source)
     taps, _ = plan(model, recipe)
 
-    def while_time_lasts() -> Iterator[tuple[Tap, Stats | None]]:
-        for item in shared.of(model, recipe, taps):
+    def while_time_lasts(left: list[Tap], states: Path) -> Iterator[tuple[Tap, Stats | None]]:
+        for item in shared.of(model, recipe, left, states):
             if run.out_of_time():
                 raise _OutOfTime
             yield item
 
-    solve(model, recipe, while_time_lasts(), len(taps), run.progress)
-    properties = metadata(model, run.source_hash, recipe, run.calibration_hash)
-    write(model, Destination(path, path.parent), properties, run.source.path.parent)
+    make(
+        model,
+        Destination(path, path.parent),
+        recipe,
+        taps,
+        while_time_lasts,
+        run.means,
+        properties=metadata(recipe, run.source_hash, run.calibration_hash),
+        companions_from=run.source.path.parent,
+        resume="any",
+        known=run.known,
+    )
 
 
 def _remembered(run: _Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:

@@ -7,9 +7,10 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,9 @@ from onnx_woq.presets import MEANINGS, PRESETS, preset
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
-    from onnx_woq.pipeline import Progress
+    from concurrent.futures import Executor
+
+    from onnx_woq.making import Progress
 
 TOLERANCE_NOT_MET = 3
 INTERRUPTED = 130
@@ -51,6 +54,29 @@ _DATA_OPTIONS = (
     click.option("--seqlen", type=click.IntRange(1), help="Tokens per sample, for text."),
     click.option("--tokenizer", type=click.Path(), metavar="DIR", help="When it is not beside the model."),
 )
+_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+
+
+class Size(click.ParamType):
+    """Bytes, as people write them: 3GB, 800MB, 512MiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", str(value).strip(), re.ASCII)
+        factor = _SIZES.get((found[2] or "B").upper()) if found else None
+        if found is None or factor is None or not (count := int(float(found[1]) * factor)):
+            self.fail(f"{value!r} is not a size: write 3GB, 800MB or 512MiB", param, ctx)
+        return count
+
+
+_RUN_OPTIONS = (
+    click.option("--max-memory", type=Size(), help="What the process may take, such as 3GB, 800MB or 512MiB."),
+    click.option("--executor", metavar="threads|processes|serial", help="Where taps are solved; threads by default."),
+    click.option("--dask", metavar="ADDRESS", help="Solve on the workers of this Dask scheduler."),
+)
 
 
 def _with(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -63,6 +89,7 @@ def _with(options: tuple[Callable[..., Any], ...]) -> Callable[[Callable[..., An
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 spec_options = _with(_SPEC_OPTIONS)
 data_options = _with(_DATA_OPTIONS)
+run_options = _with(_RUN_OPTIONS)
 
 
 def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,6 +130,8 @@ def main() -> None:
 @click.option("--max-trials", type=int, help="Configurations tried at most.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="No trial starts later.")
 @click.option("--workdir", type=click.Path(), metavar="DIR", help="Journal and trial models; a killed run resumes.")
+@run_options
+@click.option("--resume", is_flag=True, help="Continue what an interrupted or killed run has left.")
 @json_option
 @_named_errors
 def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bool, **given: Any) -> None:
@@ -126,7 +155,7 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
         return
     from onnx_woq.pipeline import quantize as run
 
-    with progress_bar() as progress:
+    with _executor(given) as executor, progress_bar() as progress:
         done = run(
             model,
             output,
@@ -135,7 +164,11 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
             samples=given["samples"],
             seqlen=given["seqlen"],
             tokenizer=given["tokenizer"],
+            max_memory=given["max_memory"],
+            executor=executor,
+            resume=given["resume"],
             progress=progress,
+            announce=_announce,
         )
     _print(as_json, done, report.quantization)
 
@@ -272,7 +305,7 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
     place = Path(output)
     workdir = Path(given["workdir"]) if given["workdir"] else place.with_name(f".{place.name}.onnx-woq-tune")
     try:
-        with progress_bar() as progress:
+        with _executor(given) as executor, progress_bar() as progress:
             result = tune(
                 model,
                 evaluation,
@@ -290,7 +323,10 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
                 tokenizer=given["tokenizer"],
                 workdir=workdir,
                 output=output,
+                max_memory=given["max_memory"],
+                executor=executor,
                 progress=progress,
+                announce=_announce,
             )
     except KeyboardInterrupt as interrupt:
         finished = f"finished trials are kept in {workdir}, the same command goes on from there"
@@ -298,6 +334,19 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
     if not given["workdir"]:  # the run is finished: nothing is left to resume
         shutil.rmtree(workdir, ignore_errors=True)
     return result
+
+
+def _executor(given: dict[str, Any]) -> AbstractContextManager[Executor]:
+    """Where taps are solved, as the flags say."""
+    from onnx_woq.executors import built_in, dask_cluster
+
+    if given["dask"] and given["executor"]:
+        raise RecipeError("--dask and --executor both say where to solve: give one of them")
+    return dask_cluster(given["dask"]) if given["dask"] else built_in(given["executor"] or "threads")
+
+
+def _announce(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _evaluation(name: str | None) -> Callable[[Path], float] | None:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_woq.folder import find_model
+from onnx_woq.graph.blocks import cuts
 from onnx_woq.graph.model import file_bytes, load
 from onnx_woq.graph.taps import find_taps, shared_copy_bytes
-from onnx_woq.pipeline import Progress, report_of
+from onnx_woq.making import Progress, report_of
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Inspection
@@ -30,7 +31,7 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
     copies = shared_copy_bytes(source, taps)
     before = file_bytes(source)
     saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())
-    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved)
+    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved, tuple(cuts(source)))
 
 
 def evaluate(

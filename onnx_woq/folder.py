@@ -90,14 +90,45 @@ def companions_copied(source: Path, target: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Creates `path` and its missing parents; returns what was created, innermost first."""
+    """Creates `path` and its missing parents; returns what was created, innermost first. All of it or nothing."""
     missing = []
     while not path.exists():
         missing.append(path)
         path = path.parent
-    for folder in reversed(missing):
-        folder.mkdir()
-    return missing
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.insert(0, folder)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, innermost first, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Creates the folder of a result where it is missing; a failure removes it again, unless something is left in it.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    try:
+        made = make_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise
 
 
 @contextmanager
@@ -124,7 +155,5 @@ def work_folder(given: str | Path | None, *, keep: bool) -> Iterator[Path]:
     try:
         yield Path(given)
     except BaseException:
-        with suppress(OSError):  # what is not empty stays
-            for folder in made:
-                folder.rmdir()
+        remove_empty(made)
         raise

@@ -6,20 +6,24 @@ import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods import METHODS, solve_bytes
 from onnx_woq.errors import MemoryLimit
-from onnx_woq.graph.blocks import blocks_of, cuts
+from onnx_woq.graph.blocks import cuts
 from onnx_woq.graph.lower.matmulnbits import packed_bytes
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Tap
 from onnx_woq.recipe import Recipe
-from onnx_woq.runtime.data import Feed
+
+if TYPE_CHECKING:
+    from onnx_woq.runtime.data import Feed
+    from onnx_woq.runtime.windows import Needs
 
 WINDOW = 2 << 30
 """Bytes for calibration at once where no limit is given; more makes it hardly faster."""
 
-SLACK = 96 << 20
+SLACK = 112 << 20
 """Bytes for what is not counted: the runtime's own, the allocator's leftovers."""
 
 
@@ -63,9 +67,8 @@ def plan_memory(
     base = resident() + SLACK
     tasks = sorted((task_bytes(tap, recipe) for tap in taps), reverse=True)
     largest, solving = tasks[0], sum(tasks[:workers])
-    calibrating = _Calibrating.of(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
-    least = calibrating.least if calibrating else 0
-    between = calibrating.between if calibrating else 0
+    needs = _needs(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
+    least, between = (needs.least(), needs.between) if needs else (0, 0)
     window = WINDOW
     if max_memory is not None:
         free = max_memory - base - between
@@ -74,68 +77,20 @@ def plan_memory(
             raise MemoryLimit(
                 f"{size(max_memory)} of memory is too little for {model.path.name}: the largest of its weights needs "
                 f"{size(needed)}; give at least --max-memory {-(-needed >> 20)}MiB"
-                + (", or shorter samples" if calibrating else "")
+                + (", or shorter samples" if needs else "")
             )
-        solving = max(largest, min(solving, (free - least) // 2 if calibrating else free))
+        solving = max(largest, min(solving, (free - least) // 2 if needs else free))
         window = min(window, free - solving)
-    used = calibrating.used(window) if calibrating else 0
+    used = needs.used(window) if needs else 0
     peak = base + used + solving
-    disk = calibrating.spilled(window) if calibrating else 0
+    disk = needs.spilled(window) if needs else 0
     return MemoryPlan(window, solving, workers, peak, disk, _text(model, used, solving, base, peak, max_memory))
 
 
-@dataclass(frozen=True)
-class _Calibrating:
-    """What a walk takes, in bytes.
+def _needs(model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> Needs:
+    from onnx_woq.runtime.windows import Needs  # brings onnxruntime
 
-    Attributes:
-        blocks: the taps by block.
-        batches: samples.
-        prepack: see `runtime.calibrate.prepacks`.
-        between: see `runtime.calibrate.between_bytes`.
-        hidden: see `runtime.calibrate.hidden_bytes`.
-    """
-
-    blocks: list[list[Tap]]
-    batches: Sequence[Feed]
-    prepack: bool
-    between: int
-    hidden: int
-
-    @classmethod
-    def of(cls, model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> _Calibrating:
-        from onnx_woq.runtime.calibrate import between_bytes, hidden_bytes, prepacks
-
-        between, hidden = between_bytes(model, taps, batches), hidden_bytes(taps, batches)
-        return cls(blocks_of(model, taps), batches, prepacks(cuts(model)[-1]), between, hidden)
-
-    @property
-    def least(self) -> int:
-        """The smallest budget that holds every window."""
-        from onnx_woq.runtime.calibrate import HIDDEN_SHARE
-
-        return self._largest(0) * HIDDEN_SHARE // (HIDDEN_SHARE - 1)
-
-    def used(self, budget: int) -> int:
-        """What a walk takes that is given `budget`."""
-        from onnx_woq.runtime.calibrate import HIDDEN_SHARE
-
-        return self._largest(budget) + min(self.hidden, budget // HIDDEN_SHARE) + self.between
-
-    def spilled(self, budget: int) -> int:
-        """What of it goes to disk."""
-        from onnx_woq.runtime.calibrate import HIDDEN_SHARE
-
-        return self.hidden if self.hidden > budget // HIDDEN_SHARE else 0
-
-    def _largest(self, budget: int) -> int:
-        from onnx_woq.runtime.calibrate import estimate_bytes, windows
-
-        split = windows(self.blocks, self.batches, budget, prepack=self.prepack)
-        befores = [None, *(window[-1] for window in split)]
-        return max(
-            estimate_bytes(w, self.batches, b, prepack=self.prepack) for w, b in zip(split, befores, strict=False)
-        )
+    return Needs.of(model, taps, batches)
 
 
 def task_bytes(tap: Tap, recipe: Recipe) -> int:
@@ -144,7 +99,7 @@ def task_bytes(tap: Tap, recipe: Recipe) -> int:
     stats = 4 * tap.k * tap.k if needs_data else 0
     itemsize = 4 if needs_data else tap.weight_bytes // max(1, tap.k * tap.n)
     result = packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype)
-    return stats + itemsize * tap.k * tap.n + solve_bytes(recipe.method, tap.k, tap.n) + result
+    return stats + itemsize * tap.k * tap.n + solve_bytes(recipe.method, tap.k, tap.n, tap.spec) + result
 
 
 def resident() -> int:
@@ -162,16 +117,7 @@ def size(count: int) -> str:
 
 
 def _text(model: Model, window: int, solving: int, base: int, peak: int, limit: int | None) -> str:
-    reason = cuts(model)[-1].reason
     calibrating = f"calibrating {size(window)}, " if window else ""
     within = "" if limit is None else f" (limit {size(limit)})"
-    return (
-        f"about {size(peak)} of memory{within}: {calibrating}solving {size(solving)}, the rest {size(base)}; {reason}"
-    )
-
-
-def solve_bytes(method: str, k: int, n: int) -> int:
-    """Bytes that a solver works with beside weight and statistics."""
-    if method == "rtn":
-        return k * n
-    return k * n * 6 + (16 if k <= 4096 else 8) * k * k + (64 << 20)
+    blocks = f"; {cuts(model)[-1].reason}" if window else ""
+    return f"about {size(peak)} of memory{within}: {calibrating}solving {size(solving)}, the rest {size(base)}{blocks}"

@@ -5,45 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from onnx_woq.core.cpu import cores, one_blas_thread
 from onnx_woq.core.methods import METHODS
-from onnx_woq.core.stats import output_error
-from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize, OutputError
-from onnx_woq.folder import Destination, companions_copied, destination, find_model, make_folder
-from onnx_woq.graph.fold import can_fold, divide_input
-from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_runtime
-from onnx_woq.graph.model import Model, file_bytes, load, low_bit_nodes, model_hash, save
+from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize
+from onnx_woq.folder import destination, find_model
+from onnx_woq.graph.model import Model, check_output, file_bytes, load, low_bit_nodes, model_hash
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
+from onnx_woq.making import Feed, Means, Progress, make, means
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
-from onnx_woq.results import QuantizeReport, TapReport
+from onnx_woq.results import QuantizeReport
+from onnx_woq.version import version
 
 if TYPE_CHECKING:
-    from onnx_woq.core.grid import QuantizedTensor
     from onnx_woq.core.stats import Stats
 
 logger = logging.getLogger(__name__)
-
-Feed = dict[str, np.ndarray]
-"""Input name -> array: one sample."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is being done, steps done, steps in all)."""
-
-MEMORY_BUDGET = 2 << 30
-"""Bytes that calibration may hold in activations and Gram matrices at once, unless the caller says otherwise."""
 
 
 def quantize(
@@ -55,10 +39,16 @@ def quantize(
     samples: int | None = None,
     seqlen: int | None = None,
     tokenizer: str | Path | None = None,
-    memory_budget: int = MEMORY_BUDGET,
+    max_memory: int | None = None,
+    executor: Executor | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> QuantizeReport:
     """Replaces a model's heavy MatMul weights by low-bit ones that ONNX Runtime runs natively.
+
+    Quantized weights go to the disk as they are made, beside the output. If the run is killed or interrupted they
+    stay there, and the same call with `resume` goes on at the last finished block; any other failure leaves nothing.
 
     Args:
         model: an .onnx file, or a folder that holds one. It is never modified.
@@ -69,8 +59,13 @@ def quantize(
         samples: replaces the recipe's `nsamples`; an error then when there are fewer.
         seqlen: tokens per sample, replaces the recipe's `pad_max_length`.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
-        memory_budget: bytes that calibration may hold at once.
+        max_memory: bytes that the whole process may take; by default it takes what makes it fast.
+        executor: where taps are solved, anything with the protocol of `concurrent.futures`; threads by default. It is
+            not shut down.
+        resume: continue what an earlier run has left of the same model, recipe, data and package version, if there is
+            anything.
         progress: called with (stage, done, total).
+        announce: called with a line for people on what memory and disk it will take, before the work begins.
 
     Raises:
         OnnxWoqError: the model, data, recipe or output cannot be used; nothing has been written then.
@@ -80,26 +75,37 @@ def quantize(
     path = find_model(model)
     source = load(path)
     place = destination(output, path)
+    if place.onnx.parent.is_dir():
+        check_output(source, place.onnx)
     taps, skipped = plan(source, recipe)
-    before = file_bytes(source)
+    before, copies = file_bytes(source), shared_copy_bytes(source, taps)
     batches: list[Feed] = []
     if METHODS[recipe.method].needs_data:
         batches = read_data(source, path, data, recipe, recipe.nsamples, tokenizer, at_most=samples is None)
-    collected = collect(source, recipe, taps, batches, memory_budget, progress)
-    reports = solve(source, recipe, collected, len(taps), progress)
-    copies = shared_copy_bytes(source, taps)
     calibration = feeds_hash(batches)
-    write(source, place, metadata(source, model_hash(path), recipe, calibration), path.parent)
-    warn_of_old_runtime(source)
+    properties = metadata(recipe, model_hash(source), calibration)
+    with means(source, taps, recipe, batches, max_memory, executor, progress, announce) as with_means:
+        made = make(
+            source,
+            place,
+            recipe,
+            taps,
+            lambda left, states: collect(source, recipe, left, batches, with_means, states),
+            with_means,
+            properties=properties,
+            companions_from=path.parent,
+            resume="same" if resume else "",
+        )
+    warn_of_old_runtime(made.runtime)
     return QuantizeReport(
         model=path,
         output=place.onnx,
         recipe=recipe,
-        taps=tuple(reports),
+        taps=tuple(made.taps),
         skipped=tuple(skipped),
         copies=copies,
         bytes_before=before,
-        bytes_after=file_bytes(load(place.onnx)),
+        bytes_after=made.bytes,
         calibration=calibration,
         seconds=time.monotonic() - start,
     )
@@ -178,133 +184,49 @@ def feeds_hash(batches: list[Feed]) -> str:
 
 
 def collect(
-    model: Model,
-    recipe: Recipe,
-    taps: list[Tap],
-    batches: list[Feed],
-    memory_budget: int = MEMORY_BUDGET,
-    progress: Progress | None = None,
+    model: Model, recipe: Recipe, taps: list[Tap], batches: list[Feed], with_means: Means, states: Path | None = None
 ) -> Iterator[tuple[Tap, Stats | None]]:
-    """Every tap with its statistics, in graph order; without data the statistics are None."""
+    """Every tap with its statistics, in graph order; without data the statistics are None.
+
+    Args:
+        model: taken as it is at the time of the call, unless the recipe is sequential.
+        recipe: tells what is quantized already when the statistics of a tap are collected.
+        taps: of the model.
+        batches: one feed per sample.
+        with_means: memory, and whom to tell.
+        states: a private folder for hidden states that a later run can go on from.
+    """
     if not batches:
         return ((tap, None) for tap in taps)
-    from onnx_woq.runtime.calibrate import walk
+    from onnx_woq.runtime.calibrate import Sequential, walk
 
-    report = (lambda done, total: progress("calibrate", done, total)) if progress else None
-    return walk(model, taps, batches, memory_budget=memory_budget, sequential=recipe.true_sequential, progress=report)
-
-
-def solve(
-    model: Model,
-    recipe: Recipe,
-    collected: Iterable[tuple[Tap, Stats | None]],
-    total: int,
-    progress: Progress | None = None,
-) -> list[TapReport]:
-    """Solves each tap and puts the result into `model`, in order; `collected` may still be running on it.
-
-    Taps are solved side by side, each with one BLAS thread: that scales where threads inside one small product do
-    not. What is put in when does not depend on it. One at a time where a tap must see the earlier ones put in: under
-    `true_sequential`, and where folding decides by them.
-    """
-    one_by_one = recipe.true_sequential or _folding(recipe)
-    workers = cores()
-    reports: list[TapReport] = []
-    pending: deque[tuple[Tap, Future[_Solution]]] = deque()
-
-    def put_in() -> None:
-        tap, future = pending.popleft()
-        reports.append(_put_in(model, recipe, tap, future.result()))
-        if progress:
-            progress("solve", len(reports), total)
-
-    with one_blas_thread(), ThreadPoolExecutor(workers) as pool:
-        try:
-            for tap, stats in collected:
-                pending.append((tap, pool.submit(_solve_tap, recipe, tap, stats)))
-                while len(pending) > (0 if one_by_one else workers):
-                    put_in()
-            while pending:
-                put_in()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return reports
-
-
-@dataclass(frozen=True)
-class _Solution:
-    q: QuantizedTensor
-    error: float | None
-
-
-def _solve_tap(recipe: Recipe, tap: Tap, stats: Stats | None) -> _Solution:
-    weight = tap.weight()
-    options = dict(recipe.options)
-    if _folding(recipe) and not can_fold(tap):
-        options["enable_auto_scale"] = False
-    q = METHODS[recipe.method].solve(weight, stats, tap.spec, scale_dtype=tap.scale_dtype, **options)
-    if stats is None:
-        return _Solution(q, None)
-    energy = output_error(weight, stats.gram)
-    return _Solution(q, output_error(q.effective() - weight, stats.gram) / energy if energy else 0.0)
-
-
-def _put_in(model: Model, recipe: Recipe, tap: Tap, solution: _Solution) -> TapReport:
-    q, before = solution.q, tap.weight_bytes
-    scaling = "" if q.input_scale is None else divide_input(tap, q.input_scale, allow_mul=not _folding(recipe))
-    lower_tap(model, tap, q, accuracy_level=recipe.accuracy_level)
-    return report_of(tap, before, solution.error, scaling)
-
-
-def report_of(tap: Tap, bytes_before: int, error: float | None = None, scaling: str = "") -> TapReport:
-    """The report of a tap that was quantized, or is going to be."""
-    return TapReport(
-        name=tap.name,
-        sites=tuple(site.name for site in tap.sites),
-        spec=tap.spec,
-        k=tap.k,
-        n=tap.n,
-        bytes_before=bytes_before,
-        bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
-        error=error,
-        scaling=scaling,
+    progress = with_means.progress
+    sequential: Sequential = "off"
+    if recipe.true_sequential:
+        sequential = "block" if recipe.sequential_unit == "block" else "tap"
+    return walk(
+        model,
+        taps,
+        batches,
+        memory_budget=with_means.memory.window,
+        sequential=sequential,
+        progress=(lambda done, total: progress("calibrate", done, total)) if progress else None,
+        checkpoint=states,
     )
 
 
-def _folding(recipe: Recipe) -> bool:
-    """Whether an input scale that cannot be folded exactly is left out, rather than multiplied by in a new node."""
-    return bool(recipe.options.get("folding", False))
-
-
-def metadata(quantized: Model, source_hash: str, recipe: Recipe, calibration: str) -> dict[str, str]:
-    """What a written model says of itself: recipe, version, hashes of calibration and source, oldest runtime."""
-    from onnx_woq.version import version
-
+def metadata(recipe: Recipe, source_hash: str, calibration: str) -> dict[str, str]:
+    """What a written model says of where it comes from: recipe, version, hashes of calibration and source."""
     return {
         "onnx_woq.version": version(),
         "onnx_woq.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
         "onnx_woq.calibration": calibration if METHODS[recipe.method].needs_data else "",
         "onnx_woq.source": source_hash,
-        "onnx_woq.minimum_onnxruntime": required_runtime(quantized),
     }
 
 
-def write(model: Model, place: Destination, properties: Mapping[str, str], companions_from: Path) -> None:
-    """Writes the result and, into a folder, its companions; on failure everything new is removed again."""
-    with ExitStack() as undo:
-        try:
-            for folder in make_folder(place.onnx.parent):
-                undo.callback(_remove_folder, folder)
-            with companions_copied(companions_from, place.folder) if place.folder else nullcontext():
-                save(model, place.onnx, metadata=properties)
-        except OSError as error:
-            raise OutputError(f"cannot write {place.onnx}: {error.strerror or error}") from error
-        undo.pop_all()
-
-
-def warn_of_old_runtime(quantized: Model) -> None:
+def warn_of_old_runtime(needed: str) -> None:
     """Says so when the installed onnxruntime is older than the result needs: it may fail, or compute wrong numbers."""
-    needed = required_runtime(quantized)
     try:
         installed = version_of("onnxruntime")
     except PackageNotFoundError:  # another distribution of it: nothing is known
@@ -321,10 +243,3 @@ def warn_of_old_runtime(quantized: Model) -> None:
 def _numbers(version: str) -> tuple[int, ...]:
     """Major and minor."""
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-def _remove_folder(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:
-        logger.warning("left %s behind: it is not empty", folder)

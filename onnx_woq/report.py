@@ -99,6 +99,8 @@ def inspection(found: Inspection) -> None:
         table.add_row(escape(", ".join(tap.sites)), spec_name(tap.spec), str(tap.k), str(tap.n), before, after)
     _show(table)
     _show_skipped(found.skipped, every=True)
+    for cut in found.cuts:
+        _show(f"calibration{f', {cut.graph}' if cut.graph else ''}: {cut.reason}")
     _show_bytes(found.bytes_before, found.bytes_after, found.copies)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from onnx_woq.recipe import Recipe, Spec
 
 if TYPE_CHECKING:
+    from onnx_woq.graph.blocks import Cut
     from onnx_woq.graph.taps import Skipped
 
 
@@ -66,7 +67,7 @@ class QuantizeReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `quantize` would do: `rows` are the taps as (name, sites, k, n, spec, bytes before, bytes after)."""
+    """What `quantize` would do: what becomes of each tap, and how a calibration cuts the graph."""
 
     model: Path
     recipe: Recipe
@@ -75,10 +76,11 @@ class Inspection:
     copies: Mapping[str, int]
     bytes_before: int
     bytes_after: int
+    cuts: tuple[Cut, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
-        return _plan(self)
+        return _plan(self) | {"cuts": [_cut(cut) for cut in self.cuts]}
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,12 @@ class TuneResult:
             "stopped": self.stopped,
             "seconds": self.seconds,
         }
+
+
+def _cut(cut: Cut) -> dict[str, Any]:
+    """The blocks of a graph, without the names of everything in them."""
+    blocks = [{"outputs": b.outputs, "weight_bytes": b.weight_bytes} for b in cut.blocks]
+    return {"graph": cut.graph, "kind": cut.kind, "reason": cut.reason, "blocks": blocks}
 
 
 def _plan(result: QuantizeReport | Inspection) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from onnx_woq.core.methods import METHODS
 from onnx_woq.graph.model import Model, clone
 from onnx_woq.graph.taps import Tap, find_taps
-from onnx_woq.pipeline import Feed, Progress, collect
+from onnx_woq.making import Feed, Means
+from onnx_woq.pipeline import collect
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 class SharedStatistics:
     """The statistics of every tap of every recipe, collected once, when the first of them is asked for.
 
-    A resumed run with nothing left to do therefore calibrates nothing. Gram matrices beyond the memory budget live in
-    private temporary files, removed at the end of the `with` block.
+    A resumed run with nothing left to do therefore calibrates nothing. Gram matrices beyond what calibration may take,
+    and all of them where memory is limited, live in private temporary files, removed at the end of the `with` block.
     """
 
     def __init__(
@@ -32,12 +34,11 @@ class SharedStatistics:
         source: Model,
         recipes: list[Recipe],
         batches: list[Feed],
-        memory_budget: int,
-        progress: Progress | None,
+        with_means: Means,
     ) -> None:
         self.batches = batches
-        self._source, self._recipes = source, recipes
-        self._memory_budget, self._progress = memory_budget, progress
+        self._source, self._means = source, with_means
+        self._recipes = [r for r in recipes if METHODS[r.method].needs_data and not r.true_sequential]
         self._stats: dict[tuple[str, ...], Stats | Path] | None = None
         self._files = ExitStack()
 
@@ -48,13 +49,17 @@ class SharedStatistics:
         self._stats = None
         self._files.close()
 
-    def of(self, model: Model, recipe: Recipe, taps: list[Tap]) -> Iterable[tuple[Tap, Stats | None]]:
-        """Each of `taps`, found in `model` by `recipe`, with its statistics.
+    def of(
+        self, model: Model, recipe: Recipe, taps: list[Tap], states: Path | None = None
+    ) -> Iterable[tuple[Tap, Stats | None]]:
+        """Each of `taps`, found in `model` by `recipe`, with its statistics; None where the method needs none.
 
         `true_sequential` needs those of the model as quantized so far, so it calibrates for itself.
         """
+        if not METHODS[recipe.method].needs_data:
+            return collect(model, recipe, taps, [], self._means)
         if recipe.true_sequential or not self.batches:
-            return collect(model, recipe, taps, self.batches, self._memory_budget, self._progress)
+            return collect(model, recipe, taps, self.batches, self._means, states)
         if self._stats is None:
             self._stats = self._collect()
         stats = self._stats
@@ -63,17 +68,17 @@ class SharedStatistics:
     def _collect(self) -> dict[tuple[str, ...], Stats | Path]:
         model = clone(self._source)
         taps: dict[tuple[str, ...], Tap] = {}
-        recipes = [recipe for recipe in self._recipes if not recipe.true_sequential]
-        for recipe in recipes:
+        for recipe in self._recipes:
             for tap in find_taps(model, recipe)[0]:
                 taps.setdefault(tap.values, tap)
         collected: dict[tuple[str, ...], Stats | Path] = {}
         held = 0
-        walk = collect(model, recipes[0], list(taps.values()), self.batches, self._memory_budget, self._progress)
-        for tap, stats in walk:
+        for tap, stats in collect(model, self._recipes[0], list(taps.values()), self.batches, self._means):
             if stats is not None:
                 held += stats.gram.nbytes
-                collected[tap.values] = self._spill(stats) if held > self._memory_budget else stats
+                collected[tap.values] = (
+                    self._spill(stats) if self._means.scarce or held > self._means.memory.window else stats
+                )
         return collected
 
     def _spill(self, stats: Stats) -> Path:

@@ -9,7 +9,7 @@ import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import PRESETS, Recipe, Spec, autotune, pipeline, tune
+from onnx_woq import PRESETS, Recipe, Spec, autotune, memory, pipeline, solving, tune
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import NothingToQuantize
@@ -80,8 +80,8 @@ def test_asked_for_samples_calibrate_where_there_are_enough(available, asked, ca
 
 def test_the_source_is_hashed_once(one_matmul, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(autotune, "model_hash", lambda path: calls.append(path) or model_hash(path))
-    monkeypatch.setattr(pipeline, "model_hash", lambda path: calls.append(path) or model_hash(path))
+    monkeypatch.setattr(autotune, "model_hash", lambda model: calls.append(model) or model_hash(model))
+    monkeypatch.setattr(pipeline, "model_hash", lambda model: calls.append(model) or model_hash(model))
     tune(one_matmul, lambda _: 1.0, samples(3), objective="best", output=tmp_path / "q.onnx")
     assert len(calls) == 1
 
@@ -112,11 +112,42 @@ def test_statistics_beyond_the_memory_budget_give_the_same_model(one_matmul, tmp
     monkeypatch.setattr(SharedStatistics, "_spill", lambda *a: (spilled.append(file := spill(*a)), file)[1])
     written = []
     for budget in (1 << 30, 1):
+        monkeypatch.setattr(memory, "WINDOW", budget)
         work = tmp_path / str(budget)
-        result = tune(
-            one_matmul, lambda _: 1.0, samples(4), configs=["GPTQ_G32ASYM"], memory_budget=budget, workdir=work
-        )
+        result = tune(one_matmul, lambda _: 1.0, samples(4), configs=["GPTQ_G32ASYM"], workdir=work)
         written.append(result.path.read_bytes())
         assert len(spilled) == (budget == 1)
     assert written[0] == written[1]
     assert not spilled[0].exists()
+
+
+@pytest.fixture
+def two_matmuls(tmp_path):
+    """The last one is left float by one of the presets."""
+    nodes = [node("MatMul", ["x", "A"], ["h"]), node("Tanh", ["h"], ["t"]), node("MatMul", ["t", "B"], ["y"])]
+    weights = {"A": random(64, 96), "B": random(96, 80, seed=1)}
+    return write(tmp_path / "two.onnx", graph(nodes, [value("x", ("t", 64))], [value("y", ("t", 80))], weights))
+
+
+def test_what_two_configurations_have_in_common_is_solved_once(two_matmuls, tmp_path, monkeypatch):
+    calls = []
+    solve_task = solving.solve_task
+    monkeypatch.setattr(solving, "solve_task", lambda task: (calls.append(task), solve_task(task))[1])
+    size = iter(range(99))
+    result = tune(two_matmuls, lambda _: next(size), samples(3), objective="best", output=tmp_path / "best.onnx")
+    assert [trial.status for trial in result.trials] == ["ok"] * 5
+    assert len(calls) == 8
+    assert result.best.name == "AWQ_G32ASYM"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    less = "GPTQ_G32ASYM_DISABLE_LAST_MATMUL"
+    both = tune(two_matmuls, lambda _: next(size), samples(3), configs=["GPTQ_G32ASYM", less], objective="best")
+    pipeline.quantize(two_matmuls, alone / "two.onnx", less, samples(3))
+    for name in ("two.onnx", "two.onnx.data"):
+        assert both.path.with_name(name).read_bytes() == (alone / name).read_bytes()
+
+
+def test_a_configuration_without_data_calibrates_nothing(two_matmuls, monkeypatch):
+    monkeypatch.setattr(Stats, "update", lambda *_: pytest.fail("calibrated for nothing"))
+    result = tune(two_matmuls, lambda _: 1.0, samples(3))
+    assert [trial.name for trial in result.trials] == ["RTN_G32ASYM"]

@@ -6,27 +6,27 @@ import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import autotune, pipeline
+from onnx_woq import making
 from onnx_woq.cli import main
 
 
 @pytest.mark.parametrize(
-    ("module", "flags", "says"),
+    ("flags", "says"),
     [
-        (pipeline, ["--config", "RTN_G32ASYM"], "nothing was written"),
-        (autotune, ["--auto", "--calib", "random", "--samples", "4"], "the same command goes on"),
+        (["--config", "RTN_G32ASYM"], "nothing was written"),
+        (["--auto", "--calib", "random", "--samples", "4"], "the same command goes on"),
     ],
 )
-def test_interrupted(module, flags, says, tmp_path, monkeypatch):
+def test_interrupted(flags, says, tmp_path, monkeypatch):
     product, x, y = node("MatMul", ["x", "W"], ["y"]), value("x", ("t", 64)), value("y", ("t", 32))
     path = write(tmp_path / "m.onnx", graph([product], [x], [y], {"W": random(64, 32)}))
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "solve", interrupted)
+    monkeypatch.setattr(making, "solve", interrupted)
     done = CliRunner().invoke(main, ["quantize", str(path), "-o", str(tmp_path / "q.onnx"), *flags])
     assert done.exit_code == 130, done.stderr
     assert says in done.stderr
     assert "Traceback" not in done.output
-    assert not (tmp_path / "q.onnx").exists()
+    assert not [file.name for file in tmp_path.iterdir() if "onnx-woq-partial" in file.name or file.name == "q.onnx"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from builders import graph, node, random, value, write
 
 from onnx_woq import pipeline
+from onnx_woq.executors import Serial
 from onnx_woq.recipe import Recipe, Spec
 
 
@@ -24,17 +26,16 @@ def test_a_runtime_too_old_for_the_result_is_named(installed, warned, tmp_path, 
     assert ("needs onnxruntime 1.24" in caplog.text) == warned
 
 
-def test_the_result_does_not_depend_on_how_many_taps_are_solved_at_a_time(tmp_path, monkeypatch):
+def test_the_result_does_not_depend_on_how_many_taps_are_solved_at_a_time(tmp_path):
     """Solving side by side and one after the other write the same bytes."""
     nodes = [node("MatMul", [f"x{i}", f"W{i}"], [f"x{i + 1}"]) for i in range(6)]
     weights = {f"W{i}": random(48, 48, seed=i) for i in range(6)}
     path = write(tmp_path / "m.onnx", graph(nodes, [value("x0", ("t", 48))], [value("x6", ("t", 48))], weights))
     data = [{"x0": np.random.default_rng(i).standard_normal((64, 48)).astype(np.float32)} for i in range(2)]
     written = []
-    for cores in (1, 4):
-        monkeypatch.setattr(pipeline, "cores", lambda cores=cores: cores)
+    for executor in (Serial(), ThreadPoolExecutor(4)):
         for method in ("gptq", "awq"):
-            pipeline.quantize(path, tmp_path / "q.onnx", Recipe(method), data)
+            pipeline.quantize(path, tmp_path / "q.onnx", Recipe(method), data, executor=executor)
             written.append([(tmp_path / name).read_bytes() for name in ("q.onnx", "q.onnx.data")])
     assert written[0] == written[2]
     assert written[1] == written[3]

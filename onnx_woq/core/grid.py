@@ -1,4 +1,4 @@
-"""The integer grid of a weight: fit it, encode onto it, decode from it, search for a better one.
+"""The integer grid of a weight: fit it, encode onto it, decode from it.
 
 Letters: weight `[K, N]` (y = x @ W), group size g, G = ceil(K / g) groups of consecutive rows (the last may be
 short). Group and column share one scale s and one zero point z; a code c in 0 … 2^b − 1 stands for `(c − z)·s`.
@@ -21,7 +21,7 @@ is representable and the products `(c − z)·s` are (a scale of at most 16 sign
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,8 @@ F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
 TILE_ROWS, TILE_COLUMNS = 64, 2048  # 512 KB of float32: a tile and its scratch stay in the second-level cache
-ROUNDS = 3  # of round-and-refit after the clip search; a fourth gains nothing measurable
+TALL = 256  # rows of a group beyond which narrow pieces cost more than reading the weight twice
+TRANSPOSED = 64  # columns copied at a time out of a weight stored by columns
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ class QuantizedTensor:
         out: F32 = np.empty(self.codes.shape, np.float32)
         k, n = self.codes.shape
         for rows, groups, g, columns in tiles(k, n, self.group_size):
-            tile = _grouped(out[rows, columns], g)
-            tile[...] = _grouped(self.codes[rows, columns], g)
-            tile -= _row(self.zeros, groups, columns)
-            tile *= _row(self.scales, groups, columns)
+            tile = grouped(out[rows, columns], g)
+            tile[...] = grouped(self.codes[rows, columns], g)
+            tile -= row(self.zeros, groups, columns)
+            tile *= row(self.scales, groups, columns)
         return out
 
     def effective(self) -> F32:
@@ -84,36 +85,62 @@ class QuantizedTensor:
         return replace(self, **part)
 
 
-def tiles(k: int, n: int, group_size: int, *, whole: bool = False) -> Iterator[tuple[slice, slice, int, slice]]:
+def tiles(
+    k: int, n: int, group_size: int, *, whole: bool = False, rows: int = TILE_ROWS, columns: int = TILE_COLUMNS
+) -> Iterator[tuple[slice, slice, int, slice]]:
     """Cuts [k, n] into cache-sized pieces: (rows, groups, rows per group, columns).
 
     A piece holds several groups, or one, or, unless `whole`, a part of one; the short last group comes by itself.
+    It is about `rows · columns` numbers large.
     """
     aligned = k // group_size * group_size
-    step = max(1, TILE_ROWS // group_size) * group_size
-    if group_size > TILE_ROWS and not whole:
+    tall = max(rows, rows * columns // max(1, n))  # of a narrow weight more rows make a piece
+    step = max(1, tall // group_size) * group_size
+    if group_size > tall and not whole:
         spans = [
-            (row, min(row + TILE_ROWS, end), min(TILE_ROWS, end - row))
+            (row, min(row + tall, end), min(tall, end - row))
             for start in range(0, k, group_size)
             for end in [min(start + group_size, k)]
-            for row in range(start, end, TILE_ROWS)
+            for row in range(start, end, tall)
         ]
     else:
         spans = [(row, min(row + step, aligned), group_size) for row in range(0, aligned, step)]
         spans += [(aligned, k, k - aligned)] if aligned < k else []
     for start, stop, g in spans:
         groups = slice(start // group_size, start // group_size + (stop - start) // g)
-        width = max(64, TILE_ROWS * TILE_COLUMNS // (stop - start))
+        width = max(64, rows * columns // (stop - start))
         for column in range(0, n, width):
             yield slice(start, stop), groups, g, slice(column, min(column + width, n))
 
 
-def _grouped(tile: NDArray[Any], g: int) -> NDArray[Any]:
+def widened(tile: Float, scratch: Float) -> Float:
+    """The `tile` of a stored weight [k, n] as rows of `scratch.dtype`, with contiguous runs of columns.
+
+    A view where it is that already; otherwise a copy in `scratch`, flat and at least as large.
+    """
+    if tile.dtype == scratch.dtype and (tile.strides[1] == tile.itemsize or tile.size == 0):
+        return tile
+    out: Float = scratch[: tile.size].reshape(tile.shape)
+    # Of columns that lie together in memory, a few at a time: more would push each other out of the cache.
+    step = TRANSPOSED if abs(tile.strides[0]) < abs(tile.strides[1]) else tile.shape[1]
+    for column in range(0, tile.shape[1], step):
+        np.copyto(out[:, column : column + step], tile[:, column : column + step], casting="unsafe")
+    return out
+
+
+def scratch_of(weight: Float, group_size: int, *, whole: bool = False) -> Float:
+    """An empty flat array as large as the largest of `tiles`: float64 for a float64 weight, otherwise float32."""
+    k, n = weight.shape
+    sizes = ((r.stop - r.start) * (c.stop - c.start) for r, _, _, c in tiles(k, n, group_size, whole=whole))
+    return np.empty(max(sizes, default=0), np.float64 if weight.dtype == np.float64 else np.float32)
+
+
+def grouped(tile: NDArray[Any], g: int) -> NDArray[Any]:
     """[groups·g, n] seen as [groups, g, n]; splitting the first axis never copies."""
     return tile.reshape(tile.shape[0] // g, g, tile.shape[1])
 
 
-def _row(parameters: NDArray[Any], groups: slice, columns: slice) -> NDArray[Any]:
+def row(parameters: NDArray[Any], groups: slice, columns: slice) -> NDArray[Any]:
     """[G, N] parameters of one tile as [groups, 1, n], ready to broadcast over the rows of each group."""
     return parameters[groups, None, columns]
 
@@ -126,33 +153,39 @@ def grid_of(
     Raises:
         FloatingPointError: a bound is NaN or infinite.
     """
-    lo, hi = lo.astype(np.float64), hi.astype(np.float64)  # hi − lo may leave float32
-    if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
+    with np.errstate(invalid="ignore"):
+        spans = np.subtract(hi, lo, dtype=np.float64)  # may leave float32
+    if not np.isfinite(spans.max(initial=0)):  # whatever is wrong with either bound shows here
         raise FloatingPointError("cannot fit a grid to weights that are NaN or infinite")
     top, half = 2**spec.bits - 1, 2 ** (spec.bits - 1)
+    if not spec.symmetric and spec.bits > 1:
+        spans /= top
+        scales = storable(spans, scale_dtype, 1, steps=top)
+        levels = np.divide(lo, scales, dtype=np.float64)
+        zeros = np.clip(np.rint(np.negative(levels, out=levels), out=levels), 0, top, out=levels).astype(np.uint8)
+        return storable(scales, scale_dtype, np.maximum(zeros, top - zeros)), zeros
+    lo, hi = lo.astype(np.float64), hi.astype(np.float64)
     negative = -lo >= hi
     if spec.symmetric:
         signed = full_range or spec.bits == 1
         raw = np.where(negative, -lo, -hi) / half if signed else np.maximum(-lo, hi) / (half - 1)
-        return _storable(raw, scale_dtype, half), np.full(lo.shape, half, np.uint8)
-    if spec.bits == 1:
-        return _storable(np.where(negative, -lo, hi), scale_dtype, top), (negative & (lo < 0)).astype(np.uint8)
-    scales = _storable((hi - lo) / top, scale_dtype, 1, steps=top)
-    zeros = np.clip(np.rint(-lo / scales), 0, top).astype(np.uint8)
-    return _storable(scales, scale_dtype, np.maximum(zeros, top - zeros)), zeros
+        return storable(raw, scale_dtype, half), np.full(lo.shape, half, np.uint8)
+    return storable(np.where(negative, -lo, hi), scale_dtype, top), (negative & (lo < 0)).astype(np.uint8)
 
 
-def _storable(raw: Float, dtype: DTypeLike, reach: int | NDArray[Any], *, steps: int = 0) -> F32:
+def storable(raw: Float, dtype: DTypeLike, reach: int | NDArray[Any], *, steps: int = 0) -> F32:
     """Rounds scales to what `dtype` holds, as float32: never zero, never so large that `reach·s` overflows.
 
     Below its normal numbers float16 is coarse. Where rounding down would cut half a step or more off a range of
     `steps` (by default, reach), the next larger scale is taken, which costs at most one step of resolution.
     """
-    info = np.finfo(np.dtype(dtype))
-    size = np.abs(np.asarray(raw, np.float64))
+    info, size = np.finfo(np.dtype(dtype)), np.abs(raw)
+    headroom = float(info.max) * (1 - float(info.eps))
+    if size.min(initial=np.inf) >= info.tiny and size.max(initial=0) <= headroom / 255:
+        return raw.astype(info.dtype).astype(np.float32, copy=False)  # ordinary: nothing of the below happens
+    size = size.astype(np.float64)
     least = float(info.tiny if info.dtype == np.float32 else info.smallest_subnormal)
-    largest = np.float64(info.max) / reach * (1 - np.float64(info.eps))
-    stored = np.clip(size, least, largest).astype(info.dtype)
+    stored = np.clip(size, least, headroom / reach).astype(info.dtype)
     cut = (size - stored.astype(np.float64)) * (steps or reach)
     short = (cut >= stored.astype(np.float64) / 2) & (size < float(info.tiny))
     stored = np.where(short, np.nextafter(stored, info.max, dtype=info.dtype), stored)
@@ -160,167 +193,113 @@ def _storable(raw: Float, dtype: DTypeLike, reach: int | NDArray[Any], *, steps:
     return np.where(size > 0, signed, np.float32(1))  # an all-zero group: any scale does
 
 
-def fit(weight: F32, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32) -> tuple[F32, U8]:
+def fit(weight: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32) -> tuple[F32, U8]:
     """The grid spanning each group of `weight [K, N]`: scales float32 [G, N], zeros uint8 [G, N].
 
     Args:
-        weight: float, finite.
+        weight: any float dtype, in any memory order; read tile by tile.
         spec: bits, group size and scheme.
         full_range: symmetric only: the signed scale that uses code 0 (see the module's first lines).
         scale_dtype: what the model stores scales in; they are rounded to it here.
+
+    Raises:
+        FloatingPointError: the weight holds NaN or infinite numbers.
     """
     k, n = weight.shape
     g = spec.resolved_group(k)
-    lo, hi = (np.zeros((-(-k // g), n), weight.dtype) for _ in range(2))  # the range always holds zero
+    scratch = scratch_of(weight, g)
+    lo, hi = (np.zeros((-(-k // g), n), scratch.dtype) for _ in range(2))  # the range always holds zero
     for rows, groups, size, columns in tiles(k, n, g):
-        tile, at = _grouped(weight[rows, columns], size), (groups, columns)
+        tile, at = grouped(widened(weight[rows, columns], scratch), size), (groups, columns)
         np.minimum(lo[at], tile.min(axis=1), out=lo[at])
         np.maximum(hi[at], tile.max(axis=1), out=hi[at])
     return grid_of(lo, hi, spec, full_range=full_range, scale_dtype=scale_dtype)
 
 
-def encode(weight: F32, scales: F32, zeros: U8, bits: int, group_size: int) -> U8:
+def encode(weight: Float, scales: F32, zeros: U8, bits: int, group_size: int) -> U8:
     """The nearest code of every weight: `clip(round(w / s) + z, 0, 2^bits − 1)`, uint8 [K, N]."""
     k, n = weight.shape
     codes = np.empty((k, n), np.uint8)
-    scratch = np.empty(_largest_tile(k, n, group_size), weight.dtype)
-    with np.errstate(over="ignore"):  # a quotient beyond float32 is clipped like any other
-        for rows, groups, g, columns in tiles(k, n, group_size):
-            tile = _grouped(weight[rows, columns], g)
-            level = scratch[: tile.size].reshape(tile.shape)
-            np.divide(tile, _row(scales, groups, columns), out=level)
-            np.rint(level, out=level)
-            level += _row(zeros, groups, columns)
-            np.clip(level, 0, 2**bits - 1, out=level)
-            _grouped(codes[rows, columns], g)[...] = level
+    scratch = scratch_of(weight, group_size)
+    for rows, groups, g, columns in tiles(k, n, group_size):
+        tile = grouped(widened(weight[rows, columns], scratch), g)
+        out = grouped(codes[rows, columns], g)
+        _encode(tile, row(scales, groups, columns), row(zeros, groups, columns), 2**bits - 1, scratch, out)
     return codes
 
 
-def _largest_tile(k: int, n: int, group_size: int) -> int:
-    return max((r.stop - r.start) * (c.stop - c.start) for r, _, _, c in tiles(k, n, group_size)) if k * n else 0
+def project(weight: Float, scales: F32, zeros: U8, bits: int, group_size: int) -> Float:
+    """What the nearest codes of `weight [K, N]` stand for, [K, N]: `dequantize` of `encode`, without the codes."""
+    k, n = weight.shape
+    scratch = scratch_of(weight, group_size)
+    out: Float = np.empty((k, n), scratch.dtype)
+    for rows, groups, g, columns in tiles(k, n, group_size):
+        tile = grouped(widened(weight[rows, columns], scratch), g)
+        level, scale = grouped(out[rows, columns], g), row(scales, groups, columns)
+        zero = row(zeros, groups, columns).astype(scratch.dtype)
+        with np.errstate(over="ignore"):
+            np.divide(tile, scale, out=level)
+        np.rint(level, out=level)
+        np.maximum(level, -zero, out=level)
+        np.minimum(level, 2**bits - 1 - zero, out=level)
+        level *= scale
+    return out
 
 
-def shrinks(mse_range: Sequence[float]) -> list[float]:
-    """The candidates `start, start + step, … stop` of a clip search, and 1, the whole range."""
-    start, stop, step = map(float, mse_range)
-    count = int((stop - start) / step + 1e-6) + 1
-    return sorted({start + i * step for i in range(count)} | {1.0}, reverse=True)
-
-
-def search(
-    weight: F32,
-    spec: Spec,
-    mse_range: Sequence[float],
-    *,
-    row_weights: Float | None = None,
-    full_range: bool = False,
-    scale_dtype: DTypeLike = np.float32,
-) -> tuple[F32, U8]:
-    """Like `fit`, with the range of each group chosen for the least squared error `Σ_k h_k (ŵ_k − w_k)²`.
-
-    A shrink p gives levels `l = clip(round(w / ps), −z, 2^b − 1 − z)`. For these the best scale is the least-squares
-    one, `s* = Σ h·w·l / Σ h·l²`, which leaves `Σ h·w² − (Σ h·w·l)² / Σ h·l²`; rounding to nearest on the grid of s*
-    can only lower that. So candidates are compared by `(Σ h·w·l)² / Σ h·l²` alone. From the best shrink a few rounds
-    repeat the step (round, refit) with z left, one lower and one higher (asymmetric only). The result replaces the
-    plain grid only where its error, measured as it will be stored, is smaller: no group is ever worse off.
-
-    Args:
-        weight: as in `fit`.
-        spec: as in `fit`.
-        mse_range: shrink factors (start, stop, step); 1 is always tried.
-        row_weights: [K], the importance h of each row; None for plain squared error.
-        full_range: as in `fit`.
-        scale_dtype: as in `fit`.
-    """
-    scales, zeros = fit(weight, spec, full_range=full_range, scale_dtype=scale_dtype)
+def nearest(
+    weight: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32
+) -> tuple[U8, F32, U8]:
+    """`fit` and `encode` in one: codes [K, N], scales [G, N] and zeros [G, N], each tile of `weight` read once."""
     k, n = weight.shape
     g, top = spec.resolved_group(k), 2**spec.bits - 1
-    h = np.ones(k, np.float32) if row_weights is None else _relative(row_weights)
-    moves = (0,) if spec.symmetric else (-1, 0, 1)
-    factors = shrinks(mse_range)
-    with np.errstate(over="ignore", invalid="ignore"):  # weights far outside a float16 grid; the plain one stays
-        for rows, groups, size, columns in tiles(k, n, g, whole=True):
-            at = (groups, columns)
-            level = _grouped(weight[rows, columns], size) / _row(scales, groups, columns)
-            problem = _Levels(level, h[rows].reshape(-1, 1, size), top)
-            factor, zero = problem.best(factors, moves, zeros[at].astype(weight.dtype))
-            found = _storable(scales[at] * factor, scale_dtype, np.maximum(zero, top - zero))
-            before = problem.error(np.ones_like(factor), zeros[at].astype(weight.dtype))
-            better = problem.error(found / scales[at], zero) < before
-            np.copyto(scales[at], found, where=better)
-            np.copyto(zeros[at], zero, where=better, casting="unsafe")
-    return scales, zeros
+    if g > TALL:
+        scales, zeros = fit(weight, spec, full_range=full_range, scale_dtype=scale_dtype)
+        return encode(weight, scales, zeros, spec.bits, g), scales, zeros
+    codes = np.empty((k, n), np.uint8)
+    scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
+    scratch = scratch_of(weight, g, whole=True)
+    whole_numbers = np.empty(len(scratch), np.int8 if spec.bits <= 6 else np.int16)
+    for rows, groups, size, columns in tiles(k, n, g, whole=True):
+        tile = grouped(widened(weight[rows, columns], scratch), size)
+        out, at = grouped(codes[rows, columns], size), (groups, columns)
+        lo, hi = tile.min(axis=1), tile.max(axis=1)
+        np.minimum(lo, 0, out=lo)
+        np.maximum(hi, 0, out=hi)
+        scales[at], zeros[at] = grid_of(lo, hi, spec, full_range=full_range, scale_dtype=scale_dtype)
+        parameters = row(scales, groups, columns), row(zeros, groups, columns)
+        with np.errstate(over="ignore"):
+            hi -= lo
+            hi /= scales[at]
+        if np.abs(hi, out=hi).max(initial=0) < 1.5 * top + 3:  # not so where a scale had to be cut to its dtype
+            _encode_narrow(tile, *parameters, top, scratch, whole_numbers, out)
+        else:
+            _encode(tile, *parameters, top, scratch, out)
+    return codes, scales, zeros
 
 
-def _relative(row_weights: Float) -> F32:
-    """Row weights scaled to at most 1, so that no sum of them leaves float32."""
-    largest = float(np.max(row_weights, initial=0))
-    return np.asarray(row_weights / (largest or 1.0), np.float32)
+def _encode(tile: Float, scales: F32, zeros: U8, top: int, scratch: Float, codes: U8) -> None:
+    """Writes the codes of one tile [groups, g, n]; the tile itself may lie in `scratch`."""
+    level = scratch[: tile.size].reshape(tile.shape)
+    with np.errstate(over="ignore"):  # a quotient beyond float32 is clipped like any other
+        np.divide(tile, scales, out=level)
+    np.rint(level, out=level)
+    level += zeros.astype(level.dtype)
+    np.clip(level, 0, top, out=level)
+    codes[...] = level
 
 
-class _Levels:
-    """One tile of a search: `level [groups, g, n]` is w / s, `h [groups, 1, g]`; factors multiply s."""
-
-    def __init__(self, level: Float, h: F32, top: int):
-        self.level, self.h, self.top = level, h, top
-        self.rounded, self.product = np.empty_like(level), np.empty_like(level)
-
-    def best(self, factors: list[float], moves: tuple[int, ...], zero: Float) -> tuple[Float, Float]:
-        """The least-squares factor and the zero point of the best candidate, [groups, n] each."""
-        best = np.zeros_like(zero)
-        factor, chosen = np.ones_like(zero), zero.copy()
-
-        def keep_better(candidate: float | Float, zero: Float) -> None:
-            cross, square = self.fit(candidate, zero)
-            gain = cross * cross / square
-            better = gain > best
-            for kept, new in ((best, gain), (factor, cross / square), (chosen, zero)):
-                np.copyto(kept, new, where=better)
-
-        for shrink in factors:
-            keep_better(shrink, zero)
-        for _ in range(ROUNDS):
-            start, centre = factor.copy(), chosen.copy()
-            for move in moves:
-                keep_better(start, np.clip(centre + move, 0, self.top))
-        return factor, chosen
-
-    def fit(self, factor: float | Float, zero: Float) -> tuple[Float, Float]:
-        """`Σ h·level·l` and `Σ h·l²` for the levels l that the scaled grid rounds to, [groups, n] each."""
-        self.round(factor, zero)
-        np.multiply(self.rounded, self.level, out=self.product)
-        self.rounded *= self.rounded
-        cross, square = (self.h @ self.product)[:, 0], (self.h @ self.rounded)[:, 0]
-        square[square == 0] = np.inf  # everything rounds to zero: nothing gained
-        return cross, square
-
-    def error(self, factor: Float, zero: Float) -> Float:
-        """`Σ h·(l·factor − level)²` of each group, [groups, n]."""
-        self.round(factor, zero)
-        self.rounded *= factor[:, None]
-        self.rounded -= self.level
-        self.rounded *= self.rounded
-        return (self.h @ self.rounded)[:, 0]
-
-    def round(self, factor: float | Float, zero: Float) -> None:
-        inverse = 1 / factor if isinstance(factor, float) else (1 / factor)[:, None]
-        np.multiply(self.level, inverse, out=self.rounded)
-        np.rint(self.rounded, out=self.rounded)
-        np.maximum(self.rounded, -zero[:, None], out=self.rounded)
-        np.minimum(self.rounded, (self.top - zero)[:, None], out=self.rounded)
-
-
-def fitter(
-    spec: Spec, mse_range: Sequence[float] | None, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32
-) -> Callable[..., tuple[F32, U8]]:
-    """`(weight, row_weights=None) -> (scales, zeros)`: `search` over `mse_range`, or plain `fit` when it is None."""
-
-    def grid(weight: F32, row_weights: Float | None = None) -> tuple[F32, U8]:
-        if mse_range is None:
-            return fit(weight, spec, full_range=full_range, scale_dtype=scale_dtype)
-        return search(weight, spec, mse_range, row_weights=row_weights, full_range=full_range, scale_dtype=scale_dtype)
-
-    return grid
+def _encode_narrow(
+    tile: Float, scales: F32, zeros: U8, top: int, scratch: Float, whole_numbers: NDArray[Any], codes: U8
+) -> None:
+    """`_encode` for levels that fit the dtype of `whole_numbers`: shifting and clipping there costs next to nothing."""
+    level = scratch[: tile.size].reshape(tile.shape)
+    whole = whole_numbers[: tile.size].reshape(tile.shape)
+    np.divide(tile, scales, out=level)
+    np.rint(level, out=level)
+    np.copyto(whole, level, casting="unsafe")
+    whole += zeros.astype(whole.dtype)
+    np.clip(whole, 0, top, out=whole)
+    np.copyto(codes, whole, casting="unsafe")
 
 
 def quantize(weight: F32, scales: F32, zeros: U8, spec: Spec, *, input_scale: F32 | None = None) -> QuantizedTensor:

@@ -11,6 +11,7 @@ otherwise. A node that owns a subgraph is one node; the branches of a merged dec
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -83,13 +84,18 @@ def cuts(model: Model) -> list[Cut]:
 
 def blocks_of(model: Model, taps: Sequence[Tap]) -> list[list[Tap]]:
     """The taps in consecutive groups, those of one block together; their order is kept."""
+    return [group for _, group in taps_by_block(model, taps)]
+
+
+def taps_by_block(model: Model, taps: Sequence[Tap]) -> list[tuple[Block | None, list[Tap]]]:
+    """As `blocks_of`, each group with its block; None for what lies in no block."""
     numbers: dict[str, int] = {}
     blocks = [block for cut in cuts(model)[::-1] for block in cut.blocks]  # branches first: values in them are theirs
     for number, block in enumerate(blocks):
         for name in block.values:
             numbers.setdefault(name, number)
     owners = _owners(model.ir.graph)
-    groups: list[list[Tap]] = []
+    groups: list[tuple[Block | None, list[Tap]]] = []
     last: int | None = None
     for tap in taps:
         node: ir.Node | None = tap.sites[0].node
@@ -97,10 +103,30 @@ def blocks_of(model: Model, taps: Sequence[Tap]) -> list[list[Tap]]:
             node = owners.get(node)
         home = None if node is None else numbers[node.outputs[0].name or ""]
         if not groups or home != last:
-            groups.append([])
-        groups[-1].append(tap)
+            groups.append((None if home is None else blocks[home], []))
+        groups[-1][1].append(tap)
         last = home
     return groups
+
+
+def reach(model: Model) -> dict[str, int]:
+    """Value name -> bytes of the matrices, in float32, multiplied up to it when the nodes run in their order.
+
+    What is inside a body counts when the node that has the body has run.
+    """
+    found: dict[str, int] = {}
+    total = 0
+    for node in model.ir.graph:
+        total += product_bytes(node)
+        inner = (n for body in bodies(node) for n in body.all_nodes())
+        found.update((value.name or "", total) for n in (node, *inner) for value in n.outputs)
+    return found
+
+
+def product_bytes(node: ir.Node) -> int:
+    """Bytes of the matrices, in float32, that a node and its bodies multiply by."""
+    inner = sum(product_bytes(n) for body in bodies(node) for n in body)
+    return inner + 4 * sum(math.prod(constant.shape) for constant in _matrices(node))
 
 
 def is_costly(node: ir.Node) -> bool:
@@ -216,8 +242,8 @@ def _reason(kind: Kind, blocks: Sequence[Block], graph: ir.Graph) -> str:
 def _segments(flow: _Flow, alive: int) -> list[list[ir.Node]]:
     """The stream cut wherever at most `alive` values of it are still to be read; each segment has a product.
 
-    The embeddings are the residual stream of the first layer. They follow from the inputs alone, as masks do, but are not
-    read by the last layers.
+    The embeddings are the residual stream of the first layer. They follow from the inputs alone, as masks do, but the
+    last layers do not read them.
     """
     on_stream = set(flow.stream)
     last_read: dict[ir.Value, int] = {}
@@ -245,10 +271,10 @@ def _pieces(segments: list[list[ir.Node]]) -> tuple[Kind, list[list[ir.Node]]]:
     kinds: dict[tuple[object, ...], int] = {}
     start, period, count = _repetition([kinds.setdefault(_signature(s), len(kinds)) for s in segments])
     if count < 2:
-        return "balanced", _balanced(segments, sum(map(_bytes, segments)) / PIECES)
+        return "balanced", _balanced(segments, sum(map(_size, segments)) / PIECES)
     end = start + period * count
     repeated = [segments[i : i + period] for i in range(start, end, period)]
-    limit = max(_bytes(_joined(piece)) for piece in repeated)
+    limit = max(_size(_joined(piece)) for piece in repeated)
     before, after = (_balanced(rest, limit) for rest in (segments[:start], segments[end:]))
     return "repeated", [*before, *map(_joined, repeated), *after]
 
@@ -256,9 +282,18 @@ def _pieces(segments: list[list[ir.Node]]) -> tuple[Kind, list[list[ir.Node]]]:
 def _signature(segment: Iterable[ir.Node]) -> tuple[object, ...]:
     """What two layers of one kind have in common: their products and the shapes of these.
 
-    Not what is between: of the first layer that is partly off the stream.
+    Not what is between: of the first layer that is partly off the stream. A layer that is quantized already is of the
+    same kind as one that is not.
     """
-    return tuple((node.op_type, *(c.shape for c in found)) for node in segment if (found := _matrices(node)))
+    return tuple(shapes for node in segment if (shapes := _shapes(node)))
+
+
+def _shapes(node: ir.Node) -> tuple[tuple[int, ...], ...]:
+    """Of the matrices that a node multiplies by; `[K, N]` in a linear layer, whatever it is stored in."""
+    if node.op_type == "MatMulNBits":
+        return ((node.attributes["K"].as_int(), node.attributes["N"].as_int()),)
+    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
+    return tuple(constant.shape[::-1] if transposed else constant.shape for constant in _matrices(node))
 
 
 def _repetition(marks: Sequence[int]) -> tuple[int, int, int]:
@@ -277,11 +312,11 @@ def _repetition(marks: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _balanced(segments: list[list[ir.Node]], limit: float) -> list[list[ir.Node]]:
-    """Consecutive segments joined as long as their weights take at most `limit` bytes."""
+    """Consecutive segments joined as long as their matrices take at most `limit` bytes in float32."""
     pieces: list[list[ir.Node]] = []
     size = 0.0
     for segment in segments:
-        more = _bytes(segment)
+        more = _size(segment)
         if not pieces or size + more > limit:
             pieces.append([])
             size = 0.0
@@ -295,7 +330,12 @@ def _joined(segments: Iterable[list[ir.Node]]) -> list[ir.Node]:
 
 
 def _largest(pieces: Iterable[list[ir.Node]]) -> int:
-    return max(map(_bytes, pieces), default=0)
+    return max(map(_size, pieces), default=0)
+
+
+def _size(nodes: Iterable[ir.Node]) -> int:
+    """Bytes of the matrices that `nodes` and their bodies multiply by, in float32: quantizing does not change it."""
+    return sum(4 * sum(map(math.prod, _shapes(node))) + sum(_size(body) for body in bodies(node)) for node in nodes)
 
 
 def _bytes(nodes: Iterable[ir.Node]) -> int:

@@ -8,7 +8,7 @@ next sample is being run and are never kept: memory does not grow with tokens.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,32 +21,21 @@ import numpy as np
 from onnx_woq.core.cpu import one_blas_thread
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError
-from onnx_woq.graph.blocks import Cut, blocks_of, cuts
+from onnx_woq.graph.blocks import cuts, taps_by_block
 from onnx_woq.graph.branches import conditions, take, untaken
 from onnx_woq.graph.model import Model, clone
 from onnx_woq.graph.taps import Tap
 from onnx_woq.runtime.data import Feed
-from onnx_woq.runtime.inputs import MASKS, is_past, model_inputs
+from onnx_woq.runtime.inputs import MASKS
 from onnx_woq.runtime.replay import Replay
 from onnx_woq.runtime.session import thread_count
 from onnx_woq.runtime.structure import Structure, contents
+from onnx_woq.runtime.windows import Needs, prepacks
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all); a step is one sample in one window."""
-
-PREPACK_BYTES = 256 << 20
-"""Of a block's weights, as stored; beyond it they are multiplied from where they are."""
-
-HIDDEN_SHARE = 4
-"""One part in so many of the memory budget is for hidden states; what is beyond it goes to disk."""
-
-IN_BETWEEN = 3
-"""Values of the widest kind, and attention scores, that are alive at once between two taps."""
-
-NARROW_HEAD = 64
-"""Channels of an attention head where the model does not say."""
 
 Sequential = Literal["off", "block", "tap"]
 """What is quantized already when a tap's statistics are collected: nothing, earlier blocks, all earlier taps."""
@@ -85,7 +74,7 @@ def walk(
         raise DataError("calibration needs at least one sample")
     form = {"off": _float, "block": _block_by_block, "tap": _tap_by_tap}[sequential]
     model = clone(model) if sequential == "off" else model
-    return form(_Walk(model, batches, memory_budget, progress, checkpoint), taps)
+    return form(_Walk(model, list(taps), batches, memory_budget, progress, checkpoint))
 
 
 @dataclass
@@ -93,32 +82,49 @@ class _Walk:
     """What the forms of a walk have in common."""
 
     model: Model
+    taps: list[Tap]
     batches: list[Feed]
     budget: int
     progress: Progress | None
     checkpoint: Path | None
-    prepack: bool = False
 
-    def windows(self, groups: Sequence[Sequence[Tap]]) -> list[list[Tap]]:
-        """See `windows`."""
-        return windows(groups, self.batches, self.budget, prepack=self.prepack)
+    def __post_init__(self) -> None:
+        # Before anything is edited: what is found out of the float model holds for what becomes of it.
+        self.needs = Needs.of(self.model, self.taps, self.batches)
+        self.cuts = cuts(self.model)
+        self.groups = taps_by_block(self.model, self.taps)
 
     @contextmanager
     def replay(self) -> Iterator[tuple[Replay, Callable[[], Model]]]:
         """The samples, to be run part by part; and the model as it is now, with the branches that they take."""
         lanes = min(thread_count(), len(self.batches))
-        found = cuts(self.model)
-        self.prepack = prepacks(found[-1])
-        side = {name for cut in found if cut.side for name in cut.side.outputs}
+        side = {name for cut in self.cuts if cut.side for name in cut.side.outputs}
+        prepack, hidden = prepacks(self.cuts[-1]), self.needs.remembered(self.budget)
         with ThreadPoolExecutor(lanes) as pool:
             try:
-                hidden = self.budget // HIDDEN_SHARE
-                replay = Replay(self.batches, hidden, pool, lanes, side, self.checkpoint, self.prepack)
+                replay = Replay(self.batches, hidden, pool, lanes, side, self.checkpoint, prepack)
                 taken = self._branches(replay)
                 replay.absent = untaken(self.model, taken)
                 yield replay, lambda: take(self.model, taken)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+    def advance(self, replay: Replay, model: Model, window: Sequence[Tap], later: set[str], *, frozen: bool) -> None:
+        """Runs what lies before a window with nothing to collect, where it is too much to be run together with it."""
+        values = [value for value in _values(window) if value not in replay.absent]
+        statistics = self.needs.collecting(window, window[-1])
+        room = self.budget - self.needs.remembered(self.budget) - statistics
+        cost = lambda names: self.needs.copies * replay.weights(model, names, frozen=frozen)  # noqa: E731
+        places = [block.outputs for cut in self.cuts for block in cut.blocks]
+        while (left := cost(values)) > room:
+            ahead = [(price, i) for i, names in enumerate(places) if 0 < (price := cost(names)) < left]
+            if not ahead:
+                return
+            reached = [place for place in ahead if place[0] <= room]
+            _, there = max(reached) if reached else min(ahead)  # as far as one part goes, or else a block
+            for _ in replay.run(model, places[there], later | set(values), frozen=frozen):
+                pass
+            places = places[there + 1 :]
 
     def _branches(self, replay: Replay) -> dict[str, bool]:
         """The branches that all samples take, see `take`."""
@@ -131,125 +137,55 @@ class _Walk:
         return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
-def prepacks(cut: Cut) -> bool:
-    """Whether float weights are rearranged for speed, which takes as much memory again as a block's weights do.
-
-    Products then round otherwise, so this follows from the model alone and not from the memory there is.
-    """
-    sizes = sorted(block.weight_bytes for block in cut.blocks)
-    return bool(sizes) and sizes[len(sizes) // 2] <= PREPACK_BYTES
-
-
-def windows(
-    groups: Sequence[Sequence[Tap]], batches: Sequence[Feed], memory_budget: int = 2 << 30, *, prepack: bool = False
-) -> list[list[Tap]]:
-    """The taps in consecutive groups whose statistics are collected together: as many blocks as the budget allows.
-
-    A block that is too large for it is collected in several goes, one tap at least in each.
-    """
-    available = memory_budget - memory_budget // HIDDEN_SHARE
-    split: list[list[Tap]] = []
-    used, before = available + 1, None
-    for group in groups:
-        fits = estimate_bytes(group, batches, before, prepack=prepack) <= available
-        for piece in [group] if fits else [[tap] for tap in group]:
-            more = estimate_bytes(piece, batches, before, prepack=prepack)
-            if used + more > available:
-                split.append([])
-                used = 0
-            split[-1] += piece
-            used += more
-            before = piece[-1]
-    return split
-
-
-def estimate_bytes(
-    taps: Sequence[Tap], batches: Sequence[Feed], before: Tap | None = None, *, prepack: bool = False
-) -> int:
-    """Bytes that collecting these taps together takes: their inputs of the longest samples, Gram matrices, weights.
-
-    Args:
-        taps: collected together.
-        batches: all samples.
-        before: the tap before them, whose weights are multiplied on the way; those of the last one are not.
-        prepack: weights are rearranged.
-    """
-    tokens = max(map(_token_count, batches), default=0)
-    held = min(thread_count(), len(batches)) + 1  # samples: those being run, and the one being summed up
-    inputs = {value: tap.k for tap in taps for value in tap.values}
-    grams = {tap.values: 4 * tap.k * tap.k for tap in taps}
-    run = ([before] if before else []) + list(taps[:-1])
-    weights = (2 if prepack else 1) * sum(4 * tap.k * tap.n for tap in run)  # in float32, whatever they are stored in
-    return sum(4 * k * tokens * held for k in inputs.values()) + sum(grams.values()) + weights
-
-
-def between_bytes(model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> int:
-    """Bytes of what is computed on the way from tap to tap, for the samples that are run side by side."""
-    tokens = max(map(_token_count, batches), default=0)
-    rows = max((feed["input_ids"].shape[0] for feed in batches if "input_ids" in feed), default=1)
-    narrow, wide = min(tap.k for tap in taps), max(tap.k for tap in taps)
-    shapes = (info.shape for info in model_inputs(model) if is_past(info))
-    head = next((shape[-1] for shape in shapes if shape and isinstance(shape[-1], int)), NARROW_HEAD)
-    scores = (narrow // head + 1) * tokens * (tokens // max(1, rows))
-    return min(thread_count(), len(batches)) * IN_BETWEEN * 4 * (scores + wide * tokens)
-
-
-def hidden_bytes(taps: Sequence[Tap], batches: Sequence[Feed]) -> int:
-    """Bytes of the hidden states of all samples where one part ends and the next begins."""
-    return 2 * 4 * min(tap.k for tap in taps) * sum(map(_token_count, batches))
-
-
-def _token_count(feed: Feed) -> int:
-    """Tokens of a sample: its input_ids, or else its widest input without its channels."""
-    if "input_ids" in feed:
-        return feed["input_ids"].size
-    return max(
-        (array.size // (array.shape[-1] if array.ndim > 1 else 1) for array in feed.values() if array.size), default=0
-    )
-
-
-def _float(walk: _Walk, taps: list[Tap]) -> Iterator[tuple[Tap, Stats]]:
+def _float(walk: _Walk) -> Iterator[tuple[Tap, Stats]]:
     """The taps of a model that nobody edits."""
     with walk.replay() as (replay, now):
         model = now()
-        split = walk.windows(blocks_of(model, taps))
+        split = walk.needs.windows(walk.budget)
         report = _Steps(walk.progress, len(split) * len(walk.batches))
         for index, window in enumerate(split):
             later = _values(tap for rest in split[index + 1 :] for tap in rest)
+            walk.advance(replay, model, window, later, frozen=True)
             collected = _collect(replay, model, window, later, report, frozen=True)
             for tap in window:
                 yield tap, collected.pop(tap.name)
 
 
-def _block_by_block(walk: _Walk, taps: list[Tap]) -> Iterator[tuple[Tap, Stats]]:
-    """The taps of a model that is edited on the way; those of a block see each other float."""
+def _block_by_block(walk: _Walk) -> Iterator[tuple[Tap, Stats]]:
+    """The taps of a model that is edited on the way; those of a block see each other float.
+
+    What enters a block is remembered until the block has been edited and run once more, on the way to the next one.
+    """
     with walk.replay() as (replay, now):
-        report = _Steps(walk.progress, len(taps) * len(walk.batches))
+        report = _Steps(walk.progress, len(walk.taps) * len(walk.batches))
         done = 0
-        for group in blocks_of(now(), taps):
-            model, split = now(), walk.windows([group])
+        for block, group in walk.groups:
+            model, split = now(), walk.needs.windows(walk.budget, [group])
             if len(split) > 1 and model is walk.model:
                 model = clone(model)  # edits begin while the block is still being collected
+            frozen = model is not walk.model
+            entrance = block.inputs if block else ()
             for window in split:
-                later = _values(taps[done + len(window) :])
-                collected = _collect(
-                    replay, model, window, later, report, keep_used=True, frozen=model is not walk.model
-                )
+                later = _values(walk.taps[done + len(window) :])
+                walk.advance(replay, model, window, later, frozen=frozen)
+                collected = _collect(replay, model, window, later, report, frozen=frozen, entrance=entrance)
                 for tap in window:
                     done += 1
                     report.reach(done * len(walk.batches))
                     yield tap, collected.pop(tap.name)
 
 
-def _tap_by_tap(walk: _Walk, taps: list[Tap]) -> Iterator[tuple[Tap, Stats]]:
+def _tap_by_tap(walk: _Walk) -> Iterator[tuple[Tap, Stats]]:
     """The taps of a model that is edited on the way: together only those whose inputs do not depend on each other."""
+    taps = walk.taps
     with walk.replay() as (replay, now):
         report = _Steps(walk.progress, len(taps) * len(walk.batches))
         done = 0
         while done < len(taps):
             model = now()
-            window = _independent(model, walk.windows([[tap] for tap in taps[done:]])[0])
+            window = _independent(model, walk.needs.windows(walk.budget, [[tap] for tap in taps[done:]])[0])
             later = _values(taps[done + len(window) :])
+            walk.advance(replay, model, window, later, frozen=False)
             collected = _collect(replay, model, window, later, report, keep_used=True)
             before = _inputs(model, window[1:])
             for tap in window:
@@ -290,13 +226,14 @@ def _collect(
     *,
     keep_used: bool = False,
     frozen: bool = False,
+    entrance: Collection[str] = (),
 ) -> dict[str, Stats]:
     """The statistics of `taps` over all samples by tap name; taps with the same inputs get the same object."""
     stats = {tap.values: Stats.empty(tap.k) for tap in taps}
     values = [value for value in dict.fromkeys(v for names in stats for v in names) if value not in replay.absent]
     running: list[Future[None]] = []
     with one_blas_thread():
-        parts = replay.run(model, values, later, keep_used=keep_used, frozen=frozen)
+        parts = replay.run(model, values, later, keep_used=keep_used, frozen=frozen, entrance=entrance)
         for number, arrays in enumerate(parts):
             _finish(running, taps)
             mask = _padding(replay.batches[number])

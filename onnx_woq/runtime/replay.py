@@ -88,6 +88,7 @@ class Replay:
         keep_used: bool = False,
         frozen: bool = False,
         keep_saved: bool = False,
+        entrance: Collection[str] = (),
     ) -> Iterator[Feed]:
         """For each sample, the arrays of `values` by name; those computed in a body are `[tokens, K]`.
 
@@ -100,6 +101,7 @@ class Replay:
             keep_used: keep what this part started from as well, for the case that an edit spoils what it computes.
             frozen: nobody edits `model`: what was found out about it holds.
             keep_saved: a look in passing: what is remembered stays as it is.
+            entrance: names of values to remember as well where they were costly: what comes below them will be edited.
 
         Raises:
             DataError: the model cannot be run on a sample.
@@ -108,7 +110,8 @@ class Replay:
         keys, structure = self._memo.of(model, frozen)
         fresh = {name for name, key in self._keys.items() if keys.get(name) == key}
         kinds = {name: array.dtype for name, array in self._saved[0].items() if name in fresh}
-        part = _plan(model, structure, values, later, kinds, set(self.batches[0]), keep_used, self.side)
+        crossing = structure.crossing(values, later, self.side, entrance)
+        part = _plan(model, structure, values, crossing, kinds, set(self.batches[0]), keep_used)
         threads = max(1, thread_count() // self.lanes)
         session = self._session(part.model, threads) if part.model else None
         running: deque[Future[Feed]] = deque()
@@ -138,6 +141,12 @@ class Replay:
         self._keys = {} if mode == "nothing" else {name: keys[name] for name in part.remembered}
         if shelf is not None:
             shelf.close(self._keys)
+
+    def weights(self, model: Model, values: Collection[str], *, frozen: bool = False) -> int:
+        """Bytes of the matrices, in float32, that running a part for `values` would multiply by."""
+        keys, structure = self._memo.of(model, frozen)
+        fresh = {name for name, key in self._keys.items() if keys.get(name) == key}
+        return structure.weights(fresh.union(self.batches[0]), values)
 
     def _session(self, model: Model, threads: int) -> Any:
         return make_session(model, threads=threads, for_calibration=True, prepack=self.prepack)
@@ -265,14 +274,12 @@ def _plan(
     model: Model,
     structure: Structure,
     values: Collection[str],
-    later: Collection[str],
+    remembered: Sequence[str],
     kinds: dict[str, np.dtype],
     fed: set[str],
     keep_used: bool,
-    side: Collection[str],
 ) -> _Part:
     """The smallest part that gives `values` from the model's inputs in `fed` and the remembered values in `kinds`."""
-    remembered = structure.crossing(values, later, side)
     exposed, names = model, {value: value for value in values}
     if not structure.named.keys() >= set(values):
         exposed, names = expose(model, values)

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnx_woq.graph.blocks import bodies, is_costly, reads_of
+from onnx_woq.graph.blocks import bodies, is_costly, product_bytes, reads_of
 from onnx_woq.graph.model import Model
 
 
@@ -25,6 +25,7 @@ class Structure:
         self.graph = model.ir.graph
         self.named: dict[str, ir.Value] = {value.name or "": value for value in self.graph.inputs}
         self.reads: dict[ir.Node, list[ir.Value]] = {}
+        self._weights: dict[ir.Node, int] = {}
         self._homes: dict[str, ir.Value] = {}  # value in a body -> an output of the node that has it
         for node in self.graph:
             self.named.update((value.name or "", value) for value in node.outputs)
@@ -37,10 +38,13 @@ class Structure:
         """Whether any of `values` is computed from any of `others`."""
         return not self._ancestors(self._found(values)).isdisjoint(v.producer() for v in self._found(others))
 
-    def crossing(self, values: Iterable[str], later: Iterable[str], side: Collection[str] = ()) -> list[str]:
+    def crossing(
+        self, values: Iterable[str], later: Iterable[str], side: Collection[str] = (), more: Collection[str] = ()
+    ) -> list[str]:
         """Names of what is known once `values` are and is read on the way to `later`, if worth remembering.
 
-        That is what was costly to compute, and what `side` names: cheap, but read again and again.
+        That is what was costly to compute, and what `side` names: cheap, but read again and again. `more` names values
+        to remember, if known and costly, whoever reads them.
         """
         wanted = self._found(later)
         done = self._ancestors(self._found(values))
@@ -49,11 +53,29 @@ class Structure:
         for node in self.reads:
             if node in todo:
                 crossing |= dict.fromkeys(value for value in self.reads[node] if value.producer() in done)
+        crossing |= dict.fromkeys(value for value in self._found(more) if value.producer() in done)
         costly: set[ir.Value] = set()
         for node, reads in self.reads.items():
             if node in done and (not costly.isdisjoint(reads) or is_costly(node)):
                 costly.update(node.outputs)
         return [value.name or "" for value in crossing if value in costly or value.name in side]
+
+    def weights(self, have: Collection[str], outputs: Iterable[str]) -> int:
+        """Bytes of the matrices, in float32, multiplied on the way from the values in `have` to `outputs`."""
+        nodes: set[ir.Node] = set()
+        pending = self._found(outputs)
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if value.name not in have and node is not None and node not in nodes:
+                nodes.add(node)
+                pending += self.reads[node]
+        return sum(self._weight(node) for node in nodes)
+
+    def _weight(self, node: ir.Node) -> int:
+        if node not in self._weights:
+            self._weights[node] = product_bytes(node)
+        return self._weights[node]
 
     def between(self, have: Collection[str], outputs: Sequence[str]) -> ir.Graph:
         """A copy of the part that computes `outputs` from those values in `have` that it needs: its inputs."""

@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from onnx_woq import quantize
 from onnx_woq.graph.blocks import Block, Cut, blocks_of, cuts
 from onnx_woq.graph.model import Model, load
 from onnx_woq.graph.taps import find_taps
@@ -316,6 +317,21 @@ def test_taps_by_block(name, model_of):
     assert len(groups) <= len(blocks)
     if name in LAYERED:
         assert len(groups) >= LAYERED[name].layers
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+@pytest.mark.parametrize("name", ["decoder opset 17", "fused decoder", "bert"])
+def test_blocks_stay_what_they_were_while_the_model_is_quantized(name, done, model_of, tmp_path):
+    """A run that is resumed, or looks again half way, must find the taps that are left in the same groups."""
+    model = model_of(name)
+    taps, _ = find_taps(model, Recipe())
+    groups = [[tap.name for tap in group] for group in blocks_of(model, taps)]
+    finished = [tap.name for tap in taps if int(tap.name[5] if tap.name.startswith("layer") else 9) < done]
+    quantize(model.path, tmp_path / "q.onnx", Recipe(include=(rf"^layer[0-{done - 1}]\.",)))
+    half = load(tmp_path / "q.onnx")
+    left = [[tap.name for tap in group] for group in blocks_of(half, find_taps(half, Recipe())[0])]
+    assert len(finished) == 4 * done
+    assert left == [rest for group in groups if (rest := [n for n in group if n not in finished])]
 
 
 # What people see

@@ -119,14 +119,14 @@ def test_threads(name, model, serial, tmp_path):
         assert pool.submit(int, "7").result() == 7  # it is the caller's, who may want it still
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq by block", "awq folding"])
 def test_processes(name, model, serial, processes, tmp_path):
     quantize(model, tmp_path / "q.onnx", RECIPES[name], samples(), executor=processes)
     assert files(tmp_path) == serial(name)
     assert processes.submit(int, "7").result() == 7
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq by tap", "awq folding"])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq by tap"])
 def test_dask(name, model, serial, cluster, tmp_path):
     quantize(model, tmp_path / "q.onnx", RECIPES[name], samples(), executor=cluster.get_executor())
     assert files(tmp_path) == serial(name)
@@ -178,15 +178,12 @@ def test_on_the_command_line(where, model, data, cluster, cli, tmp_path):
     ("flags", "says"),
     [
         (["--executor", "thread"], "threads"),
-        (["--dask", "tcp://127.0.0.1:1"], "127.0.0.1:1"),
+        (["--dask", "127.0.0.1:seven"], "127.0.0.1:seven"),
     ],
     ids=str,
 )
 def test_what_does_not_exist_is_a_named_error(flags, says, model, cli, tmp_path):
-    import dask
-
-    with dask.config.set({"distributed.comm.timeouts.connect": "1s"}):
-        done = cli("quantize", model, "-o", tmp_path / "q.onnx", *flags)
+    done = cli("quantize", model, "-o", tmp_path / "q.onnx", *flags)
     assert done.exit_code == 2, done.output
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -327,8 +324,7 @@ def test_an_error_of_the_solver_is_no_lost_worker(model, processes, tmp_path):
 # Tuning
 
 
-@pytest.mark.parametrize("objective", ["first", "best"])
-def test_tuning_elsewhere_chooses_the_same_model(objective, model, processes, tmp_path):
+def test_tuning_elsewhere_chooses_the_same_model(model, processes, tmp_path):
     configs = {
         "coarse": Recipe("rtn", Spec(3, 64)),
         "gptq": Recipe("gptq", Spec(4, 32)),
@@ -337,12 +333,12 @@ def test_tuning_elsewhere_chooses_the_same_model(objective, model, processes, tm
     results = []
     for folder, executor in (("a", None), ("b", processes)):
         found = tune(
-            model, None, samples(), configs=configs, objective=objective, judge_limit=0.05,
+            model, None, samples(), configs=configs, objective="best", judge_limit=0.05,
             workdir=tmp_path / f"work {folder}", output=tmp_path / folder / "q.onnx", executor=executor,
         )  # fmt: skip
         assert found.best is not None
         trials = [(t.name, t.status, t.metric, t.met, t.bytes) for t in found.trials]
         results.append((found.best.name, found.met, trials, files(tmp_path / folder)))
     assert results[0][1]
-    assert len(results[0][2]) >= (1 if objective == "first" else len(configs))
+    assert len(results[0][2]) == len(configs)
     assert results[1] == results[0]

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnx_woq import Recipe, Spec, quantize
+from onnx_woq.graph.blocks import blocks_of
 from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import find_taps
-from onnx_woq.runtime.calibrate import blocks_of
 
 from . import architectures as arch
 from . import hooks, measure, zoo
@@ -101,7 +101,7 @@ def leftovers(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kind", "at"),
-    [("gptq", 1), ("gptq", 10), ("gptq", TAPS), ("rtn", 15), ("gptq by tap", 10), ("gptq by block", 11),
+    [("gptq", 10), ("gptq", TAPS), ("rtn", 15), ("gptq by tap", 10), ("gptq by block", 11),
      ("awq folding", 11)],
 )  # fmt: skip
 def test_killed_and_resumed(kind, at, job, cli, tmp_path):
@@ -122,7 +122,7 @@ def test_killed_and_resumed(kind, at, job, cli, tmp_path):
         assert hooks.solved(log) < 7 * LAYERS + 1 - (at - 1) + 4
         return
     done = finished_before(job, at - 1)
-    assert done >= (0 if at == 1 else 4)
+    assert done >= 4
     assert hooks.solved(log) <= TAPS - done
 
 
@@ -163,7 +163,7 @@ def file_events(job, tmp_path_factory) -> list[str]:
     return events
 
 
-@pytest.mark.parametrize("share", [0.0, 0.6, "first rename", "last rename", "after"])
+@pytest.mark.parametrize("share", [0.0, "first rename", "last rename", "after"])
 def test_killed_while_files_are_changed(share, file_events, job, cli, tmp_path):
     """Among them: before anything is there, during the final write, between its two files, before the tidying up."""
     renames = [
@@ -272,9 +272,8 @@ def test_a_damaged_leftover_gives_the_same_result_or_a_named_error(where, which,
     assert measure.listing(out.parent) == job.reference("gptq")
 
 
-@pytest.mark.parametrize("kind", ["gptq", "rtn"])
-def test_control_c_says_how_to_go_on(kind, job, cli, tmp_path):
-    out = tmp_path / "out" / "q.onnx"
+def test_control_c_says_how_to_go_on(job, cli, tmp_path):
+    kind, out = "gptq", tmp_path / "out" / "q.onnx"
     ended = job.killed(out, kind, 12, signal.SIGINT)
     assert ended.returncode == 130, ended.stderr[-400:]
     assert "--resume" in ended.stderr
@@ -284,7 +283,7 @@ def test_control_c_says_how_to_go_on(kind, job, cli, tmp_path):
     with hooks.solver(kind, hooks.logged(log)):
         cli.ok(*job.arguments(out, kind, "--resume"))
     assert measure.listing(out.parent) == job.reference(kind)
-    assert 0 < hooks.solved(log) < (TAPS if kind == "gptq" else 7 * LAYERS + 1)
+    assert 0 < hooks.solved(log) < TAPS
 
 
 def stopped(at: int) -> Callable[[str, int, int], None]:
@@ -324,8 +323,6 @@ def test_a_folder_as_output_and_its_companions(job, cli, tmp_path):
         (job.model.parent / name).write_text(text)
     cli.ok(*job.arguments(tmp_path / "whole", "gptq"))
     folder = tmp_path / "resumed"
-    dead = job.killed(folder / "x", "gptq", 10)  # only to make its folder and log
-    shutil.rmtree(folder)
     log = tmp_path / "log"
     plan = {"log": log, "at": 10, "method": "gptq", "pause": 0.3}
     dead = hooks.run_cli(job.arguments(folder, "gptq"), **plan)

@@ -78,14 +78,13 @@ def tightest(model: Path, recipe: Recipe, data: list[arch.Feed]) -> int:
     return accepted + (4 << 20)  # this process may grow between the plan and the work
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in RECIPES), *((n, "float16") for n in ("rtn", "gptq", "awq"))]
+)
 def test_the_least_memory_gives_the_same_files_as_plenty(name, dtype, models, tmp_path):
     model, recipe, data = models[dtype], RECIPES[name], samples(dtype)
-    plenty = written(model, tmp_path / "plenty", recipe, data, max_memory=16 << 30)
-    unlimited = written(model, tmp_path / "unlimited", recipe, data)
+    plenty = written(model, tmp_path / "plenty", recipe, data)
     tight = written(model, tmp_path / "tight", recipe, data, max_memory=tightest(model, recipe, data))
-    assert plenty == unlimited
     assert tight == plenty
     assert len(measure.low_bit(tmp_path / "tight" / "q.onnx")) == 7 * LAYERS + 1
 
@@ -149,8 +148,9 @@ def test_threads_change_nothing_beyond_rounding(name, models, tmp_path, monkeypa
     assert_same_codes(tmp_path / "1" / "q.onnx", tmp_path / "2" / "q.onnx", share=1.0 if name == "rtn" else 0.999)
 
 
-@pytest.mark.parametrize("name", ["gptq", "gptq, sequential by block", "gptq, sequential by tap", "awq"])
+@pytest.mark.parametrize("name", ["gptq", "awq"])
 def test_the_order_of_the_samples_changes_nothing_beyond_rounding(name, models, tmp_path):
+    """Not under `true_sequential`: a code that turns there moves the inputs of all later taps by more than rounding."""
     data = samples("float32")
     shuffled = [data[i] for i in np.random.default_rng(1).permutation(len(data))]
     for folder, these in (("a", data), ("b", shuffled)):

@@ -13,9 +13,9 @@ from onnx import numpy_helper
 
 from onnx_woq import Recipe, Spec, quantize
 from onnx_woq.errors import RecipeError
+from onnx_woq.graph.blocks import blocks_of
 from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import find_taps
-from onnx_woq.runtime.calibrate import blocks_of
 
 from . import architectures as arch
 from . import hooks, measure

@@ -129,7 +129,7 @@ def plain(tmp_path_factory) -> Path:
     return arch.decoder(tmp_path_factory.mktemp("plain") / "m.onnx", layers=3)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 3), st.integers(1, 9), st.integers(0, 5), st.data())
 def test_equal_whatever_the_shape(plain, rows, length, past, data):
     padded = data.draw(st.integers(0, past + length - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -152,7 +153,7 @@ def test_a_trial_that_quantization_cannot_make_does_not_stop_the_others(enc, enc
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("too large")
 
-    broken_gptq = methods.Method("gptq", broken, True)
+    broken_gptq = dataclasses.replace(methods.METHODS["gptq"], solve=broken)
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "gptq": broken_gptq})
     monkeypatch.setattr("onnx_woq.solving.METHODS", methods.METHODS)
     result = tune(enc, by_recipe(lambda _: 1.0), enc_data, configs=["GPTQ_G32ASYM", "RTN_G32ASYM"], workdir=tmp_path)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.grid import fit, quantize, search
+from onnx_woq.core.clip import search
+from onnx_woq.core.grid import fit, quantize
 from onnx_woq.core.methods import awq, rtn
 from onnx_woq.core.stats import Stats, column_errors, output_error
 from onnx_woq.recipe import Spec
@@ -230,3 +231,24 @@ def test_the_sample_is_drawn_from_all_siblings(monkeypatch):
     weight[:, :40] = 0.01 * ((codes - 6) * np.float32(0.375))  # the first half wants no scale, and hardly matters
     monkeypatch.setattr(awq, "SAMPLE", 20)
     assert awq.solve(weight, stats, Spec(4, 16)).input_scale is not None
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("outliers", [1.0, 30.0, 1e3])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_choosing_on_a_sample_costs_at_most_one_percent(seed, outliers, bits, monkeypatch):
+    weight, stats = problem(96, 1500, seed, outliers)
+    quick = loss(awq.solve(weight, stats, Spec(bits, 32)), weight, stats)
+    for name in ("SCREEN", "SAMPLE"):
+        monkeypatch.setattr(awq, name, 10000)
+    assert quick <= 1.01 * loss(awq.solve(weight, stats, Spec(bits, 32)), weight, stats)
+    assert quick <= nearest_loss(weight, stats, Spec(bits, 32)) * (1 + 1e-5)
+
+
+def test_few_columns_are_measured_before_all_are(monkeypatch):
+    weight, stats = problem(96, 1500)
+    seen, loss_of = [], awq._loss
+    monkeypatch.setattr(awq, "_loss", lambda w, *rest: seen.append(w.shape[1]) or loss_of(w, *rest))
+    awq.solve(weight, stats, Spec(4, 32))
+    assert sorted(seen)[:21] == [125] * 21
+    assert sorted(seen)[21:] == [500] * (awq.FINALISTS + 1) + [1500]

@@ -5,12 +5,14 @@ import logging
 import numpy as np
 import pytest
 
-from onnx_woq.core.grid import fit, search
+from onnx_woq.core.clip import search
+from onnx_woq.core.grid import fit
 from onnx_woq.core.methods import gptq, rtn
 from onnx_woq.core.stats import Stats, column_errors, output_error
 from onnx_woq.recipe import Spec
 
 from . import reference
+from .measure import peak_bytes
 
 
 def problem(k, n, seed=0, tokens=None, dead=()):
@@ -289,3 +291,24 @@ def test_the_size_of_activations_and_weights_does_not_matter(size):
     for w, s in ((weight, scaled), (weight * np.float32(2.0**40), stats)):
         again = gptq.solve(w, s, Spec(4, 16), enable_mse_search=True)
         assert (again.codes == q.codes).mean() > 0.99
+
+
+@pytest.mark.parametrize("options", ORDERS, ids=lambda o: "+".join(o) or "plain")
+@pytest.mark.parametrize("factor_exactly", [0, 1 << 20])
+def test_one_factor_is_the_only_matrix_of_its_size(options, factor_exactly, monkeypatch):
+    monkeypatch.setattr(gptq, "FACTOR_EXACTLY", factor_exactly)
+    weight, stats = problem(1200, 64, tokens=1300)
+    gptq.solve(weight, stats, Spec(4, 32), **options)  # scipy is imported by now
+    monkeypatch.setattr(gptq, "EXACT_PRODUCTS", 0 if factor_exactly == 0 else 1 << 40)
+    factor = 1200**2 * (8 if factor_exactly else 4)
+    assert peak_bytes(lambda: gptq.solve(weight, stats, Spec(4, 32), **options)) < 1.5 * factor
+
+
+def test_wide_weights_are_widened_a_tile_at_a_time(monkeypatch):
+    monkeypatch.setattr(gptq, "TILE_BYTES", 1 << 18)
+    monkeypatch.setattr(gptq, "EXACT_PRODUCTS", 0)
+    weight, stats = problem(128, 16384)
+    half = np.asfortranarray(weight.astype(np.float16))
+    gptq.solve(weight[:, :9], stats, Spec(4, 32))  # scipy is imported by now
+    peak = peak_bytes(lambda: gptq.solve(half, stats, Spec(4, 32)))
+    assert peak < half.size * 1.5 + (1 << 21)  # codes, scales and zeros are 1.16 bytes per weight

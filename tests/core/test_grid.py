@@ -5,7 +5,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.grid import QuantizedTensor, encode, fit, grid_of, quantize, search, shrinks, tiles
+from onnx_woq.core.clip import search, shrinks
+from onnx_woq.core.grid import QuantizedTensor, encode, fit, grid_of, project, quantize, tiles
 from onnx_woq.recipe import Spec
 
 from . import reference
@@ -382,3 +383,13 @@ def test_columns_and_input_scale():
     np.testing.assert_array_equal(part.dequantize(), q.dequantize()[:, 3:9])
     np.testing.assert_array_equal(part.input_scale, s)
     assert (part.bits, part.group_size, part.symmetric) == (4, 16, False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, specs, st.sampled_from([np.float32, np.float16]), st.booleans())
+def test_projecting_is_encoding_and_decoding(shape, spec, dtype, by_columns):
+    weight = np.array(gaussian(*shape), dtype, order="F" if by_columns else "C")
+    scales, zeros = fit(weight, spec)
+    scales *= np.float32(0.8)  # some levels are clipped
+    q = quantize(weight, scales, zeros, spec)
+    np.testing.assert_array_equal(project(weight, scales, zeros, spec.bits, q.group_size), q.dequantize())

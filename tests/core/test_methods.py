@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_woq.core.methods import METHODS, check_options
+from onnx_woq.core.methods import METHODS, check_options, solve_bytes
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError
 from onnx_woq.recipe import Recipe, Spec
+
+from .measure import peak_bytes
 
 DEFAULTS = {
     "rtn": {"enable_full_range": False, "enable_mse_search": False, "mse_range": (0.805, 1.0, 0.005)},
@@ -126,3 +129,33 @@ def test_missing_or_foreign_statistics_are_refused(name):
     for stats in (None, Stats.empty(31)):
         with pytest.raises(ValueError, match="statistics"):
             METHODS[name].solve(weight, stats, Spec())
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_weights_are_taken_in_any_dtype_and_order(name, dtype, order):
+    rng = np.random.default_rng(0)
+    weight, stats = np.array(rng.standard_normal((96, 20)).astype(dtype), order=order), Stats.empty(96)
+    stats.update(rng.standard_normal((300, 96), dtype=np.float32) * np.linspace(0.1, 5, 96, dtype=np.float32))
+    weight.flags.writeable = False
+    q, same = (METHODS[name].solve(w, stats, Spec(4, 32)) for w in (weight, np.array(weight, np.float32, order="C")))
+    np.testing.assert_array_equal(q.codes, same.codes)
+    np.testing.assert_array_equal(q.scales, same.scales)
+    bad = weight.copy()
+    bad[50, 3] = np.nan
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        METHODS[name].solve(bad, stats, Spec(4, 32))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize(("k", "n"), [(576, 960), (1024, 300), (300, 4000)])
+def test_the_memory_a_solver_says_it_takes_is_what_it_takes(name, group_size, k, n):
+    rng = np.random.default_rng(0)
+    weight, stats = rng.standard_normal((k, n), dtype=np.float32), Stats.empty(k)
+    stats.update(rng.standard_normal((k + 9, k), dtype=np.float32) * np.linspace(0.1, 5, k, dtype=np.float32))
+    METHODS[name].solve(weight[:, :9], stats, Spec(4, group_size))  # libraries are loaded by now
+    options = {"mse_range": (0.9, 1, 0.1)} if name == "awq" else {}
+    peak = peak_bytes(lambda: METHODS[name].solve(weight, stats, Spec(4, group_size), **options))
+    assert 0.8 * peak <= solve_bytes(name, k, n, Spec(4, group_size)) <= 1.25 * peak

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from onnx_woq.core.grid import fit, search
+from onnx_woq.core.clip import search
+from onnx_woq.core.grid import encode, fit
 from onnx_woq.core.methods import rtn
 from onnx_woq.recipe import Spec
 
@@ -48,3 +52,65 @@ def test_no_second_copy_of_the_weight_is_made(enable_mse_search):
     options = {"enable_mse_search": enable_mse_search, "mse_range": [1, 1, 1]}
     peak = peak_bytes(lambda: rtn.solve(weight, None, Spec(4, 128), **options))
     assert peak < 0.5 * weight.nbytes  # the codes are a quarter of it
+
+
+def stored(weight, dtype, order, folder=None):
+    """A weight as models hold it: of any dtype, in either order, perhaps mapped from a read-only file."""
+    array = np.array(weight.astype(dtype), order=order)
+    if folder is not None:
+        path = folder / "weight.bin"
+        path.write_bytes(array.tobytes(order))
+        array = np.memmap(path, np.uint8, "r").view(dtype).reshape(weight.shape, order=order)
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("enable_mse_search", [False, True])
+@pytest.mark.parametrize("group_size", [16, 32, -1])
+def test_weights_are_taken_as_they_are_stored(dtype, order, mapped, enable_mse_search, group_size, tmp_path):
+    weight = stored(np.random.default_rng(1).standard_normal((600, 70)), dtype, order, tmp_path if mapped else None)
+    spec, options = Spec(4, group_size), {"enable_mse_search": enable_mse_search, "mse_range": (0.9, 1, 0.05)}
+    q = rtn.solve(weight, None, spec, **options)
+    same = rtn.solve(np.ascontiguousarray(weight, np.float32), None, spec, **options)
+    for name in ("codes", "scales", "zeros"):
+        np.testing.assert_array_equal(getattr(q, name), getattr(same, name))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(1, 400), st.integers(1, 40), st.integers(1, 8), st.sampled_from([16, 48, 288, -1]), st.booleans(),
+    st.booleans(), st.sampled_from([1e-9, 1.0, 1e6]), st.sampled_from([np.float32, np.float16]), st.integers(0, 99),
+)  # fmt: skip
+def test_in_one_pass_as_in_two(k, n, bits, group_size, symmetric, enable_full_range, size, scale_dtype, seed):
+    weight = np.random.default_rng(seed).standard_t(2, (k, n)).astype(np.float32) * np.float32(size)
+    weight[:, seed % n] *= seed % 3  # a column of zeros now and then
+    spec = Spec(bits, group_size, symmetric)
+    q = rtn.solve(weight, None, spec, scale_dtype=scale_dtype, enable_full_range=enable_full_range)
+    scales, zeros = fit(weight, spec, full_range=enable_full_range, scale_dtype=scale_dtype)
+    np.testing.assert_array_equal(q.scales, scales)
+    np.testing.assert_array_equal(q.zeros, zeros)
+    np.testing.assert_array_equal(q.codes, encode(weight, scales, zeros, bits, q.group_size))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_nan_and_inf_are_refused_wherever_they_are(bad, dtype, order, group_size):
+    weight = np.array(np.ones((600, 9)), dtype, order=order)
+    weight[599, 8] = bad
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        rtn.solve(weight, None, Spec(4, group_size))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_beyond_the_result_a_tile_is_all_it_holds(dtype, order, group_size):
+    weight = stored(np.random.default_rng(0).standard_normal((2048, 2048), dtype=np.float32), dtype, order)
+    q = rtn.solve(weight, None, Spec(4, group_size))
+    result = q.codes.nbytes + q.scales.nbytes + q.zeros.nbytes
+    assert peak_bytes(lambda: rtn.solve(weight, None, Spec(4, group_size))) < result + (3 << 19)

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.core import stats as stats_module
-from onnx_woq.core.stats import Stats, column_errors, output_error
+from onnx_woq.core.grid import fit, quantize
+from onnx_woq.core.stats import Stats, column_errors, output_energy, output_error, quantized_error
+from onnx_woq.recipe import Spec
 
 from . import reference
 from .measure import peak_bytes
@@ -152,3 +154,31 @@ def test_scipy_is_loaded_only_when_statistics_are_collected():
 
     code = "import sys, onnx_woq.core.methods, onnx_woq.core.stats; sys.exit('scipy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("k", [1, 143, 144, 145, 700, 1300])  # one band, several, more rows to a band
+def test_half_of_the_gram_matrix_gives_all_of_the_error(k):
+    x, delta = inputs(k + 50, k) * np.linspace(0.01, 3, k, dtype=np.float32), inputs(k, 5, seed=1)
+    want = np.square(x.astype(np.float64) @ delta).sum(axis=0)
+    np.testing.assert_allclose(column_errors(delta, collect(x).gram), want, rtol=1e-4)
+    np.testing.assert_allclose(column_errors(delta, np.ascontiguousarray(collect(x).gram)), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, "bfloat16"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_error_of_a_quantized_weight_without_its_difference(dtype, scaled, monkeypatch):
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    weight, gram = np.asfortranarray(inputs(64, 50).astype(dtype)), collect(inputs(90, 64, seed=1)).gram
+    wide = weight.astype(np.float32)
+    q = quantize(
+        wide, *fit(wide, Spec(3, 16)), Spec(3, 16), input_scale=np.full(64, 1.5, np.float32) if scaled else None
+    )
+    monkeypatch.setattr(stats_module, "ERROR_COLUMNS", 7)
+    assert quantized_error(weight, q, gram) == pytest.approx(output_error(q.effective() - wide, gram), rel=1e-5)
+    assert output_energy(weight, gram) == pytest.approx(output_error(wide, gram), rel=1e-5)
+
+
+def test_neither_difference_nor_decoded_weight_is_held_whole():
+    weight, gram = inputs(256, 16384), collect(inputs(300, 256, seed=1)).gram
+    q = quantize(weight, *fit(weight, Spec(4, 32)), Spec(4, 32))
+    assert peak_bytes(lambda: quantized_error(weight, q, gram)) < weight.nbytes / 5

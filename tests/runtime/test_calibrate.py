@@ -17,7 +17,8 @@ from onnx_woq.graph.taps import find_taps
 from onnx_woq.recipe import Recipe, Spec
 from onnx_woq.runtime import replay as replay_module
 from onnx_woq.runtime import shelf as shelf_module
-from onnx_woq.runtime.calibrate import estimate_bytes, walk, windows
+from onnx_woq.runtime.calibrate import walk
+from onnx_woq.runtime.windows import Needs
 
 from .models import WEIGHTS, K, chain, chain_inputs, language_model
 
@@ -115,8 +116,8 @@ def test_windows_leave_no_trace(store, dtype, tmp_path, monkeypatch):
     batches = [{"x": f["x"].astype(dtype)} for f in RAGGED]
     whole = list(walk(model, taps, batches))
     monkeypatch.setattr(replay_module.Replay, "_mode", lambda self, first: store)
-    for budget in (0, 2 * estimate_bytes(taps[:2], batches)):
-        assert len(windows([[tap] for tap in taps], batches, budget)) > 1
+    for budget in (0, 20_000):
+        assert len(Needs.of(model, taps, batches).windows(budget, [[tap] for tap in taps])) > 1
         for (_, one), (_, other) in zip(whole, walk(model, taps, batches, memory_budget=budget), strict=True):
             assert np.array_equal(one.gram, other.gram)
             assert np.array_equal(one.abs_mean, other.abs_mean)
@@ -149,22 +150,25 @@ def test_fusions_leave_no_trace(tmp_path):
 
 
 def test_estimates_count_tokens_not_masks(chained):
-    _, taps = chained
+    model, taps = chained
     ids = {"input_ids": np.zeros((2, 100), np.int64), "mask": np.zeros((2, 1, 100, 100), bool)}
-    fixed = sum(4 * tap.k**2 for tap in taps) + sum(4 * tap.k * tap.n for tap in taps[:-1])
+    fixed = sum(4 * tap.k**2 for tap in taps) + 2 * sum(4 * tap.k * tap.n for tap in taps[:-1])
     for feed in (ids, {"x": np.zeros((2, 100, K))}):
-        assert estimate_bytes(taps, [feed]) == fixed + 2 * sum(4 * tap.k * 200 for tap in taps)
-    assert estimate_bytes(taps, []) == fixed
+        needs = Needs.of(model, taps, [feed])
+        assert needs.collecting(taps, None) == fixed + 2 * sum(4 * tap.k * 200 for tap in taps)
+        assert needs.collecting(taps[:1], None) + needs.collecting(taps[1:], taps[0]) == needs.collecting(taps, None)
 
 
 def test_windows_cover_all_taps_in_order(chained):
-    _, taps = chained
+    model, taps = chained
+    needs = Needs.of(model, taps, RAGGED)
     for budget in (0, 1, 50_000, 1 << 30):
-        split = windows([taps[:2], taps[2:]], RAGGED, budget)
+        split = needs.windows(budget, [taps[:2], taps[2:]])
         assert [tap for window in split for tap in window] == taps
         assert all(split)
-    assert len(windows([taps], RAGGED, 0)) == len(taps)
-    assert len(windows([[tap] for tap in taps], RAGGED, 1 << 30)) == 1
+        assert max(len(window) for window in split) == 1 or needs.used(budget) <= budget + needs.between
+    assert len(needs.windows(0, [taps])) == len(taps)
+    assert len(needs.windows(1 << 30, [[tap] for tap in taps])) == 1
 
 
 @pytest.fixture
@@ -185,7 +189,7 @@ def products(monkeypatch):
 def test_every_product_is_run_once(sequential, chained, products):
     """Parts start where the last one ended, and nothing behind the last tap is run."""
     model, taps = chained
-    budget = 4 * estimate_bytes(taps[:1], RAGGED)
+    budget = 40_000
     for tap, _ in walk(model, taps, RAGGED, memory_budget=budget, sequential=sequential):
         scale(model, tap.sites[0].weight_name, 1.1)
     assert sorted(products) == ["a", "b", "c", "d"]

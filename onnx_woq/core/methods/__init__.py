@@ -14,6 +14,7 @@ from typing import Any
 
 from onnx_woq.core.methods import awq, gptq, rtn
 from onnx_woq.errors import RecipeError, nearest
+from onnx_woq.recipe import Spec
 
 MOST_CANDIDATES = 1000  # of a range search: more is a slip of the step, and would run for hours
 
@@ -26,11 +27,14 @@ class Method:
         name: what recipes call it.
         solve: the function; `stats` may be None when `needs_data` is false.
         needs_data: whether it reads calibration statistics.
+        working_bytes: `(k, n, spec)` -> about the most bytes that solving holds at once beyond weight, statistics and
+            result.
     """
 
     name: str
     solve: Callable[..., Any]
     needs_data: bool
+    working_bytes: Callable[[int, int, Spec], int]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -41,11 +45,17 @@ class Method:
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "rtn": Method("rtn", rtn.solve, needs_data=False),
-        "gptq": Method("gptq", gptq.solve, needs_data=True),
-        "awq": Method("awq", awq.solve, needs_data=True),
+        "rtn": Method("rtn", rtn.solve, needs_data=False, working_bytes=rtn.working_bytes),
+        "gptq": Method("gptq", gptq.solve, needs_data=True, working_bytes=gptq.working_bytes),
+        "awq": Method("awq", awq.solve, needs_data=True, working_bytes=awq.working_bytes),
     }
 )
+
+
+def solve_bytes(method: str, k: int, n: int, spec: Spec) -> int:
+    """About the most bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included."""
+    groups = -(-k // spec.resolved_group(k))
+    return METHODS[method].working_bytes(k, n, spec) + k * n + 5 * groups * n
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:

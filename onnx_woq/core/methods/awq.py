@@ -9,32 +9,55 @@ equation 5. For s [K] > 0, `x @ W = (x / s) @ (diag(s) @ W)`: rounding the scale
 divided by sqrt(max s · min s), with the loss `Σ ΔW ∘ (H·ΔW)`, H the Gram matrix of the inputs: the exact squared error
 of the output over all calibration tokens. All weights that read an input are solved side by side and share one s.
 
-No scale at all is a candidate too, and a clipped range is kept in an output channel only where it lowers that loss:
-on the calibration data the result is never worse than rounding to nearest.
+No scale at all is a candidate too, and a clipped range is kept in an output channel only where it lowers that loss.
+
+Of a weight with many output channels an evenly spread sample chooses: every exponent is scored on a small one, the
+best few on a larger one. The winner is then measured on all output channels beside rounding to nearest, and dropped
+where it is not better: on the calibration data the result is never worse than rounding to nearest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.grid import QuantizedTensor, fitter, quantize, tiles
-from onnx_woq.core.stats import Stats, column_errors
+from onnx_woq.core.clip import search
+from onnx_woq.core.grid import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    QuantizedTensor,
+    encode,
+    fit,
+    project,
+    scratch_of,
+    tiles,
+    widened,
+)
+from onnx_woq.core.stats import ERROR_ROWS, Stats, column_errors
 from onnx_woq.recipe import Spec
 
 F32 = NDArray[np.float32]
-GridOf = Callable[..., tuple[F32, NDArray[np.uint8]]]
+U8 = NDArray[np.uint8]
+Grid = tuple[F32, U8]
+GridOf = Callable[[F32, NDArray[Any], "Grid | None"], Grid]
+"""`(tile [K, n], row weights [K], the plain grid if this is another) -> (scales, zeros)`."""
+
+ErrorsOf = Callable[[F32, F32], NDArray[np.float64]]
 
 RATIOS = tuple(i / 20 for i in range(21))
-SAMPLE = 1024  # output channels that choose the exponent; whether to scale at all is decided on all of them
+SCREEN = 128  # output channels that every exponent is scored on
+SAMPLE = 512  # output channels that choose between the best few of them, and between scaling and not
+HEAVY = 64  # inputs whose errors are not taken to be independent while screening
+FINALISTS = 4  # with these the loss is within 1 % of that of scoring everything on everything
 LEAST, LARGEST = 1e-4, 1e4  # of a scale; float16 holds both, and their inverses
 TILE = 512  # output channels scored at a time
 
 
 def solve(
-    weight: F32,
+    weight: NDArray[Any],
     stats: Stats | None,
     spec: Spec,
     *,
@@ -48,7 +71,7 @@ def solve(
     """Quantizes `weight [K, N]` after scaling its rows; the result's `input_scale` is s, or None where none helps.
 
     Args:
-        weight: float32, finite.
+        weight: any float dtype, in either memory order, mapped from a file or not: read some columns at a time.
         stats: of the input of every column of `weight`.
         spec: bits, group size and scheme.
         scale_dtype: what the model stores scales in; s is rounded to it as well.
@@ -61,33 +84,60 @@ def solve(
 
     Raises:
         ValueError: no statistics, or of another number of inputs than `weight` has rows.
+        FloatingPointError: the weight holds NaN or infinite numbers.
     """
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("awq needs the statistics of the weight's inputs, as many of them as it has rows")
-    weight = np.ascontiguousarray(weight, np.float32)
-    plain = fitter(spec, None, full_range=enable_full_range, scale_dtype=scale_dtype)
-    clipped = fitter(spec, mse_range, full_range=enable_full_range, scale_dtype=scale_dtype)
+    kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
+
+    def plain(tile: F32, _: NDArray[Any], __: Grid | None) -> Grid:
+        return fit(tile, spec, **kinds)
+
+    def clipped(tile: F32, row_weights: NDArray[Any], before: Grid | None) -> Grid:
+        return search(tile, spec, mse_range, row_weights=row_weights, plain=before, **kinds)
+
     grids = [plain, clipped] if enable_mse_search else [plain]
-    best, loss = _quantize(weight, None, stats.gram, spec, grids)
-    if not enable_auto_scale or loss == 0:
-        return best
-    scale = _best_scale(weight, stats, spec, plain, scale_dtype)
-    if scale is None:
-        return best
-    scaled, scaled_loss = _quantize(weight, scale, stats.gram, spec, grids)
-    return scaled if scaled_loss < loss else best
+    scale = _best_scale(weight, stats, spec, [plain], scale_dtype) if enable_auto_scale else None
+    if scale is not None:
+        scaled, loss = _quantize(weight, scale, stats.gram, spec, grids)
+        if loss < _loss(weight, None, stats.gram, spec, [plain]):
+            return scaled
+    return _quantize(weight, None, stats.gram, spec, grids)[0]
 
 
-def _best_scale(weight: F32, stats: Stats, spec: Spec, grid: GridOf, scale_dtype: DTypeLike) -> F32 | None:
-    """The s [K] of least loss over a sample of output channels, None when that is no scale at all."""
-    sample = np.ascontiguousarray(weight[:, :: -(-weight.shape[1] // SAMPLE)])
-    _, least = _quantize(sample, None, stats.gram, spec, [grid])
-    best = None
-    for scale in candidates(stats.abs_mean, weight_share(weight, spec), scale_dtype):
-        _, loss = _quantize(sample, scale, stats.gram, spec, [grid])
-        if loss < least:
-            least, best = loss, scale
-    return best
+def _best_scale(
+    weight: NDArray[Any], stats: Stats, spec: Spec, grids: Sequence[GridOf], scale_dtype: DTypeLike
+) -> F32 | None:
+    """The s [K] of least loss on a sample of output channels, None when that is no scale at all."""
+    sample, gram = _spread(weight, SAMPLE), stats.gram
+    few = _spread(weight, min(SCREEN, SAMPLE))
+    scales = list(candidates(stats.abs_mean, weight_share(weight, spec), scale_dtype))
+    if few.shape != sample.shape:
+        screened = [_loss(few, scale, gram, spec, grids, _estimated_errors) for scale in scales]
+        scales = [scales[i] for i in np.argsort(screened, kind="stable")[:FINALISTS]]
+    if not scales:
+        return None
+    tried = [None, *scales]  # no scale wins a tie
+    return tried[int(np.argmin([_loss(sample, scale, gram, spec, grids) for scale in tried]))]
+
+
+def _estimated_errors(delta: F32, gram: F32) -> NDArray[np.float64]:
+    """`column_errors` with only the inputs of the largest diagonal entries taken to be correlated.
+
+    Rounding errors of different rows are as good as independent; where single terms of the sum still matter is among
+    a few massive channels.
+    """
+    diagonal = gram.diagonal()
+    heavy = np.argsort(-diagonal, kind="stable")[:HEAVY]
+    between = gram[np.ix_(heavy, heavy)]
+    np.fill_diagonal(between, 0)
+    part = delta[heavy]
+    return (diagonal @ np.square(delta)).astype(np.float64) + np.einsum("kn,kn->n", part, between @ part)
+
+
+def _spread(weight: NDArray[Any], most: int) -> F32:
+    """At most `most` columns of `weight`, evenly spread, float32."""
+    return np.array(weight[:, :: -(-weight.shape[1] // most)], np.float32, order="C")
 
 
 def candidates(abs_mean: NDArray[np.float64], share: NDArray[np.float64], scale_dtype: DTypeLike) -> Iterator[F32]:
@@ -105,38 +155,85 @@ def candidates(abs_mean: NDArray[np.float64], share: NDArray[np.float64], scale_
         yield s.astype(scale_dtype).astype(np.float32)
 
 
-def weight_share(weight: F32, spec: Spec) -> NDArray[np.float64]:
+def weight_share(weight: NDArray[Any], spec: Spec) -> NDArray[np.float64]:
     """How large each row's weights are, on average over output channels, beside the largest of their group, [K]."""
     k, n = weight.shape
     share = np.zeros(k)
+    scratch = scratch_of(weight, spec.resolved_group(k), whole=True)
     for rows, groups, g, columns in tiles(k, n, spec.resolved_group(k), whole=True):
-        size = np.abs(weight[rows, columns]).reshape(groups.stop - groups.start, g, -1)
+        size = np.abs(widened(weight[rows, columns], scratch)).reshape(groups.stop - groups.start, g, -1)
         largest = size.max(axis=1, keepdims=True)
         share[rows] += np.divide(size, largest, out=size, where=largest > 0).sum(axis=2, dtype=np.float64).ravel()
     return share / n
 
 
 def _quantize(
-    weight: F32, scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf]
+    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf]
 ) -> tuple[QuantizedTensor, float]:
     """`diag(scale) @ weight` rounded on the better of `grids` in each output channel, and the loss of that."""
     k, n = weight.shape
     g = spec.resolved_group(k)
     codes, loss = np.empty((k, n), np.uint8), 0.0
     scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
+    for columns, tile, grid, errors in _scored(weight, scale, gram, spec, grids):
+        scales[:, columns], zeros[:, columns] = grid
+        codes[:, columns] = encode(tile, *grid, spec.bits, g)
+        loss += errors
+    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale), loss
+
+
+def _loss(
+    weight: NDArray[Any],
+    scale: F32 | None,
+    gram: F32,
+    spec: Spec,
+    grids: Sequence[GridOf],
+    errors_of: ErrorsOf = column_errors,
+) -> float:
+    return sum(errors for _, _, _, errors in _scored(weight, scale, gram, spec, grids, errors_of))
+
+
+def _scored(
+    weight: NDArray[Any],
+    scale: F32 | None,
+    gram: F32,
+    spec: Spec,
+    grids: Sequence[GridOf],
+    errors_of: ErrorsOf = column_errors,
+) -> Iterator[tuple[slice, F32, Grid, float]]:
+    """For some columns at a time: which, what is to be rounded there, the better grid of each, and the loss."""
+    k, n = weight.shape
+    g = spec.resolved_group(k)
     row_weights = gram.diagonal() if scale is None else gram.diagonal() / scale**2
     for columns in (slice(c, min(c + TILE, n)) for c in range(0, n, TILE)):
-        original = weight[:, columns]
+        original = np.ascontiguousarray(weight[:, columns], np.float32)
         tile = original if scale is None else original * scale[:, None]
+        best: Grid | None = None
         least = np.full(tile.shape[1], np.inf)
-        for grid in grids:
-            q = quantize(tile, *grid(tile, row_weights), spec, input_scale=scale)
-            delta = q.effective()
+        for grid_of in grids:
+            grid = grid_of(tile, row_weights, best)
+            delta = project(tile, *grid, spec.bits, g)
+            if scale is not None:
+                delta /= scale[:, None]
             delta -= original
-            errors = column_errors(delta, gram)
+            errors = errors_of(delta, gram)
+            if best is None:
+                best, least = grid, errors
+                continue
             better = errors < least
-            least[better] = errors[better]
-            for kept, new in ((codes, q.codes), (scales, q.scales), (zeros, q.zeros)):
-                np.copyto(kept[:, columns], new, where=better)
-        loss += float(least.sum())
-    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale), loss
+            best = np.where(better, grid[0], best[0]), np.where(better, grid[1], best[1])
+            least = np.where(better, errors, least)
+        assert best is not None  # noqa: S101
+        yield columns, tile, best, float(least.sum())
+
+
+def working_bytes(k: int, n: int, spec: Spec) -> int:
+    """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
+    sample, few = (-(-n // -(-n // most)) for most in (SAMPLE, SCREEN))
+    width = min(TILE, n)
+    while_choosing = k * (sample + few + len(RATIOS)) + (2 + 2 * (sample > TILE)) * k * min(TILE, sample)
+    while_solving = (3 + (n > TILE)) * k * width
+    step = max(ERROR_ROWS, -(-k // 8))
+    products = max(step * (k + width), 2 * min(TILE_ROWS * TILE_COLUMNS, k * width))
+    grids = 6 * -(-k // spec.resolved_group(k)) * width
+    return 4 * (max(while_choosing, while_solving) + products + grids)

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.grid import QuantizedTensor, fitter, quantize
+from onnx_woq.core.clip import fitter
+from onnx_woq.core.grid import QuantizedTensor, quantize
+from onnx_woq.core.lapack import cholesky, invert_lower
 from onnx_woq.core.stats import Stats
 from onnx_woq.recipe import Spec
 
@@ -31,12 +33,13 @@ GridOf = Callable[..., "tuple[NDArray[np.float32], NDArray[np.uint8]]"]
 LEAF = 16  # rows solved one by one before a matrix product pays
 TILE_BYTES = 32 << 20  # of working weights: columns are independent, so wide weights are solved a tile at a time
 EXACT_PRODUCTS = 1 << 28  # K²N up to which float64 costs nothing anyone would notice
-FACTOR_EXACTLY = 4096  # inputs up to which the factorization is in float64
+FACTOR_EXACTLY = 2048  # inputs up to which the factorization is in float64
+COPIED = 256  # rows of the Gram matrix at a time
 DAMP_RAISES = 4  # tenfold each
 
 
 def solve(
-    weight: NDArray[np.float32],
+    weight: NDArray[Any],
     stats: Stats | None,
     spec: Spec,
     *,
@@ -55,7 +58,7 @@ def solve(
     what their weights should be, and would widen their groups' ranges.
 
     Args:
-        weight: float32, finite.
+        weight: any float dtype, in either memory order, mapped from a file or not: read some columns at a time.
         stats: of the input of every column of `weight`.
         spec: bits, group size and scheme.
         scale_dtype: what the model stores scales in.
@@ -73,10 +76,10 @@ def solve(
 
     Raises:
         ValueError: no statistics, or of another number of inputs than `weight` has rows.
+        FloatingPointError: the weight holds NaN or infinite numbers.
     """
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("gptq needs the statistics of the weight's inputs, as many of them as it has rows")
-    weight = np.ascontiguousarray(weight, np.float32)
     k, n = weight.shape
     grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
     diagonal = stats.gram.diagonal()
@@ -91,23 +94,50 @@ def solve(
     static = g < k and (static_groups or actorder)
     group_of = order // g if static else np.arange(k) // g
     dead = diagonal == 0
-    dtype: type[np.floating[Any]] = np.float64 if k * k * n <= EXACT_PRODUCTS else np.float32
+    dtype = sweep_dtype(k, n)
     feedback, importance = factors[0].astype(dtype, copy=False), factors[1]
+    del factors  # where the factor was float64 and the rest is not, one of them will do
     codes = np.empty((k, n), np.uint8)
     scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
-    width = max(64, TILE_BYTES // (k * np.dtype(dtype).itemsize))
-    for columns in (slice(c, min(c + width, n)) for c in range(0, n, width)):
-        tile = weight[:, columns].astype(dtype)
-        tile[dead] = 0
-        sweep = _Sweep(tile[order], feedback, group_of, spec)
-        if static:
-            sweep.set_grid(slice(None), grid(tile, importance[np.argsort(order)]))
+    for columns in column_tiles(k, n):
+        work = np.array(weight[:, columns], dtype, order="C")
+        if not (np.isfinite(work.min()) and np.isfinite(work.max())):
+            raise FloatingPointError("cannot fit a grid to weights that are NaN or infinite")
+        work[dead] = 0
+        fixed = grid(work, importance[np.argsort(order)]) if static else None
+        if actorder:
+            work = work[order]
+        sweep = _Sweep(work, feedback, group_of, spec)
+        if fixed is not None:
+            sweep.set_grid(slice(None), fixed)
             sweep.run(block_size, group_size=1)
         else:
             sweep.run(-(-block_size // g) * g, group_size=g, grid=grid, importance=importance)
         scales[:, columns], zeros[:, columns] = sweep.scales, sweep.zeros
-        codes[order, columns] = sweep.work + sweep.zeros[group_of]
+        for rows in (slice(r, r + COPIED) for r in range(0, k, COPIED)):
+            codes[order[rows], columns] = sweep.work[rows] + sweep.zeros[group_of[rows]]
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+
+
+def sweep_dtype(k: int, n: int) -> type[np.floating[Any]]:
+    """What a weight [k, n] is solved in."""
+    return np.float64 if k * k * n <= EXACT_PRODUCTS else np.float32
+
+
+def column_tiles(k: int, n: int) -> list[slice]:
+    """The columns of a weight [k, n] that are solved together, about `TILE_BYTES` of working weights."""
+    width = max(64, TILE_BYTES // (k * np.dtype(sweep_dtype(k, n)).itemsize))
+    return [slice(c, min(c + width, n)) for c in range(0, n, width)]
+
+
+def working_bytes(k: int, n: int, spec: Spec) -> int:
+    """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
+    size, factor = (np.dtype(d).itemsize for d in (sweep_dtype(k, n), factor_dtype(k)))
+    feedback = k * k * (factor if factor == size else factor + size)
+    columns = column_tiles(k, n)[0]
+    width = columns.stop - columns.start
+    grids = -(-k // spec.resolved_group(k)) * width * 4 * size
+    return max(feedback, k * k * size + 2 * k * width * size + grids + min(COPIED, k) * width * size)
 
 
 class _Sweep:
@@ -139,24 +169,24 @@ class _Sweep:
         gathered: no cut is ever made inside a group that has not been fitted.
         """
 
-        def finish(start: int, stop: int) -> None:
-            if grid is not None and start % group_size == 0 and stop == min(start + group_size, len(self.work)):
-                rows = slice(start, stop)
-                weights = None if importance is None else importance[rows]
-                scales, zeros = grid(self.work[rows], weights)
-                self.set_grid(start // group_size, (scales[0], zeros[0]))
-            if stop - start <= (LEAF if grid is None else min(LEAF, group_size)):
-                return self.finish_rows(start, stop)
-            unit = group_size if stop - start > group_size else 1
-            middle = start + max(1, (stop - start) // 2 // unit) * unit
-            finish(start, middle)
-            self.gather(slice(middle, stop), slice(start, middle))
-            return finish(middle, stop)
-
         for start in range(0, len(self.work), block):
             stop = min(start + block, len(self.work))
             self.gather(slice(start, stop), slice(0, start))
-            finish(start, stop)
+            self.finish(start, stop, group_size, grid, importance)
+
+    # A method: a function inside `run` that calls itself would keep all of this alive until garbage is collected.
+    def finish(self, start: int, stop: int, group_size: int, grid: GridOf | None, importance: Float | None) -> None:
+        if grid is not None and start % group_size == 0 and stop == min(start + group_size, len(self.work)):
+            rows = slice(start, stop)
+            scales, zeros = grid(self.work[rows], None if importance is None else importance[rows])
+            self.set_grid(start // group_size, (scales[0], zeros[0]))
+        if stop - start <= (LEAF if grid is None else min(LEAF, group_size)):
+            return self.finish_rows(start, stop)
+        unit = group_size if stop - start > group_size else 1
+        middle = start + max(1, (stop - start) // 2 // unit) * unit
+        self.finish(start, middle, group_size, grid, importance)
+        self.gather(slice(middle, stop), slice(start, middle))
+        return self.finish(middle, stop, group_size, grid, importance)
 
     def gather(self, rows: slice, finished: slice) -> None:
         if finished.stop > finished.start:
@@ -176,6 +206,11 @@ class _Sweep:
             left -= level * self.scales[group]
 
 
+def factor_dtype(k: int) -> type[np.floating[Any]]:
+    """What the Gram matrix of k inputs is factorized in."""
+    return np.float64 if k <= FACTOR_EXACTLY else np.float32
+
+
 def factorize(
     gram: NDArray[np.float32], percdamp: float, order: NDArray[np.intp]
 ) -> tuple[Float, NDArray[np.float32]] | None:
@@ -189,26 +224,27 @@ def factorize(
 
     None when no damping makes H̃ positive definite.
     """
-    from scipy.linalg import lapack
-
     k = len(gram)
-    dtype: type[np.floating[Any]] = np.float64 if k <= FACTOR_EXACTLY else np.float32
-    potrf, trtri = (lapack.dpotrf, lapack.dtrtri) if dtype is np.float64 else (lapack.spotrf, lapack.strtri)
+    dtype = factor_dtype(k)
     backwards, as_given = order[::-1], np.array_equal(order, np.arange(k))
+    # The one buffer all of this happens in. LAPACK wants columns; the matrix being symmetric, its transpose will do.
+    buffer: Float = np.empty((k, k), dtype, order="F")
     for attempt in range(DAMP_RAISES + 1):
         damp = percdamp * 10**attempt * float(gram.diagonal().mean(dtype=np.float64))
-        if as_given:  # a view; picking entries one by one would take a fifth of the time
-            reversed_gram = gram[::-1, ::-1].astype(dtype)
-        else:
-            reversed_gram = gram[np.ix_(backwards, backwards)].astype(dtype, copy=False)
-        np.einsum("kk->k", reversed_gram)[...] += damp  # a view of the diagonal; dead inputs are positive now as well
-        # LAPACK works in place on columns; the matrix being symmetric, its transpose is as good.
-        by_columns = reversed_gram if reversed_gram.flags.f_contiguous else reversed_gram.T
-        lower, failed = potrf(by_columns, lower=1, clean=0, overwrite_a=1)
-        if not failed:
-            inverse, _ = trtri(lower, lower=1, overwrite_c=1)
-            pivots = inverse.diagonal()[::-1].astype(np.float64)
+        for rows in (slice(r, min(r + COPIED, k)) for r in range(0, k, COPIED)):
+            # Picked entry by entry it would take longer than the inversion, so some rows at a time.
+            source = (
+                gram[k - rows.stop : k - rows.start][::-1, ::-1]
+                if as_given
+                else gram[np.ix_(backwards[rows], backwards)]
+            )
+            buffer.T[rows] = source
+        np.einsum("kk->k", buffer)[...] += damp  # a view of the diagonal; dead inputs are positive now as well
+        if cholesky(buffer) and invert_lower(buffer):
+            pivots = buffer.diagonal()[::-1].astype(np.float64)
             if np.isfinite(pivots).all():
-                return np.divide(inverse.T[::-1, ::-1], pivots.astype(dtype)), (1 / pivots**2).astype(np.float32)
+                feedback = buffer.T[::-1, ::-1]
+                feedback /= pivots.astype(dtype)
+                return feedback, (1 / pivots**2).astype(np.float32)
         logger.info("gptq: the Gram matrix of %d inputs is not positive definite with %g added", k, damp)
     return None

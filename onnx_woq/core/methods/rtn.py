@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.grid import QuantizedTensor, fitter, quantize
+from onnx_woq.core.clip import search
+from onnx_woq.core.grid import TALL, QuantizedTensor, nearest, quantize, tiles
 from onnx_woq.core.stats import Stats
 from onnx_woq.recipe import Spec
 
 
 def solve(
-    weight: NDArray[np.float32],
+    weight: NDArray[Any],
     stats: Stats | None,  # noqa: ARG001 (every method is called alike)
     spec: Spec,
     *,
@@ -25,14 +27,27 @@ def solve(
     """Rounds `weight [K, N]` to nearest.
 
     Args:
-        weight: float32, finite.
+        weight: any float dtype, in either memory order, mapped from a file or not: it is read tile by tile.
         stats: not used.
         spec: bits, group size and scheme.
         scale_dtype: what the model stores scales in.
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
         enable_mse_search: shrink each group's range to where its squared error is least.
         mse_range: the shrink factors tried (start, stop, step).
+
+    Raises:
+        FloatingPointError: the weight holds NaN or infinite numbers.
     """
-    weight = np.ascontiguousarray(weight, np.float32)
-    grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
-    return quantize(weight, *grid(weight), spec)
+    kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
+    if enable_mse_search:
+        return quantize(weight, *search(weight, spec, mse_range, **kinds), spec)
+    parts = nearest(weight, spec, **kinds)
+    return QuantizedTensor(*parts, spec.bits, spec.resolved_group(len(weight)), spec.symmetric)
+
+
+def working_bytes(k: int, n: int, spec: Spec) -> int:
+    """About the most that `solve` holds at once beyond the weight [k, n] and the result."""
+    g = spec.resolved_group(k)
+    pieces = tiles(k, n, g, whole=g <= TALL)
+    largest = max((r.stop - r.start) * (c.stop - c.start) for r, _, _, c in pieces)
+    return 5 * largest + (24 * -(-k // g) * n if g > TALL else largest)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 _ROWS, _COLUMNS = 1024, 512  # a tile of codes and what is made of it stay in the cache
-_WORDS: dict[int, np.dtype] = {8: np.dtype("<u2"), 16: np.dtype("<u4"), 32: np.dtype("<u8")}  # what two words of so many bits fit in
+# What two words of so many bits fit in.
+_WORDS: dict[int, np.dtype] = {8: np.dtype("<u2"), 16: np.dtype("<u4"), 32: np.dtype("<u8")}
 _WORD_BITS = 64
 
 

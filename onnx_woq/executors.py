@@ -1,0 +1,115 @@
+"""Where tasks run: the executors that are built in, Dask clusters, and what they have in common.
+
+An executor is anything with the protocol of `concurrent.futures.Executor`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from onnx_woq.core.cpu import cores, one_blas_thread
+from onnx_woq.errors import RecipeError, nearest
+
+EXECUTORS = ("threads", "processes", "serial")
+"""The built-in ones, by name."""
+
+T = TypeVar("T")
+
+
+class Serial(Executor):
+    """Runs each task at once, in the thread that submits it."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """The finished future of `fn(*args, **kwargs)`."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def built_in(name: str = "threads") -> Iterator[Executor]:
+    """One of `EXECUTORS`, as wide as the machine has cores; shut down at the end.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name not in EXECUTORS:
+        raise RecipeError(f"unknown executor {name!r}: {nearest(name, EXECUTORS)}")
+    executor = {"serial": Serial, "threads": _threads, "processes": _processes}[name]()
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _threads() -> Executor:
+    return ThreadPoolExecutor(cores(), thread_name_prefix="onnx-woq")
+
+
+def _processes() -> Executor:
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(cores(), mp_context=spawn, initializer=_begin_process)
+
+
+def _begin_process() -> None:
+    """A worker ends with its parent, however that ends, and leaves an interrupt to it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextmanager
+def dask_cluster(address: str) -> Iterator[Executor]:
+    """The workers of the Dask scheduler at `address`; they need this package, of this version.
+
+    Raises:
+        RecipeError: `distributed` is not installed, or there is no scheduler there.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise RecipeError("--dask needs the package distributed: pip install 'onnx-woq[dask]'") from error
+    try:
+        client = Client(address, set_as_default=False, timeout="10s")
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"no Dask scheduler at {address} ({error}): start one with `dask scheduler`") from error
+    with client:
+        yield client.get_executor()
+
+
+def workers_of(executor: Executor) -> int:
+    """How many tasks an executor works on at a time."""
+    if isinstance(executor, Serial):
+        return 1
+    client = getattr(executor, "_client", None)
+    if client is not None and hasattr(client, "nthreads"):
+        return max(1, sum(client.nthreads().values()))
+    return int(getattr(executor, "_max_workers", 0)) or cores()
+
+
+@lru_cache
+def keep_blas_to_one_thread() -> object:
+    """For the rest of this process, which is not ours but an executor's."""
+    return one_blas_thread()
+
+
+def is_gone(executor: Executor) -> bool:
+    """Whether it is a cluster whose scheduler is lost: its futures never end."""
+    return getattr(getattr(executor, "_client", None), "status", "running") in ("closing", "closed", "failed")

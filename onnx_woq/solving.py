@@ -1,0 +1,325 @@
+"""Solve taps, wherever an executor runs them: a task takes along what it needs and gives back what is to be stored.
+
+An executor is anything with the protocol of `concurrent.futures.Executor`. Wherever a task runs, BLAS works with one
+thread, so the numbers are the same bit for bit on cores of one kind. What an executor loses is solved again here.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import numpy as np
+
+from onnx_woq.core.methods import METHODS
+from onnx_woq.core.stats import output_error
+from onnx_woq.errors import ModelError
+from onnx_woq.executors import is_gone, keep_blas_to_one_thread
+from onnx_woq.graph.fold import can_fold
+from onnx_woq.graph.lower.matmulnbits import Packed, pack
+from onnx_woq.graph.taps import Part, Tap
+from onnx_woq.recipe import Recipe, Spec
+
+if TYPE_CHECKING:
+    from onnx_woq.core.grid import QuantizedTensor
+    from onnx_woq.core.stats import Stats
+
+logger = logging.getLogger(__name__)
+
+ERROR_CHANNELS = 256
+"""Output channels, evenly spread, on which the reported error of a tap is measured: on all of them it would take
+several times as long as solving."""
+
+PATIENCE = 2.0
+"""Seconds after which a cluster is asked whether it is still there."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tap to solve. Pickling it reads its weights, in the type they are stored in, and takes them along.
+
+    Attributes:
+        name: of the tap.
+        method, options, spec: what to do.
+        scale_dtype: name of the type scales are stored in.
+        weights: the distinct weights of the tap, in order.
+        stats: of their input; None where the method needs no data.
+        moved: it has come from another process, where nobody has limited BLAS.
+    """
+
+    name: str
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    spec: Spec
+    scale_dtype: str
+    weights: tuple[Part, ...]
+    stats: Stats | None
+    moved: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        weights = tuple(replace(w, read=partial(_same, np.asarray(w.read()))) for w in self.weights)
+        return Task, (self.name, self.method, self.options, self.spec, self.scale_dtype, weights, self.stats, True)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What becomes of a tap.
+
+    Attributes:
+        packed: its distinct weights, in order.
+        input_scale: float32 [K] that its input is to be divided by, or None.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most `ERROR_CHANNELS` output channels; None
+            without data.
+    """
+
+    packed: tuple[Packed, ...]
+    input_scale: np.ndarray | None = None
+    error: float | None = None
+
+
+def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
+    """The task of solving `tap` as `recipe` says."""
+    options = dict(recipe.options)
+    if folding(recipe) and not can_fold(tap):
+        options["enable_auto_scale"] = False
+    scale_dtype = np.dtype(tap.scale_dtype).name
+    return Task(tap.name, recipe.method, tuple(options.items()), tap.spec, scale_dtype, tuple(tap.parts()), stats)
+
+
+def solves_alike(one: Recipe, other: Recipe) -> bool:
+    """Whether a tap that both choose becomes the same by both, given the same statistics and no override."""
+    return (one.method, one.spec, one.options) == (other.method, other.spec, other.options)
+
+
+def known_as(recipe: Recipe, tap: Tap) -> tuple[object, ...] | None:
+    """Equal for taps of one model that become the same; None where that depends on what has been put in before."""
+    if recipe.true_sequential or folding(recipe):
+        return None
+    return (recipe.method, *recipe.options.items(), tap.spec, tap.values, *(site.name for site in tap.sites))
+
+
+def folding(recipe: Recipe) -> bool:
+    """Whether an input scale that cannot be folded exactly is left out, rather than multiplied by in a new node."""
+    return bool(recipe.options.get("folding", False))
+
+
+def solve_task(task: Task) -> Solved:
+    """Solves a task. Where it has not been moved, the caller keeps BLAS to one thread (`one_blas_thread`).
+
+    Raises:
+        ModelError: a weight is not finite or cannot be read.
+    """
+    if task.moved:
+        keep_blas_to_one_thread()
+    return _alone(task) if task.stats is None else _together(task, task.stats)
+
+
+def _alone(task: Task) -> Solved:
+    """Each weight by itself, as it is stored: nothing is widened or put side by side."""
+    return Solved(tuple(pack(_solved(task, w.name, w.read(), None), _type(task)) for w in task.weights))
+
+
+def _together(task: Task, stats: Stats) -> Solved:
+    """All weights side by side, for they share their input, its statistics and its scale."""
+    weight = _side_by_side(task)
+    q = _solved(task, task.weights[0].name, weight, stats)
+    packed, start = [], 0
+    for part in task.weights:
+        packed.append(pack(q.columns(slice(start, start + part.n)), _type(task)))
+        start += part.n
+    return Solved(tuple(packed), q.input_scale, _relative_error(weight, q, stats))
+
+
+def _solved(task: Task, name: str, weight: np.ndarray, stats: Stats | None) -> QuantizedTensor:
+    try:
+        solve = METHODS[task.method].solve
+        q: QuantizedTensor = solve(weight, stats, task.spec, scale_dtype=_type(task), **dict(task.options))
+        return q
+    except FloatingPointError as error:
+        raise _not_finite(task, name) from error
+
+
+def _side_by_side(task: Task) -> np.ndarray:
+    """The weights as one float32 matrix `[K, n]`."""
+    out = np.empty((task.weights[0].k, sum(weight.n for weight in task.weights)), np.float32)
+    start = 0
+    for weight in task.weights:
+        columns = out[:, start : start + weight.n]
+        columns[...] = weight.read()
+        if not (np.isfinite(columns.min()) and np.isfinite(columns.max())):  # min and max pass NaN on
+            raise _not_finite(task, weight.name)
+        start += weight.n
+    return out
+
+
+def _relative_error(weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> float:
+    step = -(-weight.shape[1] // ERROR_CHANNELS)
+    every = slice(None, None, step)
+    sample = np.ascontiguousarray(weight[:, every])
+    energy = output_error(sample, stats.gram)
+    return output_error(q.columns(every).effective() - sample, stats.gram) / energy if energy else 0.0
+
+
+def _not_finite(task: Task, weight: str) -> ModelError:
+    return ModelError(
+        f"weight {weight!r} of {task.name!r} has NaN or infinite values: export the model again, or exclude this node"
+    )
+
+
+def _type(task: Task) -> type[np.floating]:
+    return np.float16 if task.scale_dtype == "float16" else np.float32
+
+
+def _same(array: np.ndarray) -> np.ndarray:
+    return array
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """A result, or what the solver raised: errors of the executor itself come as exceptions."""
+
+    solved: Solved | None
+    error: Exception | None
+
+
+@dataclass
+class _Job(Generic[T]):
+    """A task on its way, kept for the case that it is lost."""
+
+    item: T
+    size: int
+    task: Task | None
+    future: Future[_Outcome]
+
+    def is_done(self) -> bool:
+        """Whether nothing runs for it any more; what a finished task was made of is let go."""
+        if not self.future.done():
+            return False
+        if not self.future.cancelled() and self.future.exception() is None:
+            self.task = None
+        return True
+
+    def result(self, executor: Executor) -> Solved:
+        """Waits for the result, and solves the task here if the executor has lost it."""
+        task = self.task
+        try:
+            outcome = _waited_for(self.future, executor)
+        except Exception as error:
+            if task is None:  # cannot be: it is let go only with a result
+                raise
+            logger.warning("the executor lost a task (%s: %s): it is solved here", type(error).__name__, error)
+            outcome = _attempt(task)
+        if outcome.solved is None:
+            raise outcome.error or RuntimeError("a task came back empty")
+        return outcome.solved
+
+
+def solve_all(
+    tasks: Iterable[tuple[T, int, Callable[[], Task | Solved]]],
+    executor: Executor,
+    *,
+    workers: int,
+    most_bytes: int,
+    settled_after: Callable[[T], bool] = lambda _: False,
+) -> Iterator[tuple[T, Solved]]:
+    """Solves tasks side by side and gives the results in order.
+
+    A task is made only when there is room for it: never more than `workers` are being solved, together they never take
+    more than `most_bytes` unless there is only one, and as many at most wait for their turn to be taken. A task that
+    the executor loses (a killed worker, a broken pool) is solved again in this process, with the same result.
+
+    Args:
+        tasks: what each one is for, the bytes it takes, and how to make it; what is known already may be its result.
+        executor: where they run.
+        workers: at a time.
+        most_bytes: at a time.
+        settled_after: for which of them the next task is only asked for when all results have been taken.
+
+    Raises:
+        OnnxWoqError: what a solver raises, in the order of the tasks.
+    """
+    jobs: deque[_Job[T]] = deque()
+    try:
+        for item, size, make in tasks:
+            while running := [job for job in jobs if not job.is_done()]:
+                if len(running) < workers and sum(job.size for job in running) + size <= most_bytes:
+                    break
+                if jobs[0].is_done():
+                    job = jobs.popleft()
+                    yield job.item, job.result(executor)
+                else:
+                    _wait_for_any([job.future for job in running], executor)
+            task = make()
+            if isinstance(task, Solved):
+                jobs.append(_Job(item, 0, None, _finished(task)))
+            else:
+                jobs.append(_Job(item, size, task, _submitted(executor, task)))
+            del task
+            while jobs and (settled_after(item) or jobs[0].is_done() or len(jobs) > 2 * workers):
+                job = jobs.popleft()
+                yield job.item, job.result(executor)
+        while jobs:
+            job = jobs.popleft()
+            yield job.item, job.result(executor)
+    finally:
+        left = [job.future for job in jobs if not job.future.cancel()]
+        if isinstance(executor, ThreadPoolExecutor):  # they read files that the caller may be about to remove
+            wait(left)
+
+
+def _attempt(task: Task) -> _Outcome:
+    try:
+        return _Outcome(solve_task(task), None)
+    except Exception as error:
+        return _Outcome(None, error)
+
+
+def _waited_for(future: Future[T], executor: Executor) -> T:
+    while not future.done():
+        _wait_for_any([future], executor)
+    return future.result()
+
+
+def _wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
+    """Waits until one of `futures` is done; cancels them all where nobody is left to do them."""
+    while not any(future.done() for future in futures):
+        wait(futures, timeout=PATIENCE, return_when=FIRST_COMPLETED)
+        if is_gone(executor):
+            for future in futures:
+                future.cancel()
+
+
+def _finished(solved: Solved) -> Future[_Outcome]:
+    future: Future[_Outcome] = Future()
+    future.set_result(_Outcome(solved, None))
+    return future
+
+
+def _submitted(executor: Executor, task: Task) -> Future[_Outcome]:
+    try:
+        if is_gone(executor):
+            raise BrokenExecutor("the connection to the scheduler is lost")
+        if not hasattr(executor, "_client"):
+            return executor.submit(_attempt, task)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # that is what a task is
+            return executor.submit(_attempt, task, pure=False)  # type: ignore[call-arg]  # Dask: no hash over all of its bytes
+    except Exception as error:  # a pool that is broken, a client that is closed
+        future: Future[_Outcome] = Future()
+        future.set_exception(error)
+        return future

@@ -1,0 +1,288 @@
+"""Tasks and executors: the same numbers everywhere, in order, never too many at once, and nothing is lost."""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+import threading
+import time
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from builders import FLOAT16, graph, node, random, value, write
+from click.testing import CliRunner
+
+from onnx_woq import Recipe, Spec, quantize, solving
+from onnx_woq.cli import main
+from onnx_woq.core.stats import Stats
+from onnx_woq.errors import ModelError, RecipeError
+from onnx_woq.executors import Serial, built_in, workers_of
+from onnx_woq.graph.model import load
+from onnx_woq.graph.taps import find_taps
+from onnx_woq.solving import Solved, solve_all, solve_task, task_of
+
+
+def taps_of(tmp_path, dtype=np.float32, recipe=None, weights=None):
+    """One tap with two weights, one of them stored transposed."""
+    weights = weights or {"A": random(96, 40, dtype=dtype), "B": random(24, 96, seed=1, dtype=dtype)}
+    proto = FLOAT16 if dtype is np.float16 else 1
+    nodes = [node("MatMul", ["x", "A"], ["a"]), node("Gemm", ["x", "B"], ["b"], transB=1, alpha=0.5)]
+    outputs = [value("a", ("t", 40), proto), value("b", ("t", 24), proto)]
+    main = graph(nodes, [value("x", ("t", 96), proto)], outputs, weights)
+    return find_taps(load(write(tmp_path / "m.onnx", main, external=True)), recipe or Recipe())[0]
+
+
+def stats_of(k):
+    stats = Stats.empty(k)
+    stats.update(random(200, k, seed=7) * np.linspace(0.1, 3, k, dtype=np.float32))
+    return stats
+
+
+def arrays(solved: Solved):
+    return [array for packed in solved.packed for array in packed.arrays]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
+def test_a_task_that_has_travelled_gives_the_same_bits(method, dtype, tmp_path):
+    recipe = Recipe(method, Spec(3, 32), options={"enable_mse_search": True})
+    (tap,) = taps_of(tmp_path, dtype, recipe)
+    task = task_of(recipe, tap, stats_of(96) if method != "rtn" else None)
+    here, sent = solve_task(task), pickle.dumps(task)
+    (tmp_path / "m.onnx.data").unlink()  # what has been read travels along
+    there = solve_task(pickle.loads(sent))
+    assert here.error == there.error
+    for a, b in zip(arrays(here), arrays(there), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert [p.n for p in here.packed] == [40, 24]
+
+
+def test_half_precision_travels_as_it_is_stored(tmp_path):
+    (tap,) = taps_of(tmp_path, np.float16)
+    scaled = 4 * 96 * 24  # alpha is multiplied in as the model would
+    assert len(pickle.dumps(task_of(Recipe(), tap, None))) < 2 * 96 * 40 + scaled + 2000
+
+
+def test_weights_solved_alone_and_side_by_side_are_the_same(tmp_path):
+    """Rounding needs no data, and none is made of several weights."""
+    (tap,) = taps_of(tmp_path)
+    packed = solve_task(task_of(Recipe(), tap, None)).packed
+    whole = solve_task(solving.replace(task_of(Recipe(), tap, None), stats=stats_of(96))).packed
+    for one, other in zip(packed, whole, strict=True):
+        np.testing.assert_array_equal(one.codes, other.codes)
+        np.testing.assert_array_equal(one.scales, other.scales)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_named(method, bad, tmp_path):
+    weights = {"A": random(96, 40), "B": random(24, 96)}
+    weights["B"][3, 5] = bad
+    (tap,) = taps_of(tmp_path, weights=weights)
+    task = task_of(Recipe(method), tap, None if method == "rtn" else stats_of(96))
+    for one in (task, pickle.loads(pickle.dumps(task))):
+        with pytest.raises(ModelError, match="'B' of 'a' has NaN or infinite"):
+            solve_task(one)
+
+
+def made_of(task):
+    return [(number, 1, lambda: task) for number in range(12)]
+
+
+@pytest.fixture
+def task(tmp_path):
+    return task_of(Recipe(), taps_of(tmp_path)[0], None)
+
+
+@pytest.mark.parametrize("executor", [Serial(), ThreadPoolExecutor(3)], ids=["serial", "threads"])
+def test_results_come_in_order(executor, task):
+    done = list(solve_all(made_of(task), executor, workers=3, most_bytes=99))
+    assert [number for number, _ in done] == list(range(12))
+
+
+@pytest.mark.parametrize(("workers", "most_bytes", "at_once"), [(1, 99, 1), (3, 99, 3), (3, 2, 2), (3, 0, 1)])
+def test_no_more_are_solved_at_once_than_there_is_room_for(workers, most_bytes, at_once, task, monkeypatch):
+    running, most, lock = [0], [0], threading.Lock()
+    solve = solving.solve_task
+
+    def counted(task):
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        with lock:
+            running[0] -= 1
+        return solve(task)
+
+    monkeypatch.setattr(solving, "solve_task", counted)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(list(solve_all(made_of(task), pool, workers=workers, most_bytes=most_bytes))) == 12
+    assert most[0] == at_once
+
+
+def test_few_results_wait_behind_a_slow_one(task, monkeypatch):
+    """What has been solved takes memory until it is taken."""
+    drawn, gate = [], threading.Event()
+    solve = solving.solve_task
+
+    def first_is_slow(task, seen=[]):  # noqa: B006
+        seen.append(task)
+        if len(seen) == 1:
+            gate.wait(5)
+        return solve(task)
+
+    def tasks():
+        for number, size, make in made_of(task):
+            drawn.append(number)
+            if number == 6:
+                gate.set()
+            yield number, size, make
+
+    monkeypatch.setattr(solving, "solve_task", first_is_slow)
+    with ThreadPoolExecutor(2) as pool:
+        assert [n for n, _ in solve_all(tasks(), pool, workers=2, most_bytes=99)] == list(range(12))
+
+
+def test_the_next_is_drawn_only_when_the_last_has_been_taken(task):
+    taken = []
+
+    def tasks():
+        for number, size, make in made_of(task):
+            assert number % 3 or taken == list(range(number))
+            yield number, size, make
+
+    with ThreadPoolExecutor(3) as pool:
+        settled = lambda number: number % 3 == 2  # noqa: E731
+        for number, _ in solve_all(tasks(), pool, workers=3, most_bytes=99, settled_after=settled):
+            taken.append(number)
+
+
+class Losing(Executor):
+    """Loses every second task, one way or the other."""
+
+    def __init__(self):
+        self.count = 0
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.count += 1
+        future: Future = Future()
+        if self.count % 4 == 1:
+            raise BrokenExecutor("cannot take it")
+        if self.count % 4 == 3:
+            future.set_exception(BrokenExecutor("a worker died"))
+        else:
+            future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_lost_tasks_are_solved_here(task, caplog):
+    want = arrays(solve_task(task))
+    done = list(solve_all(made_of(task), Losing(), workers=2, most_bytes=99))
+    assert [number for number, _ in done] == list(range(12))
+    for _, solved in done:
+        for a, b in zip(arrays(solved), want, strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert caplog.text.count("solved here") == 6
+
+
+class Deserted(Executor):
+    """A cluster whose scheduler goes away: what it has taken never ends."""
+
+    def __init__(self, after):
+        self._client, self.left = SimpleNamespace(status="running"), after
+
+    def submit(self, fn, /, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self._client.status = "closed"
+        return Future()
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_cluster_that_is_gone_keeps_nobody_waiting(after, task, monkeypatch):
+    monkeypatch.setattr(solving, "PATIENCE", 0.01)
+    done = list(solve_all(made_of(task), Deserted(after), workers=3, most_bytes=99))
+    assert [number for number, _ in done] == list(range(12))
+
+
+def test_an_error_of_the_solver_is_raised_once_and_not_tried_again(task, monkeypatch):
+    calls = []
+
+    def failing(task):
+        calls.append(task)
+        raise ValueError("no")
+
+    monkeypatch.setattr(solving, "solve_task", failing)
+    with pytest.raises(ValueError, match="no"):
+        list(solve_all(made_of(task)[:1], Serial(), workers=1, most_bytes=9))
+    assert len(calls) == 1
+
+
+def test_workers_of_executors():
+    assert workers_of(Serial()) == 1
+    assert workers_of(ThreadPoolExecutor(5)) == 5
+    assert workers_of(Losing()) >= 1
+
+
+def test_an_unknown_executor_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean threads"), built_in("thread"):
+        pass
+
+
+def test_dask_without_distributed_says_what_to_install(tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    taps_of(tmp_path)
+    real = builtins.__import__
+
+    def absent(name, *args, **kwargs):
+        if name == "distributed":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    done = CliRunner().invoke(main, ["quantize", str(path), "-o", str(tmp_path / "q.onnx"), "--dask", "tcp://x:1"])
+    assert done.exit_code == 2
+    assert "onnx-woq[dask]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("3GB", 3 * 10**9), ("800MB", 8 * 10**8), ("512MiB", 1 << 29), ("1.5 gb", 15 * 10**8), ("7", 7), ("2KiB", 2048)],
+)
+def test_sizes(text, count):
+    from onnx_woq.cli import Size
+
+    assert Size()(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "3XB", "-1GB", "0", "1e9", "3GBGB", "٣GB", "nan"])
+def test_what_is_no_size(text, tmp_path):
+    done = CliRunner().invoke(main, ["quantize", "m.onnx", "-o", "q.onnx", "--max-memory", text])
+    assert done.exit_code == 2
+    assert "is not a size" in done.stderr
+
+
+def test_too_little_memory_is_an_error_before_the_work(tmp_path):
+    taps_of(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    done = CliRunner().invoke(
+        main, ["quantize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "q.onnx"), "--max-memory", "1MB"]
+    )
+    assert done.exit_code == 2
+    assert "give at least --max-memory" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_processes_give_the_same_bytes(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    taps_of(tmp_path)
+    data = [{"x": random(50, 96, seed=i)} for i in range(2)]
+    quantize(tmp_path / "m.onnx", tmp_path / "a" / "q.onnx", Recipe("gptq"), data, executor=Serial())
+    with built_in("processes") as pool:
+        quantize(tmp_path / "m.onnx", tmp_path / "b" / "q.onnx", Recipe("gptq"), data, executor=pool)
+    for name in ("q.onnx", "q.onnx.data"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
