@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WINDOW = 2 << 30
 """Bytes for calibration at once where no limit is given; more makes it hardly faster."""
 
-SLACK = 112 << 20
+SLACK = 176 << 20
 """Bytes for what is not counted: the runtime's own, the allocator's leftovers."""
 
 

@@ -41,7 +41,9 @@ class Stats:
     @classmethod
     def empty(cls, k: int) -> Stats:
         """No tokens yet, `k` input channels."""
-        return cls(np.zeros((k, k), np.float32, order="F"), np.zeros(k), np.zeros(k, np.float32), 0)
+        stats = cls(np.zeros((0, 0), np.float32), np.zeros(k), np.zeros(k, np.float32), 0)
+        stats._gram = np.zeros((k, k), np.float32, order="F")  # not copied: memory is taken as it is written to
+        return stats
 
     @property
     def gram(self) -> F32:

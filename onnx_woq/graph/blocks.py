@@ -30,6 +30,8 @@ PIECES = 16  # blocks of a graph without repetition, at most
 _MOST = 0.75  # of the products in one piece: that graph is as good as whole
 _WORTH = 2  # two values may cross where that makes the largest block smaller by this factor
 
+_CUTS, _REACH = "onnx_woq cuts", "onnx_woq reach"  # keys in the `meta` of a graph; never saved
+
 _PRODUCTS = re.compile("MatMul|Gemm|Conv|LSTM|GRU|RNN|QMoE")
 
 
@@ -70,8 +72,23 @@ class Cut:
 
 
 def cuts(model: Model) -> list[Cut]:
-    """How the main graph is cut, and after it each branch of an If that holds layers of its own."""
-    main = model.ir.graph
+    """How the main graph is cut, and after it each branch of an If that holds layers of its own.
+
+    Found once for a model and its clones: quantizing does not change it.
+    """
+    meta = model.ir.graph.meta
+    if _CUTS not in meta:
+        meta[_CUTS] = _found(model.ir.graph)
+    return list(meta[_CUTS])
+
+
+def forget(model: Model) -> None:
+    """Has `cuts` look again, after the graph has been given other nodes."""
+    for key in (_CUTS, _REACH):
+        model.ir.graph.meta.pop(key, None)
+
+
+def _found(main: ir.Graph) -> tuple[Cut, ...]:
     found = [_cut(main, "")]
     for node in main:
         if node.op_type == "If":
@@ -79,7 +96,7 @@ def cuts(model: Model) -> list[Cut]:
                 body = attribute.as_graph()
                 if sum(map(is_costly, body)) > 1:
                     found.append(_cut(body, f"{attribute.name} of {node.name or node.outputs[0].name}"))
-    return found
+    return tuple(found)
 
 
 def blocks_of(model: Model, taps: Sequence[Tap]) -> list[list[Tap]]:
@@ -94,12 +111,13 @@ def taps_by_block(model: Model, taps: Sequence[Tap]) -> list[tuple[Block | None,
     for number, block in enumerate(blocks):
         for name in block.values:
             numbers.setdefault(name, number)
-    owners = _owners(model.ir.graph)
+    owners: dict[ir.Node, ir.Node] = {}
     groups: list[tuple[Block | None, list[Tap]]] = []
     last: int | None = None
     for tap in taps:
         node: ir.Node | None = tap.sites[0].node
         while node is not None and (node.outputs[0].name or "") not in numbers:
+            owners = owners or _owners(model.ir.graph)
             node = owners.get(node)
         home = None if node is None else numbers[node.outputs[0].name or ""]
         if not groups or home != last:
@@ -112,15 +130,19 @@ def taps_by_block(model: Model, taps: Sequence[Tap]) -> list[tuple[Block | None,
 def reach(model: Model) -> dict[str, int]:
     """Value name -> bytes of the matrices, in float32, multiplied up to it when the nodes run in their order.
 
-    What is inside a body counts when the node that has the body has run.
+    What is inside a body counts when the node that has the body has run. Found once, as `cuts` are.
     """
+    meta = model.ir.graph.meta
+    if _REACH in meta:
+        return dict(meta[_REACH])
     found: dict[str, int] = {}
     total = 0
     for node in model.ir.graph:
         total += product_bytes(node)
         inner = (n for body in bodies(node) for n in body.all_nodes())
         found.update((value.name or "", total) for n in (node, *inner) for value in n.outputs)
-    return found
+    meta[_REACH] = found
+    return dict(found)
 
 
 def product_bytes(node: ir.Node) -> int:
@@ -136,6 +158,8 @@ def is_costly(node: ir.Node) -> bool:
 
 def bodies(node: ir.Node) -> list[ir.Graph]:
     """The graphs that a node owns."""
+    if not node.attributes:  # most have none
+        return []
     return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
 
 

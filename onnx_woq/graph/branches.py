@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from onnx_woq.graph.blocks import is_costly
+from onnx_woq.graph.blocks import forget, is_costly
 from onnx_woq.graph.edit import fresh
 from onnx_woq.graph.model import Model, clone
 
@@ -51,6 +51,7 @@ def take(model: Model, taken: Mapping[str, bool]) -> Model:
     if not taken:
         return model
     flat = clone(model)
+    forget(flat)
     main = flat.ir.graph
     for node in [n for n in main if n.op_type == "If" and n.outputs[0].name in taken]:
         body = node.attributes["then_branch" if taken[node.outputs[0].name or ""] else "else_branch"].as_graph()

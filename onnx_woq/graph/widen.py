@@ -33,8 +33,9 @@ def widen(part: Model) -> None:
 
 def _widen_attributes(node: ir.Node) -> None:
     for name, attribute in list(node.attributes.items()):
-        if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype in HALF:
-            node.attributes[name] = ir.AttrTensor(name, _wide(attribute.as_tensor(), now=True))
+        # `value` rather than `as_tensor`, which asks every tensor whether it is one
+        if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
+            node.attributes[name] = ir.AttrTensor(name, _wide(attribute.value, now=True))
         elif name in _TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT and attribute.as_int() in HALF:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
 

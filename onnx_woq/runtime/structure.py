@@ -156,7 +156,7 @@ def _attribute(attribute: ir.Attr, found: dict[ir.Value | None, str]) -> str:
         _digest_graph(body, found)
         return _digest(*(found[value] for value in (*body.inputs, *body.outputs)))
     if attribute.type == ir.AttributeType.TENSOR:
-        tensor = attribute.as_tensor()
+        tensor = attribute.value
         return _digest(str(tensor.dtype), tuple(tensor.shape.numpy()), tensor.tobytes())
     return repr(attribute.value)
 

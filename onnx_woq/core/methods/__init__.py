@@ -9,6 +9,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -52,6 +53,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
+@lru_cache(maxsize=256)
 def solve_bytes(method: str, k: int, n: int, spec: Spec) -> int:
     """About the most bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included."""
     groups = -(-k // spec.resolved_group(k))
