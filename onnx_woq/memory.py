@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 WINDOW = 2 << 30
 """Bytes for calibration at once where no limit is given; more makes it hardly faster."""
 
-SLACK = 176 << 20
-"""Bytes for what is not counted: the runtime's own, the allocator's leftovers."""
+SLACK = 64 << 20
+"""Bytes for what is not counted: the allocator's leftovers."""
+
+SESSIONS = 112 << 20
+"""Bytes that onnxruntime takes for itself."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,10 @@ def plan_memory(
     Raises:
         MemoryLimit: the largest tap does not fit; the message says how much is needed.
     """
-    base = resident() + SLACK
+    needs = _needs(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
+    base = resident() + SLACK + (SESSIONS if needs else 0)
     tasks = sorted((task_bytes(tap, recipe) for tap in taps), reverse=True)
     largest, solving = tasks[0], sum(tasks[:workers])
-    needs = _needs(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
     least, between = (needs.least(), needs.between) if needs else (0, 0)
     window = WINDOW
     if max_memory is not None:

@@ -20,11 +20,11 @@ class TapReport:
     """What happened to one tap: the MatMuls and Gemms that read one activation.
 
     Attributes:
-        name: the activation's name.
+        name: of the first site, by its output value.
         sites: output value names of the nodes that were replaced.
         spec, k, n: the grid, and the shape of the concatenated weights `[k, n]`.
         bytes_before, bytes_after: of these weights.
-        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data; None without data.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most 256 of the output channels; None without data.
         scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
     """
 

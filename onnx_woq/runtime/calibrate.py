@@ -72,6 +72,8 @@ def walk(
     """
     if not batches:
         raise DataError("calibration needs at least one sample")
+    if not taps:
+        return iter(())
     form = {"off": _float, "block": _block_by_block, "tap": _tap_by_tap}[sequential]
     model = clone(model) if sequential == "off" else model
     return form(_Walk(model, list(taps), batches, memory_budget, progress, checkpoint))
