@@ -130,19 +130,28 @@ def taps_by_block(model: Model, taps: Sequence[Tap]) -> list[tuple[Block | None,
 def reach(model: Model) -> dict[str, int]:
     """Value name -> bytes of the matrices, in float32, multiplied up to it when the nodes run in their order.
 
-    What is inside a body counts when the node that has the body has run. Found once, as `cuts` are.
+    In the branches of an If, up to it in that branch; in other bodies, when the node that has the body has run. Found
+    once, as `cuts` are.
     """
     meta = model.ir.graph.meta
     if _REACH in meta:
         return dict(meta[_REACH])
     found: dict[str, int] = {}
-    total = 0
-    for node in model.ir.graph:
-        total += product_bytes(node)
-        inner = (n for body in bodies(node) for n in body.all_nodes())
-        found.update((value.name or "", total) for n in (node, *inner) for value in n.outputs)
+    _reach(model.ir.graph, 0, found)
     meta[_REACH] = found
     return dict(found)
+
+
+def _reach(graph: ir.Graph, total: int, found: dict[str, int]) -> int:
+    for node in graph:
+        if node.op_type == "If":  # only one branch is run, and its layers one after another once it is written out
+            total = max(_reach(body, total, found) for body in bodies(node))
+        else:
+            total += product_bytes(node)
+            inner = (n for body in bodies(node) for n in body.all_nodes())
+            found.update((value.name or "", total) for n in inner for value in n.outputs)
+        found.update((value.name or "", total) for value in node.outputs)
+    return total
 
 
 def product_bytes(node: ir.Node) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from builders import BOOL, graph, node, random, run, value, write
 
+from onnx_woq.graph.blocks import reach
 from onnx_woq.graph.branches import conditions, take, untaken
 from onnx_woq.graph.model import load
 
@@ -62,3 +63,13 @@ def test_a_condition_that_costs_something_is_none(tmp_path):
     ]
     main = graph(nodes, [value("x", ("t", K))], [value("y")], {"A": random(K, K)})
     assert conditions(load(write(tmp_path / "m.onnx", main))) == {}
+
+
+def test_how_far_each_value_lies_within_its_branch(merged):
+    """As when the branch is written out: the If is not one lump."""
+    matrix = 4 * K * K
+    found = reach(merged)
+    assert [found[name] for name in ("t1", "t2", "e1", "y", "z")] == [matrix * n for n in (1, 2, 1, 2, 3)]
+    for flag, names in ((True, ("t1", "t2")), (False, ("e1",))):
+        flat = reach(take(merged, {"y": flag}))
+        assert all(flat[name] == found[name] for name in names)
