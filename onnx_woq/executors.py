@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from onnx_woq.core.cpu import cores, one_blas_thread
+from onnx_woq.core.cpu import Each, cores, one_blas_thread
 from onnx_woq.errors import RecipeError, nearest
 
 EXECUTORS = ("threads", "processes", "serial")
@@ -102,6 +103,41 @@ def workers_of(executor: Executor) -> int:
     if client is not None and hasattr(client, "nthreads"):
         return max(1, sum(client.nthreads().values()))
     return int(getattr(executor, "_max_workers", 0)) or cores()
+
+
+def helped(pool: ThreadPoolExecutor) -> Each:
+    """Like `map`, called in a thread of `pool`; the threads that have nothing to do help it.
+
+    Such a thread may never come: the caller goes through the pieces itself and only waits for those that are begun.
+    """
+
+    def each(fn: Callable[[Any], T], pieces: Iterable[Any]) -> list[T]:
+        left = deque(enumerate(pieces))
+        done: dict[int, T] = {}
+
+        def work() -> None:
+            while left:
+                try:
+                    number, piece = left.popleft()
+                except IndexError:  # somebody else took the last
+                    return
+                try:
+                    done[number] = fn(piece)
+                except BaseException:
+                    left.clear()
+                    raise
+
+        helpers = [pool.submit(work) for _ in range(min(workers_of(pool), len(left)) - 1)]
+        try:
+            work()
+        finally:
+            begun = [helper for helper in helpers if not helper.cancel()]
+            wait(begun)
+        for helper in begun:
+            helper.result()
+        return [done[number] for number in sorted(done)]
+
+    return each
 
 
 @lru_cache

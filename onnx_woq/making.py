@@ -179,6 +179,7 @@ def solve(
             workers=memory.workers,
             most_bytes=memory.solving,
             settled_after=settled_after,
+            helping=not with_means.scarce,
         )
         for tap, solved in done_in_order:
             kept = partial.keep(tap, solved)

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from onnx_woq.core.cpu import Each
 from onnx_woq.core.methods import METHODS
 from onnx_woq.core.stats import output_error
 from onnx_woq.errors import ModelError
-from onnx_woq.executors import is_gone, keep_blas_to_one_thread
+from onnx_woq.executors import helped, is_gone, keep_blas_to_one_thread
 from onnx_woq.graph.fold import can_fold
 from onnx_woq.graph.lower.matmulnbits import Packed, pack
 from onnx_woq.graph.taps import Part, Tap
@@ -118,26 +119,30 @@ def folding(recipe: Recipe) -> bool:
     return bool(recipe.options.get("folding", False))
 
 
-def solve_task(task: Task) -> Solved:
+def solve_task(task: Task, each: Each = map) -> Solved:
     """Solves a task. Where it has not been moved, the caller keeps BLAS to one thread (`one_blas_thread`).
+
+    Args:
+        task: to solve.
+        each: how to go through what can be done side by side.
 
     Raises:
         ModelError: a weight is not finite or cannot be read.
     """
     if task.moved:
         keep_blas_to_one_thread()
-    return _alone(task) if task.stats is None else _together(task, task.stats)
+    return _alone(task, each) if task.stats is None else _together(task, task.stats, each)
 
 
-def _alone(task: Task) -> Solved:
+def _alone(task: Task, each: Each) -> Solved:
     """Each weight by itself, as it is stored: nothing is widened or put side by side."""
-    return Solved(tuple(pack(_solved(task, w.name, w.read(), None), _type(task)) for w in task.weights))
+    return Solved(tuple(pack(_solved(task, w.name, w.read(), None, each), _type(task)) for w in task.weights))
 
 
-def _together(task: Task, stats: Stats) -> Solved:
+def _together(task: Task, stats: Stats, each: Each) -> Solved:
     """All weights side by side, for they share their input, its statistics and its scale."""
     weight = _side_by_side(task)
-    q = _solved(task, task.weights[0].name, weight, stats)
+    q = _solved(task, task.weights[0].name, weight, stats, each)
     packed, start = [], 0
     for part in task.weights:
         packed.append(pack(q.columns(slice(start, start + part.n)), _type(task)))
@@ -145,10 +150,10 @@ def _together(task: Task, stats: Stats) -> Solved:
     return Solved(tuple(packed), q.input_scale, _relative_error(weight, q, stats))
 
 
-def _solved(task: Task, name: str, weight: np.ndarray, stats: Stats | None) -> QuantizedTensor:
+def _solved(task: Task, name: str, weight: np.ndarray, stats: Stats | None, each: Each) -> QuantizedTensor:
     try:
         solve = METHODS[task.method].solve
-        q: QuantizedTensor = solve(weight, stats, task.spec, scale_dtype=_type(task), **dict(task.options))
+        q: QuantizedTensor = solve(weight, stats, task.spec, scale_dtype=_type(task), each=each, **dict(task.options))
         return q
     except FloatingPointError as error:
         raise _not_finite(task, name) from error
@@ -236,6 +241,7 @@ def solve_all(
     workers: int,
     most_bytes: int,
     settled_after: Callable[[T], bool] = lambda _: False,
+    helping: bool = True,
 ) -> Iterator[tuple[T, Solved]]:
     """Solves tasks side by side and gives the results in order.
 
@@ -249,6 +255,7 @@ def solve_all(
         workers: at a time.
         most_bytes: at a time.
         settled_after: for which of them the next task is only asked for when all results have been taken.
+        helping: threads with nothing to do take pieces of a task that is being solved, and memory for these.
 
     Raises:
         OnnxWoqError: what a solver raises, in the order of the tasks.
@@ -268,7 +275,7 @@ def solve_all(
             if isinstance(task, Solved):
                 jobs.append(_Job(item, 0, None, _finished(task)))
             else:
-                jobs.append(_Job(item, size, task, _submitted(executor, task)))
+                jobs.append(_Job(item, size, task, _submitted(executor, task, helping)))
             del task
             while jobs and (settled_after(item) or jobs[0].is_done() or len(jobs) > 2 * workers):
                 job = jobs.popleft()
@@ -282,9 +289,9 @@ def solve_all(
             wait(left)
 
 
-def _attempt(task: Task) -> _Outcome:
+def _attempt(task: Task, each: Each = map) -> _Outcome:
     try:
-        return _Outcome(solve_task(task), None)
+        return _Outcome(solve_task(task, each), None)
     except Exception as error:
         return _Outcome(None, error)
 
@@ -310,10 +317,12 @@ def _finished(solved: Solved) -> Future[_Outcome]:
     return future
 
 
-def _submitted(executor: Executor, task: Task) -> Future[_Outcome]:
+def _submitted(executor: Executor, task: Task, helping: bool) -> Future[_Outcome]:
     try:
         if is_gone(executor):
             raise BrokenExecutor("the connection to the scheduler is lost")
+        if helping and isinstance(executor, ThreadPoolExecutor):
+            return executor.submit(_attempt, task, helped(executor))
         if not hasattr(executor, "_client"):
             return executor.submit(_attempt, task)
         with warnings.catch_warnings():

@@ -132,7 +132,7 @@ def two_matmuls(tmp_path):
 def test_what_two_configurations_have_in_common_is_solved_once(two_matmuls, tmp_path, monkeypatch):
     calls = []
     solve_task = solving.solve_task
-    monkeypatch.setattr(solving, "solve_task", lambda task: (calls.append(task), solve_task(task))[1])
+    monkeypatch.setattr(solving, "solve_task", lambda task, *way: (calls.append(task), solve_task(task, *way))[1])
     size = iter(range(99))
     result = tune(two_matmuls, lambda _: next(size), samples(3), objective="best", output=tmp_path / "best.onnx")
     assert [trial.status for trial in result.trials] == ["ok"] * 5

@@ -18,7 +18,7 @@ from onnx_woq import Recipe, Spec, quantize, solving
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import ModelError, RecipeError
-from onnx_woq.executors import Serial, built_in, workers_of
+from onnx_woq.executors import Serial, built_in, helped, workers_of
 from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import find_taps
 from onnx_woq.solving import Solved, solve_all, solve_task, task_of
@@ -108,7 +108,7 @@ def test_no_more_are_solved_at_once_than_there_is_room_for(workers, most_bytes, 
     running, most, lock = [0], [0], threading.Lock()
     solve = solving.solve_task
 
-    def counted(task):
+    def counted(task, each=map):
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
@@ -128,7 +128,7 @@ def test_few_results_wait_behind_a_slow_one(task, monkeypatch):
     drawn, gate = [], threading.Event()
     solve = solving.solve_task
 
-    def first_is_slow(task, seen=[]):  # noqa: B006
+    def first_is_slow(task, each=map, seen=[]):  # noqa: B006
         seen.append(task)
         if len(seen) == 1:
             gate.wait(5)
@@ -211,7 +211,7 @@ def test_a_cluster_that_is_gone_keeps_nobody_waiting(after, task, monkeypatch):
 def test_an_error_of_the_solver_is_raised_once_and_not_tried_again(task, monkeypatch):
     calls = []
 
-    def failing(task):
+    def failing(task, each=map):
         calls.append(task)
         raise ValueError("no")
 
@@ -286,3 +286,54 @@ def test_processes_give_the_same_bytes(tmp_path):
         quantize(tmp_path / "m.onnx", tmp_path / "b" / "q.onnx", Recipe("gptq"), data, executor=pool)
     for name in ("q.onnx", "q.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_threads_with_nothing_to_do_help():
+    """Two pieces that wait for each other: with one thread they never end."""
+    both = threading.Barrier(2, timeout=20)
+    with ThreadPoolExecutor(2) as pool:
+        each = helped(pool)
+        ran = pool.submit(lambda: each(lambda piece: (both.wait(), threading.get_ident(), piece)[1:], "ab")).result()
+    assert [piece for _, piece in ran] == ["a", "b"]
+    assert len({thread for thread, _ in ran}) == 2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_nobody_waits_for_help_that_never_comes(threads):
+    """Every thread of the pool asks for help at once, and in what they do once more."""
+    want = [[(a, b) for b in range(7)] for a in range(9)]
+    with ThreadPoolExecutor(threads) as pool:
+        each = helped(pool)
+        table = lambda _: each(lambda a: each(lambda b: (a, b), range(7)), range(9))  # noqa: E731
+        futures = [pool.submit(table, None) for _ in range(2 * threads)]
+        assert all(future.result(timeout=20) == want for future in futures)
+
+
+@pytest.mark.parametrize("pieces", [0, 1, 40])
+def test_helped_is_map(pieces):
+    with ThreadPoolExecutor(3) as pool:
+        assert pool.submit(helped(pool), str, range(pieces)).result() == list(map(str, range(pieces)))
+
+
+@pytest.mark.parametrize("bad", [0, 3, 9])
+def test_what_goes_wrong_in_a_piece_is_raised_and_the_rest_let_be(bad):
+    begun = []
+
+    def fail(piece):
+        begun.append(piece)
+        if piece == bad:
+            raise FloatingPointError(f"piece {piece}")
+        time.sleep(0.01)
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(FloatingPointError, match=f"piece {bad}"):
+        pool.submit(helped(pool), fail, range(1000)).result()
+    assert len(begun) < 100
+
+
+def test_where_memory_is_scarce_nobody_helps(task, monkeypatch):
+    each = []
+    monkeypatch.setattr(solving, "solve_task", lambda task, way=map: (each.append(way), solve_task(task))[1])
+    with ThreadPoolExecutor(2) as pool:
+        for helping in (True, False):
+            list(solve_all(made_of(task)[:1], pool, workers=2, most_bytes=99, helping=helping))
+    assert [way is map for way in each] == [False, True]

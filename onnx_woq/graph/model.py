@@ -14,6 +14,7 @@ import onnx_ir as ir
 import xxhash
 from onnx_ir.passes.common import InlinePass
 
+from onnx_woq.core.cpu import no_garbage_search
 from onnx_woq.errors import ModelError
 from onnx_woq.graph import files, wire
 from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
@@ -50,6 +51,7 @@ class Model:
     files: tuple[Path, ...] = ()
 
 
+@no_garbage_search()
 def load(path: str | Path) -> Model:
     """Loads the structure of `path`; its large weights stay on disk and are read when asked for.
 
@@ -74,6 +76,7 @@ def load(path: str | Path) -> Model:
     return model
 
 
+@no_garbage_search()
 def clone(model: Model) -> Model:
     """A copy of the structure to edit freely; the tensors are shared."""
     copy = copied(model.ir)
@@ -81,6 +84,7 @@ def clone(model: Model) -> Model:
     return Model(copy, model.path, model.files)
 
 
+@no_garbage_search()
 def structure(model: Model) -> onnx.ModelProto:
     """The structure as protobuf for a session or for shape inference, next to no weights in it.
 

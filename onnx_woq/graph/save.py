@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import onnx
 import onnx_ir as ir
 
+from onnx_woq.core.cpu import no_garbage_search
 from onnx_woq.errors import OutputError
 from onnx_woq.graph.edit import is_large, lift_large
 from onnx_woq.graph.proto import to_proto
@@ -68,6 +69,7 @@ class Stored:
     end: int
 
 
+@no_garbage_search()
 def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: Stored | None = None) -> list[Path]:
     """Writes the model to `out`, its large tensors to one file `<out>.data` beside it.
 

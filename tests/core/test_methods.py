@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_woq.core.methods import METHODS, check_options, solve_bytes
+from onnx_woq.core.methods import METHODS, awq, check_options, gptq, rtn, solve_bytes
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError
 from onnx_woq.recipe import Recipe, Spec
@@ -159,3 +160,33 @@ def test_the_memory_a_solver_says_it_takes_is_what_it_takes(name, group_size, k,
     options = {"mse_range": (0.9, 1, 0.1)} if name == "awq" else {}
     peak = peak_bytes(lambda: METHODS[name].solve(weight, stats, Spec(4, group_size), **options))
     assert 0.8 * peak <= solve_bytes(name, k, n, Spec(4, group_size)) <= 1.25 * peak
+
+
+def backwards(fn, pieces):
+    """A `map` that takes the last piece first, each on a thread of its own."""
+    pieces = list(pieces)
+    with ThreadPoolExecutor(len(pieces) or 1) as pool:
+        futures = [pool.submit(fn, piece) for piece in reversed(pieces)]
+        return [future.result() for future in reversed(futures)]
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_mse_search": True}], ids=["plain", "clipped"])
+@pytest.mark.parametrize("name", METHODS)
+def test_who_goes_through_the_pieces_and_when_is_of_no_account(name, options, monkeypatch):
+    monkeypatch.setattr(rtn, "PIECE", 80 * 48)
+    monkeypatch.setattr(gptq, "TILE_BYTES", 80 * 64 * 8)
+    monkeypatch.setattr(awq, "TILE", 48)
+    rng = np.random.default_rng(3)
+    weight, stats, pieces = rng.standard_normal((80, 200), dtype=np.float32), Stats.empty(80), []
+    stats.update(rng.standard_normal((300, 80), dtype=np.float32) * np.linspace(0.1, 4, 80, dtype=np.float32))
+
+    def counted(fn, some):
+        some = list(some)
+        pieces.append(len(some))
+        return backwards(fn, some)
+
+    want = METHODS[name].solve(weight, stats, Spec(3, 32), **options)
+    got = METHODS[name].solve(weight, stats, Spec(3, 32), each=counted, **options)
+    assert max(pieces) > 3
+    for field in ("codes", "scales", "zeros"):
+        np.testing.assert_array_equal(getattr(got, field), getattr(want, field))

@@ -17,12 +17,13 @@ from onnx_woq.core.methods import awq, gptq, rtn
 from onnx_woq.errors import RecipeError, nearest
 from onnx_woq.recipe import Spec
 
+_NOT_OPTIONS = ("scale_dtype", "each")  # arguments of a solver that the pipeline knows
 MOST_CANDIDATES = 1000  # of a range search: more is a slip of the step, and would run for hours
 
 
 @dataclass(frozen=True)
 class Method:
-    """A solver: `solve(weight [K, N], stats, spec, *, scale_dtype, **options) -> QuantizedTensor`.
+    """A solver: `solve(weight [K, N], stats, spec, *, scale_dtype, each, **options) -> QuantizedTensor`.
 
     Attributes:
         name: what recipes call it.
@@ -41,7 +42,7 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The options users may set, with their defaults, read from the signature of `solve`."""
         parameters = inspect.signature(self.solve).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "scale_dtype"}
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_OPTIONS}
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(

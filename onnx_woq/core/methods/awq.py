@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_woq.core.clip import search
+from onnx_woq.core.cpu import Each
 from onnx_woq.core.grid import (
     TILE_COLUMNS,
     TILE_ROWS,
@@ -62,6 +63,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
+    each: Each = map,
     enable_auto_scale: bool = True,
     enable_mse_search: bool = True,
     mse_range: Sequence[float] = (0.91, 1.0, 0.01),
@@ -75,6 +77,7 @@ def solve(
         stats: of the input of every column of `weight`.
         spec: bits, group size and scheme.
         scale_dtype: what the model stores scales in; s is rounded to it as well.
+        each: how to go through candidates, and through tiles of columns.
         enable_auto_scale: search for s.
         enable_mse_search: shrink each group's range to where its error, rows weighted by the diagonal of the scaled
             input's Gram matrix, is least; kept in the output channels where it lowers the loss.
@@ -97,28 +100,28 @@ def solve(
         return search(tile, spec, mse_range, row_weights=row_weights, plain=before, **kinds)
 
     grids = [plain, clipped] if enable_mse_search else [plain]
-    scale = _best_scale(weight, stats, spec, [plain], scale_dtype) if enable_auto_scale else None
+    scale = _best_scale(weight, stats, spec, [plain], scale_dtype, each) if enable_auto_scale else None
     if scale is not None:
-        scaled, loss = _quantize(weight, scale, stats.gram, spec, grids)
-        if loss < _loss(weight, None, stats.gram, spec, [plain]):
+        scaled, loss = _quantize(weight, scale, stats.gram, spec, grids, each)
+        if loss < _loss(weight, None, stats.gram, spec, [plain], each=each):
             return scaled
-    return _quantize(weight, None, stats.gram, spec, grids)[0]
+    return _quantize(weight, None, stats.gram, spec, grids, each)[0]
 
 
 def _best_scale(
-    weight: NDArray[Any], stats: Stats, spec: Spec, grids: Sequence[GridOf], scale_dtype: DTypeLike
+    weight: NDArray[Any], stats: Stats, spec: Spec, grids: Sequence[GridOf], scale_dtype: DTypeLike, each: Each
 ) -> F32 | None:
     """The s [K] of least loss on a sample of output channels, None when that is no scale at all."""
     sample, gram = _spread(weight, SAMPLE), stats.gram
     few = _spread(weight, min(SCREEN, SAMPLE))
     scales = list(candidates(stats.abs_mean, weight_share(weight, spec), scale_dtype))
     if few.shape != sample.shape:
-        screened = [_loss(few, scale, gram, spec, grids, _estimated_errors) for scale in scales]
+        screened = list(each(lambda scale: _loss(few, scale, gram, spec, grids, _estimated_errors), scales))
         scales = [scales[i] for i in np.argsort(screened, kind="stable")[:FINALISTS]]
     if not scales:
         return None
     tried = [None, *scales]  # no scale wins a tie
-    return tried[int(np.argmin([_loss(sample, scale, gram, spec, grids) for scale in tried]))]
+    return tried[int(np.argmin(list(each(lambda scale: _loss(sample, scale, gram, spec, grids), tried))))]
 
 
 def _estimated_errors(delta: F32, gram: F32) -> NDArray[np.float64]:
@@ -168,17 +171,21 @@ def weight_share(weight: NDArray[Any], spec: Spec) -> NDArray[np.float64]:
 
 
 def _quantize(
-    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf]
+    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], each: Each
 ) -> tuple[QuantizedTensor, float]:
     """`diag(scale) @ weight` rounded on the better of `grids` in each output channel, and the loss of that."""
     k, n = weight.shape
     g = spec.resolved_group(k)
-    codes, loss = np.empty((k, n), np.uint8), 0.0
+    codes = np.empty((k, n), np.uint8)
     scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
-    for columns, tile, grid, errors in _scored(weight, scale, gram, spec, grids):
+
+    def finish(columns: slice) -> float:
+        tile, grid, loss = _scored(weight[:, columns], scale, gram, spec, grids, column_errors)
         scales[:, columns], zeros[:, columns] = grid
         codes[:, columns] = encode(tile, *grid, spec.bits, g)
-        loss += errors
+        return loss
+
+    loss = sum(each(finish, _tiles(n)))
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale), loss
 
 
@@ -189,50 +196,48 @@ def _loss(
     spec: Spec,
     grids: Sequence[GridOf],
     errors_of: ErrorsOf = column_errors,
+    each: Each = map,
 ) -> float:
-    return sum(errors for _, _, _, errors in _scored(weight, scale, gram, spec, grids, errors_of))
+    tiles = (weight[:, columns] for columns in _tiles(weight.shape[1]))
+    return sum(each(lambda tile: _scored(tile, scale, gram, spec, grids, errors_of)[2], tiles))
+
+
+def _tiles(n: int) -> list[slice]:
+    return [slice(c, min(c + TILE, n)) for c in range(0, n, TILE)]
 
 
 def _scored(
-    weight: NDArray[Any],
-    scale: F32 | None,
-    gram: F32,
-    spec: Spec,
-    grids: Sequence[GridOf],
-    errors_of: ErrorsOf = column_errors,
-) -> Iterator[tuple[slice, F32, Grid, float]]:
-    """For some columns at a time: which, what is to be rounded there, the better grid of each, and the loss."""
-    k, n = weight.shape
-    g = spec.resolved_group(k)
+    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], errors_of: ErrorsOf
+) -> tuple[F32, Grid, float]:
+    """For a tile of columns: what is to be rounded, the better grid of each column, and the loss."""
+    original = np.ascontiguousarray(weight, np.float32)
+    tile = original if scale is None else original * scale[:, None]
     row_weights = gram.diagonal() if scale is None else gram.diagonal() / scale**2
-    for columns in (slice(c, min(c + TILE, n)) for c in range(0, n, TILE)):
-        original = np.ascontiguousarray(weight[:, columns], np.float32)
-        tile = original if scale is None else original * scale[:, None]
-        best: Grid | None = None
-        least = np.full(tile.shape[1], np.inf)
-        for grid_of in grids:
-            grid = grid_of(tile, row_weights, best)
-            delta = project(tile, *grid, spec.bits, g)
-            if scale is not None:
-                delta /= scale[:, None]
-            delta -= original
-            errors = errors_of(delta, gram)
-            if best is None:
-                best, least = grid, errors
-                continue
-            better = errors < least
-            best = np.where(better, grid[0], best[0]), np.where(better, grid[1], best[1])
-            least = np.where(better, errors, least)
-        assert best is not None  # noqa: S101
-        yield columns, tile, best, float(least.sum())
+    best: Grid | None = None
+    least = np.full(tile.shape[1], np.inf)
+    for grid_of in grids:
+        grid = grid_of(tile, row_weights, best)
+        delta = project(tile, *grid, spec.bits, spec.resolved_group(len(tile)))
+        if scale is not None:
+            delta /= scale[:, None]
+        delta -= original
+        errors = errors_of(delta, gram)
+        if best is None:
+            best, least = grid, errors
+            continue
+        better = errors < least
+        best = np.where(better, grid[0], best[0]), np.where(better, grid[1], best[1])
+        least = np.where(better, errors, least)
+    assert best is not None  # noqa: S101
+    return tile, best, float(least.sum())
 
 
 def working_bytes(k: int, n: int, spec: Spec) -> int:
     """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
     sample, few = (-(-n // -(-n // most)) for most in (SAMPLE, SCREEN))
     width = min(TILE, n)
-    while_choosing = k * (sample + few + len(RATIOS)) + (2 + 2 * (sample > TILE)) * k * min(TILE, sample)
-    while_solving = (3 + (n > TILE)) * k * width
+    while_choosing = k * (sample + few + len(RATIOS)) + 2 * k * min(TILE, sample)
+    while_solving = 3 * k * width
     step = max(ERROR_ROWS, -(-k // 8))
     products = max(step * (k + width), 2 * min(TILE_ROWS * TILE_COLUMNS, k * width))
     grids = 6 * -(-k // spec.resolved_group(k)) * width

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_woq.core.clip import fitter
+from onnx_woq.core.cpu import Each
 from onnx_woq.core.grid import QuantizedTensor, quantize
 from onnx_woq.core.lapack import cholesky, invert_lower
 from onnx_woq.core.stats import Stats
@@ -44,6 +45,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
+    each: Each = map,
     actorder: bool = False,
     percdamp: float = 0.01,
     block_size: int = 128,
@@ -62,6 +64,7 @@ def solve(
         stats: of the input of every column of `weight`.
         spec: bits, group size and scheme.
         scale_dtype: what the model stores scales in.
+        each: how to go through tiles of columns.
         actorder: take rows by falling diagonal of the Gram matrix, the ones that matter most first. Groups stay
             runs of consecutive rows of `weight`, so with groups the grids are fixed beforehand (static groups).
         percdamp: what is added to the diagonal, as a share of its mean.
@@ -99,7 +102,8 @@ def solve(
     del factors  # where the factor was float64 and the rest is not, one of them will do
     codes = np.empty((k, n), np.uint8)
     scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
-    for columns in column_tiles(k, n):
+
+    def finish(columns: slice) -> None:
         work = np.array(weight[:, columns], dtype, order="C")
         if not (np.isfinite(work.min()) and np.isfinite(work.max())):
             raise FloatingPointError("cannot fit a grid to weights that are NaN or infinite")
@@ -116,6 +120,9 @@ def solve(
         scales[:, columns], zeros[:, columns] = sweep.scales, sweep.zeros
         for rows in (slice(r, r + COPIED) for r in range(0, k, COPIED)):
             codes[order[rows], columns] = sweep.work[rows] + sweep.zeros[group_of[rows]]
+
+    for _ in each(finish, column_tiles(k, n)):
+        pass
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from onnx_woq.core.clip import search
-from onnx_woq.core.grid import TALL, QuantizedTensor, nearest, quantize, tiles
+from onnx_woq.core.cpu import Each
+from onnx_woq.core.grid import TALL, QuantizedTensor, encode, nearest, tiles
 from onnx_woq.core.stats import Stats
 from onnx_woq.recipe import Spec
+
+PIECE = 1 << 23  # weights that a thread takes at a time: more than most matrices have
 
 
 def solve(
@@ -20,6 +24,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
+    each: Each = map,
     enable_full_range: bool = False,
     enable_mse_search: bool = False,
     mse_range: Sequence[float] = (0.805, 1.0, 0.005),
@@ -31,6 +36,7 @@ def solve(
         stats: not used.
         spec: bits, group size and scheme.
         scale_dtype: what the model stores scales in.
+        each: how to go through pieces of columns.
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
         enable_mse_search: shrink each group's range to where its squared error is least.
         mse_range: the shrink factors tried (start, stop, step).
@@ -39,10 +45,23 @@ def solve(
         FloatingPointError: the weight holds NaN or infinite numbers.
     """
     kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
-    if enable_mse_search:
-        return quantize(weight, *search(weight, spec, mse_range, **kinds), spec)
-    parts = nearest(weight, spec, **kinds)
-    return QuantizedTensor(*parts, spec.bits, spec.resolved_group(len(weight)), spec.symmetric)
+    k, n = weight.shape
+    g = spec.resolved_group(k)
+
+    def rounded(columns: slice) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        piece = weight[:, columns]
+        if not enable_mse_search:
+            return nearest(piece, spec, **kinds)
+        grid = search(piece, spec, mse_range, **kinds)
+        return encode(piece, *grid, spec.bits, g), *grid
+
+    width = max(1, PIECE // max(1, k))
+    if n <= width:
+        codes, scales, zeros = rounded(slice(None))
+    else:
+        pieces = each(rounded, [slice(c, c + width) for c in range(0, n, width)])
+        codes, scales, zeros = map(partial(np.concatenate, axis=1), zip(*pieces, strict=True))
+    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 
 
 def working_bytes(k: int, n: int, spec: Spec) -> int:
