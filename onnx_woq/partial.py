@@ -5,46 +5,37 @@ they are made and from then on read through a memory map; the journal gets a lin
 file, completed with what stays float, is renamed to be that of the result (`onnx_woq.graph.save`).
 
     data        each array of more than `LARGE` bytes at a place that follows from the sizes of those before it
-    journal     line 1: what this is the result of. Then a line per tap: its name, where its data ends and their
-                checksum, the arrays too small for the data file, the input scale and the error
+    journal     what this is the result of, then a line per tap (`onnx_woq.partial_journal`)
     states/     hidden states at the last block boundaries, kept by `onnx_woq.runtime`
-
-A line counts only if the data it speaks of are there, whatever order they reached the disk in. Shapes and places follow
-from the model alone: nothing that stands in a journal can lead to reading or writing anywhere else.
 """
 
 from __future__ import annotations
 
-import base64
 import fcntl
-import json
 import logging
 import math
 import os
 import shutil
 import stat
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from onnx_woq.errors import OutputError
-from onnx_woq.graph.edit import LARGE
-from onnx_woq.graph.lower.matmulnbits import Packed, packed_from, packed_shapes
-from onnx_woq.graph.save import Stored, data_path, explain, next_place
+from onnx_woq.graph.lower.matmulnbits import Packed
+from onnx_woq.graph.save import Stored, data_path, explain
 from onnx_woq.graph.taps import Tap
+from onnx_woq.partial_journal import arrays_of, difference, finished, first_line, head, laid_out, raw, tap_line
 from onnx_woq.solving import Solved
 
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0  # between two waits for the disk, or ten times what the last one took
 _KEPT = (KeyboardInterrupt, SystemExit)  # ends that are not failures
-_FORMAT = 1
 
 
 def partial_folder(out: Path) -> Path:
@@ -98,42 +89,33 @@ class Partial:
             raise OutputError(explain(error, self.out)) from error
 
     def _keep(self, tap: Tap, solved: Solved) -> Solved:
-        arrays = [np.ascontiguousarray(array) for packed in solved.packed for array in packed.arrays]
-        start, check = self.end, 0
-        end = start
-        for array in arrays:
-            check = zlib.crc32(_bytes(array), check)
-            if array.nbytes > LARGE:
-                place = next_place(end, array.nbytes)
-                _write_at(self._data, _bytes(array), place)
-                end = place + array.nbytes
-        entry = {
-            "tap": tap.name,
-            "end": end,
-            "check": check,
-            "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
-            "input_scale": None if solved.input_scale is None else _text(solved.input_scale),
-            "error": solved.error,
-        }
-        _write(self._journal, _line(entry))
+        arrays = arrays_of(solved)
+        places, end = laid_out((array.nbytes for array in arrays), self.end)
+        for array, place in zip(arrays, places, strict=True):
+            if place is not None:
+                _write_at(self._data, raw(array), place)
+        _write(self._journal, tap_line(tap, solved, end))
         self._lines += 1
-        mapped = self._mapped(arrays, start)
+        mapped = self._mapped(arrays, places)
         self.end = end
         self._sync_sometimes()
         return replace(solved, packed=_regrouped(solved.packed, mapped))
 
-    def _mapped(self, arrays: Sequence[np.ndarray], start: int) -> list[np.ndarray]:
+    def _mapped(self, arrays: Sequence[np.ndarray], places: Sequence[int | None]) -> list[np.ndarray]:
         """The same arrays, large ones as views of the data file."""
-        out, end = [], start
-        for array in arrays:
-            if array.nbytes > LARGE:
-                place = next_place(end, array.nbytes)
-                end = place + array.nbytes
-                array = _map(self._data, array.shape, array.dtype, place)
-                self.places[id(array)] = place
-                self._arrays.append(array)
-            out.append(array)
+        out = []
+        for array, place in zip(arrays, places, strict=True):
+            if place is None:
+                out.append(array)
+            else:
+                out.append(_map(self._data, array.shape, array.dtype, place))
+                self._hold(out[-1], place)
         return out
+
+    def _hold(self, array: np.ndarray, place: int) -> None:
+        """Remembers which array of the model lies where."""
+        self.places[id(array)] = place
+        self._arrays.append(array)
 
     def _sync_sometimes(self) -> None:
         if time.monotonic() - self._synced > self._pause:
@@ -180,7 +162,7 @@ def unfinished(
         raise OutputError(explain(error, out)) from error
     partial = Partial(out, folder)
     try:
-        _open(partial, dict(key), taps, blocks, resume)
+        _open(partial, key, taps, blocks, resume)
     except BaseException as error:
         if not resume:  # otherwise what an earlier run has left stays
             shutil.rmtree(folder, ignore_errors=True)
@@ -238,99 +220,48 @@ def _locked(folder: Path, out: Path) -> int:
 
 
 def _open(
-    partial: Partial, key: dict[str, str], taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]], resume: str
+    partial: Partial, key: Mapping[str, str], taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]], resume: str
 ) -> None:
     """Opens data and journal of a locked folder: continued where that is asked for and possible, else empty."""
     data, journal = (partial.folder / name for name in (data_path(partial.out).name, "journal"))
-    head = _line({"format": _FORMAT, "key": key})
     partial._data, partial._journal = _file(data), _file(journal)
     if resume:
         text = _read_all(partial._journal)
-        first = text[: text.find(b"\n") + 1]
-        if first and first != head and resume == "same":
-            raise OutputError(_difference(partial, key, first))
-        if first == head:
+        first = first_line(text)
+        if first and first != head(key) and resume == "same":
+            raise OutputError(difference(partial.folder, key, first))
+        if first == head(key):
             _own_folder(partial.states)
-            _continue(partial, text, len(head), {tap.name: tap for tap in taps}, blocks)
+            _continue(partial, text, taps, blocks)
             return
     _clear(partial, {data.name, journal.name})
     _own_folder(partial.states)
     os.ftruncate(partial._journal, 0)
     os.ftruncate(partial._data, 0)
-    _write(partial._journal, head)
+    _write(partial._journal, head(key))
 
 
-def _continue(
-    partial: Partial, text: bytes, start: int, taps: Mapping[str, Tap], blocks: Sequence[Sequence[Tap]]
-) -> None:
+def _continue(partial: Partial, text: bytes, taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]]) -> None:
     """Takes over the taps of all blocks that are finished, and forgets what comes after them."""
     size = os.fstat(partial._data).st_size
-    found: list[tuple[str, Solved, int, int]] = []  # with where its line and its data end
-    position, end = start, 0
-    for line in text[start:].splitlines(keepends=True):
-        entry = _parsed(line)
-        tap = taps.get(str(entry.get("tap")))
-        if tap is None or tap.name in {name for name, *_ in found}:
-            break
-        read = _read_back(partial._data, entry, tap, end, size)
-        if read is None:
-            break
-        position += len(line)
-        solved, end = read
-        found.append((tap.name, solved, position, end))
-    names = {name for name, *_ in found}
-    whole = {tap.name for block in blocks if names.issuperset(tap.name for tap in block) for tap in block}
-    position, partial.end = start, 0
-    for name, solved, line_end, data_end in found:
-        if name not in whole:
-            break
-        arrays = [array for packed in solved.packed for array in packed.arrays]
-        mapped = partial._mapped(arrays, partial.end)
-        partial.finished[name] = replace(solved, packed=_regrouped(solved.packed, mapped))
-        position, partial.end = line_end, data_end
+
+    def read(shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.ndarray:
+        if place + math.prod(shape) * dtype.itemsize > size:
+            raise ValueError("the data file ends before")
+        return _map(partial._data, shape, dtype, place)
+
+    entries, position = finished(text, taps, blocks, read)
+    for entry in entries:
+        arrays = arrays_of(entry.solved)
+        places, _ = laid_out((array.nbytes for array in arrays), partial.end)
+        for array, place in zip(arrays, places, strict=True):
+            if place is not None:
+                partial._hold(array, place)
+        partial.finished[entry.name] = entry.solved
+        partial.end = entry.end
         partial._lines += 1
     os.ftruncate(partial._journal, position)  # first what speaks of the data, then the data
     os.ftruncate(partial._data, partial.end)
-
-
-def _read_back(data: int, entry: Mapping[str, Any], tap: Tap, start: int, size: int) -> tuple[Solved, int] | None:
-    """A tap from its journal entry and the data, with where these end; None if anything is not as it should be."""
-    packed, check, end = [], 0, start
-    try:
-        small = list(entry["small"])
-        for part in tap.parts():
-            arrays = []
-            for shape, dtype in packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype):
-                nbytes = math.prod(shape) * dtype.itemsize
-                if nbytes > LARGE:
-                    place = next_place(end, nbytes)
-                    end = place + nbytes
-                    if end > size:
-                        return None
-                    array = _map(data, shape, dtype, place)
-                else:
-                    array = _array(small.pop(0), dtype).reshape(shape)
-                check = zlib.crc32(_bytes(array), check)
-                arrays.append(array)
-            packed.append(packed_from(arrays, part.k, part.n, tap.spec))
-        scale = entry["input_scale"]
-        input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(tap.k)
-        error = None if entry["error"] is None else float(entry["error"])
-        if (end, check) != (entry["end"], entry["check"]):
-            return None
-    except (ValueError, TypeError, KeyError, IndexError):
-        return None
-    return Solved(tuple(packed), input_scale, error), end
-
-
-def _difference(partial: Partial, key: Mapping[str, str], first: bytes) -> str:
-    was = _parsed(first).get("key")
-    was = was if isinstance(was, dict) else {}
-    other = [name for name in key if was.get(name) != key[name]] or ["format"]
-    return (
-        f"the unfinished result in {partial.folder} is of another {' and another '.join(other)}: give the same as then "
-        "to resume it, or leave out --resume to begin anew"
-    )
 
 
 def _clear(partial: Partial, but: set[str]) -> None:
@@ -368,10 +299,6 @@ def _map(file: int, shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.n
         return np.asarray(np.memmap(stream, dtype, "r", place, shape))
 
 
-def _bytes(array: np.ndarray) -> memoryview:
-    return array.reshape(-1).view(np.uint8).data
-
-
 def _write_at(file: int, content: memoryview, place: int) -> None:
     while content:
         written = os.pwrite(file, content, place)
@@ -388,27 +315,6 @@ def _read_all(file: int) -> bytes:
     with os.fdopen(file, "rb", closefd=False) as stream:
         stream.seek(0)
         return stream.read()
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    return json.dumps(entry, sort_keys=True).encode() + b"\n"
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """An entry of the journal, empty where it is none or cut short."""
-    try:
-        entry = json.loads(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return entry if isinstance(entry, dict) else {}
-
-
-def _text(array: np.ndarray) -> str:
-    return base64.b64encode(_bytes(np.ascontiguousarray(array))).decode()
-
-
-def _array(text: str, dtype: np.dtype) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), dtype)
 
 
 def _regrouped(packed: Sequence[Packed], arrays: Sequence[np.ndarray]) -> tuple[Packed, ...]:

@@ -1,0 +1,190 @@
+"""The journal of an unfinished result (`onnx_woq.partial`): a line for each tap, and what of them still counts.
+
+Line 1 says what the result is of. Each further line has a tap's name, where its data end in the data file and their
+checksum, the arrays too small for that file, the input scale and the error. A line counts only if the data it speaks of
+are there, whatever order they reached the disk in. Shapes and places follow from the model alone: nothing that stands
+in a journal can lead to reading or writing anywhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_woq.graph.edit import LARGE
+from onnx_woq.graph.lower.matmulnbits import packed_from, packed_shapes
+from onnx_woq.graph.save import next_place
+from onnx_woq.graph.taps import Tap
+from onnx_woq.solving import Solved
+
+_FORMAT = 1
+
+Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
+"""Gives the array of a shape and type at a place of the data file; ValueError where the file ends before."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tap as journal and data file have it.
+
+    Attributes:
+        name: of the tap.
+        solved: what became of it.
+        end: where its data end in the data file.
+        line_end: where its line ends in the journal.
+    """
+
+    name: str
+    solved: Solved
+    end: int
+    line_end: int
+
+
+def laid_out(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
+    """Where arrays of so many bytes go in a data file that is `end` bytes long, and how long it is then.
+
+    None for an array that is too small for the data file.
+    """
+    places: list[int | None] = []
+    for nbytes in sizes:
+        place = next_place(end, nbytes) if nbytes > LARGE else None
+        places.append(place)
+        end = end if place is None else place + nbytes
+    return places, end
+
+
+def head(key: Mapping[str, str]) -> bytes:
+    """The first line: what the result follows from, by the name people know it under."""
+    return _line({"format": _FORMAT, "key": dict(key)})
+
+
+def first_line(journal: bytes) -> bytes:
+    """The first line of a journal, empty where it was cut short."""
+    return journal[: journal.find(b"\n") + 1]
+
+
+def tap_line(tap: Tap, solved: Solved, end: int) -> bytes:
+    """The line of a solved tap whose data end at `end`."""
+    arrays = arrays_of(solved)
+    check = 0
+    for array in arrays:
+        check = zlib.crc32(raw(array), check)
+    return _line(
+        {
+            "tap": tap.name,
+            "end": end,
+            "check": check,
+            "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
+            "input_scale": None if solved.input_scale is None else _text(solved.input_scale),
+            "error": solved.error,
+        }
+    )
+
+
+def finished(
+    journal: bytes, taps: Iterable[Tap], blocks: Sequence[Sequence[Tap]], read: Read
+) -> tuple[list[Entry], int]:
+    """The taps of all blocks that are finished, in order, as far as the data bear out what the journal says.
+
+    Args:
+        journal: all of it; the first line is the caller's to judge.
+        taps: all there are.
+        blocks: the same in groups.
+        read: gives an array of the data file.
+
+    Returns:
+        The entries, and where the last of their lines ends.
+    """
+    by_name = {tap.name: tap for tap in taps}
+    start = len(first_line(journal))
+    found: dict[str, Entry] = {}
+    position, end = start, 0
+    for line in journal[start:].splitlines(keepends=True):
+        said = _parsed(line)
+        tap = by_name.get(str(said.get("tap")))
+        solved = None if tap is None or tap.name in found else _read_back(said, tap, end, read)
+        if tap is None or solved is None:
+            break
+        position, end = position + len(line), said["end"]
+        found[tap.name] = Entry(tap.name, solved, end, position)
+    whole = {tap.name for block in blocks if all(tap.name in found for tap in block) for tap in block}
+    entries = []
+    for entry in found.values():
+        if entry.name not in whole:
+            break
+        entries.append(entry)
+    return entries, entries[-1].line_end if entries else start
+
+
+def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
+    """Why the unfinished result in `folder`, whose journal begins with the line `first`, is not the one of `key`."""
+    was = _parsed(first).get("key")
+    was = was if isinstance(was, dict) else {}
+    other = [name for name in key if was.get(name) != key[name]] or ["format"]
+    return (
+        f"the unfinished result in {folder} is of another {' and another '.join(other)}: give the same as then "
+        "to resume it, or leave out --resume to begin anew"
+    )
+
+
+def arrays_of(solved: Solved) -> list[np.ndarray]:
+    """What there is to store of a tap, in order, each in one piece."""
+    return [np.ascontiguousarray(array) for packed in solved.packed for array in packed.arrays]
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array in one piece."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Solved | None:
+    """A tap from its line and the data, which begin at `start`; None if anything is not as it should be."""
+    packed, check, end = [], 0, start
+    try:
+        small = list(said["small"])
+        for part in tap.parts():
+            arrays = []
+            shapes = packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype)
+            places, end = laid_out((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
+            for (shape, dtype), place in zip(shapes, places, strict=True):
+                array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
+                check = zlib.crc32(raw(array), check)
+                arrays.append(array)
+            packed.append(packed_from(arrays, part.k, part.n, tap.spec))
+        scale = said["input_scale"]
+        input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(tap.k)
+        error = None if said["error"] is None else float(said["error"])
+        if (end, check) != (said["end"], said["check"]):
+            return None
+    except (ValueError, TypeError, KeyError, IndexError):
+        return None
+    return Solved(tuple(packed), input_scale, error)
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """An entry of the journal, empty where it is none or cut short."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _text(array: np.ndarray) -> str:
+    return base64.b64encode(raw(np.ascontiguousarray(array))).decode()
+
+
+def _array(text: str, dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype)
