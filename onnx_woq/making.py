@@ -261,7 +261,7 @@ def write(
     Returns:
         The files of the model.
     """
-    stored = partial.stored if partial else None
+    stored = partial.complete() if partial else None
     try:
         with (
             output_folder(place.onnx.parent),

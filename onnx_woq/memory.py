@@ -14,6 +14,7 @@ from onnx_woq.graph.blocks import cuts
 from onnx_woq.graph.lower.matmulnbits import packed_bytes
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Tap
+from onnx_woq.partial import MAPS
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def plan_memory(
         MemoryLimit: the largest tap does not fit; the message says how much is needed.
     """
     needs = _needs(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
-    base = resident() + SLACK + (SESSIONS if needs else 0)
+    base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else sum(map(_result_bytes, taps)))
     tasks = sorted((task_bytes(tap, recipe) for tap in taps), reverse=True)
     largest, solving = tasks[0], sum(tasks[:workers])
     least, between = (needs.least(), needs.between) if needs else (0, 0)
@@ -104,8 +105,11 @@ def task_bytes(tap: Tap, recipe: Recipe) -> int:
     needs_data = METHODS[recipe.method].needs_data
     stats = 4 * tap.k * tap.k if needs_data else 0
     itemsize = 4 if needs_data else tap.weight_bytes // max(1, tap.k * tap.n)
-    result = packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype)
-    return stats + itemsize * tap.k * tap.n + solve_bytes(recipe.method, tap.k, tap.n, tap.spec) + result
+    return stats + itemsize * tap.k * tap.n + solve_bytes(recipe.method, tap.k, tap.n, tap.spec) + _result_bytes(tap)
+
+
+def _result_bytes(tap: Tap) -> int:
+    return packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype)
 
 
 def resident() -> int:

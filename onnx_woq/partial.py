@@ -11,16 +11,15 @@ file, completed with what stays float, is renamed to be that of the result (`onn
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
-import shutil
-import stat
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +29,15 @@ from onnx_woq.graph.lower.matmulnbits import Packed
 from onnx_woq.graph.save import Stored, data_path, explain
 from onnx_woq.graph.taps import Tap
 from onnx_woq.partial_journal import arrays_of, difference, finished, first_line, head, laid_out, raw, tap_line
+from onnx_woq.private import clear, locked, own_file, own_folder, remove
 from onnx_woq.solving import Solved
 
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0  # between two waits for the disk, or ten times what the last one took
+MAPS = sys.platform != "win32"
+"""Whether memory need not hold what the data file does: Windows neither renames nor removes a file that is mapped."""
+
 _KEPT = (KeyboardInterrupt, SystemExit)  # ends that are not failures
 
 
@@ -57,12 +60,12 @@ class Partial:
 
     out: Path
     folder: Path
+    _data: FileIO
+    _journal: FileIO
     finished: dict[str, Solved] = field(default_factory=dict)
     end: int = 0
     places: dict[int, int] = field(default_factory=dict)
     _lines: int = 0
-    _data: int = -1
-    _journal: int = -1
     _arrays: list[np.ndarray] = field(default_factory=list)  # what `places` speaks of has to stay alive
     _synced: float = field(default_factory=time.monotonic)
     _pause: float = SYNC_SECONDS
@@ -72,9 +75,9 @@ class Partial:
         """The folder for hidden states."""
         return self.folder / "states"
 
-    @property
-    def stored(self) -> Stored:
-        """What `save` needs to make the data file that of the result."""
+    def complete(self) -> Stored:
+        """What `save` needs to make the data file that of the result; nothing more can be kept."""
+        self._data.close()
         return Stored(self.folder, self.places, self.end)
 
     def keep(self, tap: Tap, solved: Solved) -> Solved:
@@ -83,39 +86,46 @@ class Partial:
         Raises:
             OutputError: the disk does not take it.
         """
-        try:
+        with _named_errors(self.out):
             return self._keep(tap, solved)
-        except OSError as error:
-            raise OutputError(explain(error, self.out)) from error
 
     def _keep(self, tap: Tap, solved: Solved) -> Solved:
         arrays = arrays_of(solved)
         places, end = laid_out((array.nbytes for array in arrays), self.end)
         for array, place in zip(arrays, places, strict=True):
             if place is not None:
-                _write_at(self._data, raw(array), place)
-        _write(self._journal, tap_line(tap, solved, end))
+                _write(self._data, raw(array), place)
+        _write(self._journal, memoryview(tap_line(tap, solved, end)), self._journal.seek(0, os.SEEK_END))
         self._lines += 1
-        mapped = self._mapped(arrays, places)
         self.end = end
-        self._sync_sometimes()
-        return replace(solved, packed=_regrouped(solved.packed, mapped))
-
-    def _mapped(self, arrays: Sequence[np.ndarray], places: Sequence[int | None]) -> list[np.ndarray]:
-        """The same arrays, large ones as views of the data file."""
-        out = []
+        kept = []
         for array, place in zip(arrays, places, strict=True):
-            if place is None:
-                out.append(array)
-            else:
-                out.append(_map(self._data, array.shape, array.dtype, place))
-                self._hold(out[-1], place)
-        return out
+            if place is not None and MAPS:
+                array = self.read(array.shape, array.dtype, place)
+            self._hold(array, place)
+            kept.append(array)
+        self._sync_sometimes()
+        return replace(solved, packed=_regrouped(solved.packed, kept))
 
-    def _hold(self, array: np.ndarray, place: int) -> None:
+    def read(self, shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.ndarray:
+        """An array of the data file, mapped where that is possible.
+
+        Raises:
+            ValueError: the file ends before.
+        """
+        count = math.prod(shape)
+        if place + count * dtype.itemsize > os.fstat(self._data.fileno()).st_size:
+            raise ValueError("the data file ends before")
+        if MAPS:
+            return np.asarray(np.memmap(self._data, dtype, "r", place, shape))
+        self._data.seek(0)
+        return np.fromfile(self._data, dtype, count, offset=place).reshape(shape)
+
+    def _hold(self, array: np.ndarray, place: int | None) -> None:
         """Remembers which array of the model lies where."""
-        self.places[id(array)] = place
-        self._arrays.append(array)
+        if place is not None:
+            self.places[id(array)] = place
+            self._arrays.append(array)
 
     def _sync_sometimes(self) -> None:
         if time.monotonic() - self._synced > self._pause:
@@ -126,14 +136,22 @@ class Partial:
 
     def sync(self) -> None:
         """Waits until everything so far has reached the disk, the data before what speaks of them."""
-        os.fsync(self._data)
-        os.fsync(self._journal)
+        for file in (self._data, self._journal):
+            if not file.closed:
+                os.fsync(file.fileno())
 
-    def close(self, lock: int) -> None:
-        """Closes the files and gives the folder free; what has been mapped stays mapped."""
-        for descriptor in (self._data, self._journal, lock):
-            if descriptor >= 0:
-                os.close(descriptor)
+    def take_over(self, taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]]) -> None:
+        """Continues with the taps of all blocks that are finished, and forgets what comes after them."""
+        entries, position = finished(_read_all(self._journal), taps, blocks, self.read)
+        for entry in entries:
+            arrays = arrays_of(entry.solved)
+            places, self.end = laid_out((array.nbytes for array in arrays), self.end)
+            for array, place in zip(arrays, places, strict=True):
+                self._hold(array, place)
+            self.finished[entry.name] = entry.solved
+            self._lines += 1
+        self._journal.truncate(position)  # first what speaks of the data, then the data
+        self._data.truncate(self.end)
 
 
 @contextmanager
@@ -155,166 +173,79 @@ def unfinished(
     Raises:
         OutputError: another process is at work on it, the folder cannot be used, or what is there has another key.
     """
-    folder = partial_folder(out)
+    with _named_errors(out):
+        lock = locked(partial_folder(out), out)
+    files, keep = ExitStack(), bool(resume)  # what an earlier run has left stays where this one cannot begin
     try:
-        lock = _locked(folder, out)
+        with _named_errors(out):
+            partial = _opened(files, out, key, taps, blocks, resume)
+        keep = False
+        try:
+            yield partial
+        except _KEPT as end:
+            keep = partial._lines > 0
+            if not keep:
+                raise
+            with suppress(OSError):
+                partial.sync()
+            raise type(end)(
+                f"{partial._lines} of {len(taps)} groups of MatMuls are done and kept in {partial.folder}; the same "
+                "command with --resume goes on from there"
+            ) from end
+    finally:
+        files.close()
+        if keep:
+            lock.close()
+        else:
+            remove(partial_folder(out), lock)
+
+
+def _opened(
+    files: ExitStack,
+    out: Path,
+    key: Mapping[str, str],
+    taps: Sequence[Tap],
+    blocks: Sequence[Sequence[Tap]],
+    resume: str,
+) -> Partial:
+    """What is in a locked folder, continued where that is asked for and possible, else empty."""
+    folder = partial_folder(out)
+    data, journal = (folder / name for name in (data_path(out).name, "journal"))
+    partial = Partial(out, folder, files.enter_context(own_file(data)), files.enter_context(own_file(journal)))
+    first = first_line(_read_all(partial._journal))
+    if resume == "same" and first and first != head(key):
+        raise OutputError(difference(folder, key, first))
+    if resume and first == head(key):
+        own_folder(partial.states)
+        partial.take_over(taps, blocks)
+        return partial
+    clear(folder, {data.name, journal.name})
+    own_folder(partial.states)
+    partial._journal.truncate(0)
+    partial._data.truncate(0)
+    _write(partial._journal, memoryview(head(key)), 0)
+    return partial
+
+
+@contextmanager
+def _named_errors(out: Path) -> Iterator[None]:
+    """What the system says becomes an error that says what to do."""
+    try:
+        yield
     except OSError as error:
         raise OutputError(explain(error, out)) from error
-    partial = Partial(out, folder)
-    try:
-        _open(partial, key, taps, blocks, resume)
-    except BaseException as error:
-        if not resume:  # otherwise what an earlier run has left stays
-            shutil.rmtree(folder, ignore_errors=True)
-        partial.close(lock)
-        if isinstance(error, OSError):
-            raise OutputError(explain(error, out)) from error
-        raise
-    try:
-        yield partial
-    except _KEPT as end:
-        if not partial._lines:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        with suppress(OSError):
-            partial.sync()
-        raise type(end)(
-            f"{partial._lines} of {len(taps)} groups of MatMuls are done and kept in {folder}; the same command with "
-            "--resume goes on from there"
-        ) from end
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        partial.close(lock)
 
 
-def _locked(folder: Path, out: Path) -> int:
-    """Makes the folder if need be and locks it; returns the descriptor that holds the lock."""
-    while True:
-        with suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        try:
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise OutputError(f"{folder} is in the way, and no folder of this program: remove it") from error
-        try:
-            what = os.fstat(lock)
-            if what.st_uid != os.geteuid() or stat.S_IMODE(what.st_mode) & 0o077:
-                raise OutputError(f"{folder} is in the way: others may write to it; remove it")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise OutputError(
-                    f"another process is writing {out} (it has locked {folder}): wait for it, or choose another output"
-                ) from error
-            with suppress(FileNotFoundError):
-                if os.path.samestat(what, os.stat(folder, follow_symlinks=False)):
-                    return lock  # and nobody has removed it in between
-            os.close(lock)
-        except BaseException:
-            os.close(lock)
-            raise
-
-
-def _open(
-    partial: Partial, key: Mapping[str, str], taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]], resume: str
-) -> None:
-    """Opens data and journal of a locked folder: continued where that is asked for and possible, else empty."""
-    data, journal = (partial.folder / name for name in (data_path(partial.out).name, "journal"))
-    partial._data, partial._journal = _file(data), _file(journal)
-    if resume:
-        text = _read_all(partial._journal)
-        first = first_line(text)
-        if first and first != head(key) and resume == "same":
-            raise OutputError(difference(partial.folder, key, first))
-        if first == head(key):
-            _own_folder(partial.states)
-            _continue(partial, text, taps, blocks)
-            return
-    _clear(partial, {data.name, journal.name})
-    _own_folder(partial.states)
-    os.ftruncate(partial._journal, 0)
-    os.ftruncate(partial._data, 0)
-    _write(partial._journal, head(key))
-
-
-def _continue(partial: Partial, text: bytes, taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]]) -> None:
-    """Takes over the taps of all blocks that are finished, and forgets what comes after them."""
-    size = os.fstat(partial._data).st_size
-
-    def read(shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.ndarray:
-        if place + math.prod(shape) * dtype.itemsize > size:
-            raise ValueError("the data file ends before")
-        return _map(partial._data, shape, dtype, place)
-
-    entries, position = finished(text, taps, blocks, read)
-    for entry in entries:
-        arrays = arrays_of(entry.solved)
-        places, _ = laid_out((array.nbytes for array in arrays), partial.end)
-        for array, place in zip(arrays, places, strict=True):
-            if place is not None:
-                partial._hold(array, place)
-        partial.finished[entry.name] = entry.solved
-        partial.end = entry.end
-        partial._lines += 1
-    os.ftruncate(partial._journal, position)  # first what speaks of the data, then the data
-    os.ftruncate(partial._data, partial.end)
-
-
-def _clear(partial: Partial, but: set[str]) -> None:
-    """Empties the folder; links in it are removed, not followed."""
-    for entry in os.scandir(partial.folder):
-        if entry.name in but:
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
-        else:
-            os.unlink(entry.path)
-
-
-def _own_folder(path: Path) -> None:
-    """Makes a folder in a private one; anything else of that name is replaced."""
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        path.unlink()
-    path.mkdir(mode=0o700, exist_ok=True)
-
-
-def _file(path: Path) -> int:
-    """Opens a file of a private folder for reading and writing; anything but a file of its own is replaced."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    with suppress(FileNotFoundError):
-        what = os.stat(path, follow_symlinks=False)
-        if stat.S_ISDIR(what.st_mode):
-            shutil.rmtree(path)
-        elif not stat.S_ISREG(what.st_mode) or what.st_nlink > 1:
-            os.unlink(path)
-    return os.open(path, flags, 0o666)
-
-
-def _map(file: int, shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.ndarray:
-    with os.fdopen(file, "rb", closefd=False) as stream:
-        return np.asarray(np.memmap(stream, dtype, "r", place, shape))
-
-
-def _write_at(file: int, content: memoryview, place: int) -> None:
+def _write(file: FileIO, content: memoryview, place: int) -> None:
+    """Writes all of `content` at a place of the file."""
+    file.seek(place)
     while content:
-        written = os.pwrite(file, content, place)
-        content, place = content[written:], place + written
+        content = content[file.write(content) :]
 
 
-def _write(file: int, content: bytes) -> None:
-    os.lseek(file, 0, os.SEEK_END)
-    while content:
-        content = content[os.write(file, content) :]
-
-
-def _read_all(file: int) -> bytes:
-    with os.fdopen(file, "rb", closefd=False) as stream:
-        stream.seek(0)
-        return stream.read()
+def _read_all(file: FileIO) -> bytes:
+    file.seek(0)
+    return file.readall()
 
 
 def _regrouped(packed: Sequence[Packed], arrays: Sequence[np.ndarray]) -> tuple[Packed, ...]:
