@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import logging
 import os
@@ -112,6 +113,8 @@ def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.version_option(package_name="onnx-woq")
 def main() -> None:
     """Turn float ONNX models into low-bit ones that ONNX Runtime runs natively."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # Windows writes to files and pipes in an old code page
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
 
 

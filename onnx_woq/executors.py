@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -60,7 +61,8 @@ def _threads() -> Executor:
 
 def _processes() -> Executor:
     spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(cores(), mp_context=spawn, initializer=_begin_process)
+    most = 61 if sys.platform == "win32" else cores()  # Windows waits for no more at a time
+    return ProcessPoolExecutor(min(most, cores()), mp_context=spawn, initializer=_begin_process)
 
 
 def _begin_process() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from acceptance import zoo
 
-from onnx_woq import Recipe, memory, quantize
+from onnx_woq import Recipe, executors, memory, quantize
 from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import find_taps
 
@@ -67,3 +67,24 @@ def test_where_the_result_cannot_be_mapped_the_plan_counts_it(monkeypatch, tmp_p
     mapped = memory.plan_memory(model, taps, [], recipe, None, 1).peak
     monkeypatch.setattr(memory, "MAPS", False)
     assert memory.plan_memory(model, taps, [], recipe, None, 1).peak - mapped == sum(map(memory._result_bytes, taps))
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])
+def test_a_table_can_be_sent_to_a_file_in_any_encoding(encoding, tmp_path):
+    model = zoo.language_model(tmp_path / "lm.onnx", layers=2)
+    done = subprocess.run(
+        [sys.executable, "-m", "onnx_woq.cli", "inspect", str(model)],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert " ? " in done.stdout.decode(encoding)
+
+
+def test_processes_on_a_large_windows_machine(monkeypatch):
+    monkeypatch.setattr(executors, "cores", lambda: 128)
+    monkeypatch.setattr(sys, "platform", "win32")
+    with executors.built_in("processes") as executor:
+        assert executors.workers_of(executor) == 61
