@@ -226,12 +226,18 @@ def _check_room(model: Model, taps: list[Tap], place: Destination) -> None:
     while not above.exists():
         above = above.parent
     left = partial_folder(place.onnx) / data_path(place.onnx).name
-    there = left.stat().st_size if left.is_file() else 0
+    there = _on_disk(left) if left.is_file() else 0
     free = shutil.disk_usage(above).free
     if needed > free + there:
         raise OutputError(
             f"{place.onnx} needs about {needed:,} bytes, its disk has {free:,} free: make room or choose another disk"
         )
+
+
+def _on_disk(file: Path) -> int:
+    """Bytes that a file takes on its disk: holes take none."""
+    status = file.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size
 
 
 def report_of(tap: Tap, bytes_before: int, error: float | None = None, scaling: str = "") -> TapReport:

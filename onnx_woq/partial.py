@@ -28,7 +28,17 @@ from onnx_woq.errors import OutputError
 from onnx_woq.graph.lower.matmulnbits import Packed
 from onnx_woq.graph.save import Stored, data_path, explain
 from onnx_woq.graph.taps import Tap
-from onnx_woq.partial_journal import arrays_of, difference, finished, first_line, head, laid_out, raw, tap_line
+from onnx_woq.partial_journal import (
+    arrays_of,
+    difference,
+    finished,
+    first_line,
+    head,
+    laid_out,
+    most_bytes,
+    raw,
+    tap_line,
+)
 from onnx_woq.private import clear, locked, own_file, own_folder, remove
 from onnx_woq.solving import Solved
 
@@ -65,6 +75,7 @@ class Partial:
     finished: dict[str, Solved] = field(default_factory=dict)
     end: int = 0
     places: dict[int, int] = field(default_factory=dict)
+    _map: np.ndarray | None = None  # all of the data file, where files can be mapped
     _lines: int = 0
     _arrays: list[np.ndarray] = field(default_factory=list)  # what `places` speaks of has to stay alive
     _synced: float = field(default_factory=time.monotonic)
@@ -100,12 +111,23 @@ class Partial:
         self.end = end
         kept = []
         for array, place in zip(arrays, places, strict=True):
-            if place is not None and MAPS:
+            if place is not None and self._map is not None:
                 array = self.read(array.shape, array.dtype, place)
             self._hold(array, place)
             kept.append(array)
         self._sync_sometimes()
         return replace(solved, packed=_regrouped(solved.packed, kept))
+
+    def map_data(self, size: int) -> None:
+        """Maps the data file in one piece, for each map keeps a file open; until it is full there is a hole at its end.
+
+        Args:
+            size: bytes that it may have in the end, without what `save` appends.
+        """
+        if MAPS and size:
+            if os.fstat(self._data.fileno()).st_size < size:
+                self._data.truncate(size)
+            self._map = np.asarray(np.memmap(self._data, np.uint8, "r", 0, (size,)))
 
     def read(self, shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.ndarray:
         """An array of the data file, mapped where that is possible.
@@ -114,10 +136,8 @@ class Partial:
             ValueError: the file ends before.
         """
         count = math.prod(shape)
-        if place + count * dtype.itemsize > os.fstat(self._data.fileno()).st_size:
-            raise ValueError("the data file ends before")
-        if MAPS:
-            return np.asarray(np.memmap(self._data, dtype, "r", place, shape))
+        if self._map is not None:
+            return self._map[place : place + count * dtype.itemsize].view(dtype).reshape(shape)
         self._data.seek(0)
         return np.fromfile(self._data, dtype, count, offset=place).reshape(shape)
 
@@ -152,6 +172,8 @@ class Partial:
             self._lines += 1
         self._journal.truncate(position)  # first what speaks of the data, then the data
         self._data.truncate(self.end)
+        if self._map is not None:
+            self._data.truncate(len(self._map))
 
 
 @contextmanager
@@ -215,15 +237,17 @@ def _opened(
     first = first_line(_read_all(partial._journal))
     if resume == "same" and first and first != head(key):
         raise OutputError(difference(folder, key, first))
-    if resume and first == head(key):
-        own_folder(partial.states)
-        partial.take_over(taps, blocks)
-        return partial
-    clear(folder, {data.name, journal.name})
+    going_on = bool(resume) and first == head(key)
+    if not going_on:
+        clear(folder, {data.name, journal.name})
+        partial._journal.truncate(0)
+        partial._data.truncate(0)
     own_folder(partial.states)
-    partial._journal.truncate(0)
-    partial._data.truncate(0)
-    _write(partial._journal, memoryview(head(key)), 0)
+    partial.map_data(most_bytes(taps))
+    if going_on:
+        partial.take_over(taps, blocks)
+    else:
+        _write(partial._journal, memoryview(head(key)), 0)
     return partial
 
 

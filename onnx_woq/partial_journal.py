@@ -22,7 +22,7 @@ import numpy as np
 from onnx_woq.graph.edit import LARGE
 from onnx_woq.graph.lower.matmulnbits import packed_from, packed_shapes
 from onnx_woq.graph.save import next_place
-from onnx_woq.graph.taps import Tap
+from onnx_woq.graph.taps import Part, Tap
 from onnx_woq.solving import Solved
 
 _FORMAT = 1
@@ -59,6 +59,13 @@ def laid_out(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
         places.append(place)
         end = end if place is None else place + nbytes
     return places, end
+
+
+def most_bytes(taps: Iterable[Tap]) -> int:
+    """No data file of these taps is longer, in whatever order they come."""
+    shapes = (shape for tap in taps for part in tap.parts() for shape in _shapes(tap, part))
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
+    return sum(next_place(1, size) + size for size in sizes if size > LARGE)
 
 
 def head(key: Mapping[str, str]) -> bytes:
@@ -152,7 +159,7 @@ def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Sol
         small = list(said["small"])
         for part in tap.parts():
             arrays = []
-            shapes = packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype)
+            shapes = _shapes(tap, part)
             places, end = laid_out((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
             for (shape, dtype), place in zip(shapes, places, strict=True):
                 array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
@@ -167,6 +174,10 @@ def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Sol
     except (ValueError, TypeError, KeyError, IndexError):
         return None
     return Solved(tuple(packed), input_scale, error)
+
+
+def _shapes(tap: Tap, part: Part) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
+    return packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype)
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

@@ -428,6 +428,35 @@ def test_a_disk_that_fills_up_leaves_nothing(model, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+MANY = """
+import resource, sys
+import numpy as np
+from onnx_woq import quantize
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+def stop(stage, done, total):
+    if (stage, done) == ("solve", 120):
+        raise KeyboardInterrupt
+try:
+    quantize(sys.argv[1], sys.argv[2], progress=stop)
+except KeyboardInterrupt:
+    quantize(sys.argv[1], sys.argv[2], resume=True)
+"""
+
+
+def test_a_model_of_many_weights_needs_few_open_files(tmp_path):
+    """A map keeps its file open, and macOS allows a process 256 of them, Linux 1,024."""
+    weights = {f"W{i}": random(128, 128, seed=i) / 12 for i in range(150)}
+    nodes = [node("MatMul", [f"x{i}", f"W{i}"], [f"x{i + 1}"]) for i in range(150)]
+    path = write(tmp_path / "m.onnx", graph(nodes, [value("x0", ("t", 128))], [value("x150", ("t", 128))], weights))
+    for name in ("few", "whole"):
+        (tmp_path / name).mkdir()
+    quantize(path, tmp_path / "whole" / "q.onnx")
+    command = [sys.executable, "-c", MANY, str(path), str(tmp_path / "few" / "q.onnx")]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:].decode()
+    assert contents(tmp_path / "few" / "q.onnx") == contents(tmp_path / "whole" / "q.onnx")
+
+
 def test_weights_lie_in_the_data_file_where_runtimes_can_map_them(model, tmp_path):
     quantize(model, tmp_path / "q.onnx", Recipe("rtn", Spec(8, 32)))
     tensors = [v.const_value for v in load(tmp_path / "q.onnx").ir.graph.initializers.values()]
