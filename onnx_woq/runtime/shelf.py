@@ -15,7 +15,7 @@ import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -65,7 +65,7 @@ class Shelf:
         else:
             private = lambda path, flags: os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o600)  # noqa: E731
             self._file = open(self._path("bin"), "w+b" if number is None else "rb", opener=private)  # noqa: SIM115
-        weakref.finalize(self, self._file.close)
+        weakref.finalize(self, _close, self._file)
 
     def read_into(self, array: np.ndarray, offset: int) -> None:
         """Fills a contiguous array from the file."""
@@ -153,6 +153,12 @@ def newest(folder: Path, samples: int) -> tuple[dict[str, str], list[dict[str, n
 def room_for(size: int, folder: Path | None) -> bool:
     """Whether `size` bytes more fit on the disk that a shelf would be on."""
     return shutil.disk_usage(folder or tempfile.gettempdir()).free > size
+
+
+def _close(file: BinaryIO) -> None:
+    """What a full disk did not take has been said, and is tried once more here."""
+    with suppress(OSError):
+        file.close()
 
 
 def _numbers(folder: Path) -> list[int]:

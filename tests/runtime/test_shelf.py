@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import resource
+import sys
 
 import numpy as np
 import pytest
@@ -51,6 +54,22 @@ def test_an_array_that_two_samples_share_is_written_once(tmp_path):
     shelf = kept(tmp_path)
     assert (tmp_path / "hidden-0.bin").stat().st_size == 3 * 7 * 16 * 4 + 49
     del shelf
+
+
+def test_what_a_full_disk_did_not_take_is_said_once(tmp_path, monkeypatch):
+    shelf, more = Shelf(tmp_path), []
+    monkeypatch.setattr(sys, "unraisablehook", more.append)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        shelf.add({"h": np.ones(500, np.uint8)})
+        with pytest.raises(OSError, match="File too large"):
+            shelf.close(KEYS)
+        del shelf
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert more == []
 
 
 def test_a_later_process_finds_it(tmp_path):
