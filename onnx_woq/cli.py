@@ -134,7 +134,7 @@ def main() -> None:
 @click.option("--timeout", type=float, metavar="SECONDS", help="No trial starts later.")
 @click.option("--workdir", type=click.Path(), metavar="DIR", help="Journal and trial models; a killed run resumes.")
 @run_options
-@click.option("--resume", is_flag=True, help="Continue what an interrupted or killed run has left.")
+@click.option("--resume", is_flag=True, help="Continue what a killed or interrupted run, or one out of disk, has left.")
 @json_option
 @_named_errors
 def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bool, **given: Any) -> None:

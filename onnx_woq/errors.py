@@ -26,6 +26,10 @@ class OutputError(OnnxWoqError):
     """The result cannot be written where it was asked for."""
 
 
+class DiskError(OutputError):
+    """The disk is full, or fails, while the result is being written; what is finished is kept where it says so."""
+
+
 class MemoryLimit(OnnxWoqError):
     """The memory that the process may take is too little for the largest weight."""
 

@@ -22,7 +22,7 @@ from onnx_woq.graph.blocks import blocks_of
 from onnx_woq.graph.fold import divide_input
 from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_runtime
 from onnx_woq.graph.model import Model, file_bytes, save
-from onnx_woq.graph.save import data_path
+from onnx_woq.graph.save import data_path, failure
 from onnx_woq.graph.taps import Tap, shared_copy_bytes
 from onnx_woq.memory import MemoryPlan, plan_memory, task_bytes
 from onnx_woq.partial import Partial, partial_folder, unfinished
@@ -125,7 +125,7 @@ def make(
         known: what has been solved for the same model and data by now; grows.
 
     Raises:
-        OnnxWoqError: it cannot be done; nothing is left behind.
+        OnnxWoqError: it cannot be done; nothing is left behind, but by a DiskError that says so.
     """
     blocks = blocks_of(model, taps) if METHODS[recipe.method].needs_data else [[tap] for tap in taps]
     _check_room(model, taps, place)
@@ -275,4 +275,4 @@ def write(
         ):
             return save(model, place.onnx, metadata=properties, stored=stored)
     except OSError as error:
-        raise OutputError(f"cannot write {place.onnx}: {error.strerror or error}") from error
+        raise failure(error, place.onnx) from error

@@ -1,4 +1,4 @@
-"""The unfinished result beside the output, so that memory holds no weight twice and a killed run loses little.
+"""The unfinished result beside the output, so that memory holds no weight twice and a run that ends loses little.
 
 `.NAME.onnx-woq-partial` is a private folder on the disk of the result. Packed weights are appended to its data file as
 they are made and from then on read through a memory map; the journal gets a line for each tap. At the end the same data
@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_woq.errors import OutputError
+from onnx_woq.errors import DiskError, OutputError
 from onnx_woq.graph.lower.matmulnbits import Packed
-from onnx_woq.graph.save import Stored, data_path, explain
+from onnx_woq.graph.save import Stored, data_path, failure
 from onnx_woq.graph.taps import Tap
 from onnx_woq.partial_journal import (
     arrays_of,
@@ -48,7 +48,8 @@ SYNC_SECONDS = 1.0  # between two waits for the disk, or ten times what the last
 MAPS = sys.platform != "win32"
 """Whether memory need not hold what the data file does: Windows neither renames nor removes a file that is mapped."""
 
-_KEPT = (KeyboardInterrupt, SystemExit)  # ends that are not failures
+_JOURNAL = "journal"
+_KEPT = (KeyboardInterrupt, SystemExit, DiskError)  # ends after which the same run may go on
 
 
 def partial_folder(out: Path) -> Path:
@@ -95,7 +96,7 @@ class Partial:
         """Stores a solved tap; gives it back with its large arrays read from the data file.
 
         Raises:
-            OutputError: the disk does not take it.
+            OutputError: the disk does not take it; a DiskError where it is full or fails.
         """
         with _named_errors(self.out):
             return self._keep(tap, solved)
@@ -107,8 +108,8 @@ class Partial:
             if place is not None:
                 _write(self._data, raw(array), place)
         _write(self._journal, memoryview(tap_line(tap, solved, end)), self._journal.seek(0, os.SEEK_END))
-        self._lines += 1
         self.end = end
+        self._lines += 1
         kept = []
         for array, place in zip(arrays, places, strict=True):
             if place is not None and self._map is not None:
@@ -160,6 +161,17 @@ class Partial:
             if not file.closed:
                 os.fsync(file.fileno())
 
+    def left(self) -> int:
+        """How many taps a later run can go on from; none once the data file has its final name."""
+        return self._lines if (self.folder / data_path(self.out).name).exists() else 0
+
+    def settle(self) -> None:
+        """Leaves on the disk what is finished, and nothing that is half written."""
+        with suppress(OSError):
+            if not self._data.closed:
+                self._data.truncate(self.end)
+            self.sync()
+
     def take_over(self, taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]]) -> None:
         """Continues with the taps of all blocks that are finished, and forgets what comes after them."""
         entries, position = finished(_read_all(self._journal), taps, blocks, self.read)
@@ -182,7 +194,8 @@ def unfinished(
 ) -> Iterator[Partial]:
     """The unfinished result of `out`, new or continued; removed at the end of the `with` block.
 
-    Only an interrupt leaves it where it is, once it holds anything. An earlier one that is not continued is replaced.
+    Only an interrupt and a disk that is full or fails leave it where it is, once it holds anything, and say so. An
+    earlier one that is not continued is replaced.
 
     Args:
         out: the .onnx file it will be; its folder exists.
@@ -194,26 +207,28 @@ def unfinished(
 
     Raises:
         OutputError: another process is at work on it, the folder cannot be used, or what is there has another key.
+        DiskError: as above; also for what else in the `with` block met it.
     """
     with _named_errors(out):
         lock = locked(partial_folder(out), out)
-    files, keep = ExitStack(), bool(resume)  # what an earlier run has left stays where this one cannot begin
+    # What an earlier run has left stays where this one cannot begin.
+    files, keep = ExitStack(), bool(resume) and (partial_folder(out) / _JOURNAL).exists()
     try:
         with _named_errors(out):
             partial = _opened(files, out, key, taps, blocks, resume)
         keep = False
         try:
             yield partial
-        except _KEPT as end:
-            keep = partial._lines > 0
-            if not keep:
+        except BaseException as error:
+            end = _named(error, out)
+            done = partial.left() if isinstance(end, _KEPT) else 0
+            keep = done > 0
+            if keep:
+                partial.settle()
+                end = type(end)(_kept(end, done, len(taps), partial.folder))
+            if end is error:
                 raise
-            with suppress(OSError):
-                partial.sync()
-            raise type(end)(
-                f"{partial._lines} of {len(taps)} groups of MatMuls are done and kept in {partial.folder}; the same "
-                "command with --resume goes on from there"
-            ) from end
+            raise end from error
     finally:
         files.close()
         if keep:
@@ -232,7 +247,7 @@ def _opened(
 ) -> Partial:
     """What is in a locked folder, continued where that is asked for and possible, else empty."""
     folder = partial_folder(out)
-    data, journal = (folder / name for name in (data_path(out).name, "journal"))
+    data, journal = (folder / name for name in (data_path(out).name, _JOURNAL))
     partial = Partial(out, folder, files.enter_context(own_file(data)), files.enter_context(own_file(journal)))
     first = first_line(_read_all(partial._journal))
     if resume == "same" and first and first != head(key):
@@ -251,13 +266,28 @@ def _opened(
     return partial
 
 
+def _named(error: BaseException, out: Path) -> BaseException:
+    """The same error, but a disk that is full or fails by its name."""
+    named = failure(error, out) if isinstance(error, OSError) else error
+    return named if isinstance(named, DiskError) else error
+
+
+def _kept(end: BaseException, done: int, taps: int, folder: Path) -> str:
+    """What people are told."""
+    what = f"{end}; " if isinstance(end, DiskError) else ""
+    return (
+        f"{what}{done} of {taps} groups of MatMuls are done and kept in {folder}; the same command with --resume goes "
+        "on from there"
+    )
+
+
 @contextmanager
 def _named_errors(out: Path) -> Iterator[None]:
     """What the system says becomes an error that says what to do."""
     try:
         yield
     except OSError as error:
-        raise OutputError(explain(error, out)) from error
+        raise failure(error, out) from error
 
 
 def _write(file: FileIO, content: memoryview, place: int) -> None:

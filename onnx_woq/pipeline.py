@@ -47,8 +47,9 @@ def quantize(
 ) -> QuantizeReport:
     """Replaces a model's heavy MatMul weights by low-bit ones that ONNX Runtime runs natively.
 
-    Quantized weights go to the disk as they are made, beside the output. If the run is killed or interrupted they
-    stay there, and the same call with `resume` goes on at the last finished block; any other failure leaves nothing.
+    Quantized weights go to the disk as they are made, beside the output. If the run is killed or interrupted, or the
+    disk is full or fails, they stay there, and the same call with `resume` goes on at the last finished block; any
+    other failure leaves nothing.
 
     Args:
         model: an .onnx file, or a folder that holds one. It is never modified.
@@ -69,6 +70,7 @@ def quantize(
 
     Raises:
         OnnxWoqError: the model, data, recipe or output cannot be used; nothing has been written then.
+        DiskError: the disk is full, or fails; says what is kept.
     """
     start = time.monotonic()
     recipe = calibrated_on(preset(recipe) if isinstance(recipe, str) else recipe, samples, seqlen)

@@ -6,22 +6,29 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from acceptance import zoo
 from builders import FLOAT16, graph, node, random, value, write
+from click.testing import CliRunner
 
 from onnx_woq import Recipe, Spec, partial, pipeline, quantize
+from onnx_woq.cli import main
 from onnx_woq.errors import DataError, ModelError, OutputError
+from onnx_woq.graph import save as saving
 from onnx_woq.graph.model import load
 from onnx_woq.partial import partial_folder
+from onnx_woq.runtime.shelf import Shelf
 
 AWQ = Recipe("awq", Spec(group_size=32))
 RECIPES = {
@@ -67,6 +74,15 @@ def whole(model, data, tmp_path_factory):
         return made[name]
 
     return result
+
+
+@contextmanager
+def changed(*changes):
+    """Attributes set for a while; their old values are back afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        for change in changes:
+            patch.setattr(*change)
+        yield
 
 
 class Stop:
@@ -117,6 +133,21 @@ def test_it_may_be_interrupted_again_and_again(model, data, whole, tmp_path):
         interrupted(model, out, RECIPES["rtn"], data, after, resume=after > 2)
     quantize(model, out, RECIPES["rtn"], data, resume=True)
     assert contents(out) == whole("rtn")
+
+
+def test_an_impatient_interrupt_loses_nothing(model, data, whole, tmp_path):
+    """While it waits for the disk."""
+    out = tmp_path / "q.onnx"
+
+    def impatient(_):
+        raise KeyboardInterrupt
+
+    with changed((os, "fsync", impatient)), pytest.raises(KeyboardInterrupt):
+        quantize(model, out, RECIPES["rtn"], data, progress=Stop(6))
+    again = Stop()
+    quantize(model, out, RECIPES["rtn"], data, resume=True, progress=again)
+    assert contents(out) == whole("rtn")
+    assert len(again.seen) == 3
 
 
 @pytest.mark.parametrize("proto", [FLOAT16], ids=["float16"])
@@ -413,19 +444,158 @@ def test_too_little_room_is_noticed_before_the_work(model, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_disk_that_fills_up_leaves_nothing(model, tmp_path, monkeypatch):
-    count, write = [], partial._write
+def full_from(at, number=errno.ENOSPC):
+    """From the `at`-th write on, the disk takes half of what it is given."""
+    count, write = itertools.count(1), partial._write
 
     def full(file, content, place):
-        count.append(place)
-        if len(count) == 7:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(file, content, place)
+        if next(count) < at:
+            write(file, content, place)
+        else:
+            write(file, content[: len(content) // 2], place)
+            raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(partial, "_write", full)
-    with pytest.raises(OutputError, match="make room"):
-        quantize(model, tmp_path / "q.onnx")
-    assert list(tmp_path.iterdir()) == []
+    return changed((partial, "_write", full))
+
+
+def kept(message, out):
+    """How many groups an error says are kept."""
+    found = re.search(rf"(\d) of 9 groups of MatMuls are done and kept in {partial_folder(out)}; .*--resume", message)
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq, tap by tap"])
+@pytest.mark.parametrize("at", [8, 13, 21, 29, 32])
+def test_a_disk_that_fills_up_keeps_what_is_done(name, at, model, data, whole, tmp_path):
+    out, steps = tmp_path / "new" / "q.onnx", Stop()
+    with full_from(at), pytest.raises(OutputError, match=r"disk is full.*make room") as caught:
+        quantize(model, out, RECIPES[name], data, progress=steps)
+    done = kept(str(caught.value), out)
+    assert done == len(steps.seen) > 0
+    assert os.listdir(out.parent) == [partial_folder(out).name]
+    again = Stop()
+    quantize(model, out, RECIPES[name], data, resume=True, progress=again)
+    assert contents(out) == whole(name)
+    assert len(again.seen) <= 9 - done + 4
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_disk_that_is_full_from_the_start_leaves_nothing(at, resume, model, data, tmp_path):
+    with full_from(at), pytest.raises(OutputError, match="make room") as caught:
+        quantize(model, tmp_path / "new" / "q.onnx", RECIPES["gptq"], data, resume=resume)
+    assert "--resume" not in str(caught.value)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_it_may_fill_up_again_and_again(model, data, whole, tmp_path):
+    out = tmp_path / "q.onnx"
+    for at in (9, 6, 1, 12):
+        with full_from(at), pytest.raises(OutputError, match="make room"):
+            quantize(model, out, RECIPES["rtn"], resume=True)
+    quantize(model, out, RECIPES["rtn"], resume=True)
+    assert contents(out) == whole("rtn")
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOMEM])
+def test_other_errors_of_the_disk(number, model, whole, tmp_path):
+    """A disk that recovers is as good as one that is full; what has another cause is no better for being kept."""
+    out = tmp_path / "q.onnx"
+    with full_from(16, number), pytest.raises(OutputError, match="cannot be written") as caught:
+        quantize(model, out, RECIPES["rtn"])
+    if number in (errno.EACCES, errno.ENOMEM):
+        assert contents(out) == {}
+        return
+    assert kept(str(caught.value), out) == 4
+    quantize(model, out, RECIPES["rtn"], resume=True)
+    assert contents(out) == whole("rtn")
+
+
+def test_a_disk_that_says_only_later_what_it_did_not_take(model, whole, tmp_path):
+    out = tmp_path / "q.onnx"
+
+    def failing(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    often = SimpleNamespace(monotonic=itertools.count(10**9, 10).__next__)
+    with (
+        changed((partial, "time", often), (os, "fsync", failing)),
+        pytest.raises(OutputError, match="disk fails") as caught,
+    ):
+        quantize(model, out, RECIPES["rtn"])
+    assert kept(str(caught.value), out) == 1
+    quantize(model, out, RECIPES["rtn"], resume=True)
+    assert contents(out) == whole("rtn")
+
+
+@pytest.mark.parametrize("what", ["tensor", "numpy's tensor", "room", "structure"])
+def test_a_disk_that_is_full_in_the_end_keeps_all(what, model, data, whole, tmp_path):
+    """While what stays float is written."""
+    out = tmp_path / "q.onnx"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def numpys(*_):
+        raise OSError("400 requested and 20 written")  # all that numpy says
+
+    def progress(stage, done, total):
+        if (stage, done) == ("solve", 9):
+            patch.setattr(*changes[what])
+
+    changes = {
+        "tensor": (saving, "_write", full),
+        "numpy's tensor": (ir.ExternalTensor, "tofile", numpys),
+        "room": (shutil, "disk_usage", lambda _: SimpleNamespace(free=1000)),
+        "structure": (Path, "write_bytes", full),
+    }
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OutputError, match="make room") as caught:
+        quantize(model, out, RECIPES["gptq"], data, progress=progress)
+    assert kept(str(caught.value), out) == 9
+    again = Stop()
+    quantize(model, out, RECIPES["gptq"], data, resume=True, progress=again)
+    assert again.seen == []
+    assert contents(out) == whole("gptq")
+
+
+def test_a_disk_that_is_full_of_hidden_states_keeps_what_is_done(model, data, whole, tmp_path):
+    out, recipe = tmp_path / "q.onnx", RECIPES["gptq, tap by tap"]
+    append, count = Shelf._append, itertools.count(1)
+
+    def full(self, array):
+        if next(count) >= 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(self, array)
+
+    with changed((Shelf, "_append", full)), pytest.raises(OutputError, match="make room") as caught:
+        quantize(model, out, recipe, data)
+    assert 0 < kept(str(caught.value), out) < 9
+    quantize(model, out, recipe, data, resume=True)
+    assert contents(out) == whole("gptq, tap by tap")
+
+
+def test_a_full_disk_on_the_command_line(model, tmp_path):
+    with full_from(16):
+        done = CliRunner().invoke(main, ["quantize", str(model), "-o", str(tmp_path / "q.onnx")])
+    assert done.exit_code == 2
+    assert kept(done.stderr.replace("\n", " "), tmp_path / "q.onnx") == 4
+
+
+def test_an_end_after_the_result_has_its_name_keeps_nothing(model, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    source, out = shutil.copy(model, tmp_path / "lm.onnx"), tmp_path / "out"
+    replace = os.replace
+
+    def full(old, new):
+        if Path(new).name == "config.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="make room") as caught:
+        quantize(source, out)
+    assert "--resume" not in str(caught.value)
+    assert sorted(os.listdir(out)) == ["lm.onnx", "lm.onnx.data"]
 
 
 MANY = """

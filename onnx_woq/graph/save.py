@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_woq.core.cpu import no_garbage_search
-from onnx_woq.errors import OutputError
+from onnx_woq.errors import DiskError, OutputError
 from onnx_woq.graph.edit import is_large, lift_large
 from onnx_woq.graph.proto import to_proto
 
@@ -87,7 +87,7 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: 
         The files written, `out` first.
 
     Raises:
-        OutputError: it cannot be written there.
+        OutputError: it cannot be written there; a DiskError where the disk is full or fails.
     """
     out = check_output(model, out)
     lift_large(model.ir)
@@ -104,7 +104,7 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: 
             new.write_bytes(_serialized(model.ir, outside, metadata, version))
             return _swap_in(new, data, out)
     except OSError as error:
-        raise OutputError(explain(error, out)) from error
+        raise failure(error, out) from error
 
 
 def next_place(end: int, nbytes: int) -> int:
@@ -191,7 +191,7 @@ def _write_data(layout: _Layout, path: Path, out: Path) -> None:
     needed = last[0] + last[1].nbytes - layout.keep if last else 0
     free = shutil.disk_usage(path.parent).free
     if needed > free:
-        raise OutputError(f"{out} needs {needed:,} bytes, its disk has {free:,} free: make room or choose another disk")
+        raise DiskError(f"{out} needs {needed:,} bytes, its disk has {free:,} free: make room or choose another disk")
     with path.open("r+b" if layout.keep else "wb") as file:
         file.truncate(layout.keep)
         for offset, tensor in layout.new:
@@ -200,10 +200,15 @@ def _write_data(layout: _Layout, path: Path, out: Path) -> None:
 
 
 def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
-    if hasattr(tensor, "tofile"):
-        tensor.tofile(file)
-    else:
-        file.write(tensor.tobytes())
+    try:
+        if hasattr(tensor, "tofile"):
+            tensor.tofile(file)
+        else:
+            file.write(tensor.tobytes())
+    except OSError as error:
+        if error.errno is None:  # numpy, which says how much was written and not why no more
+            raise OSError(errno.ENOSPC, str(error)) from error
+        raise
 
 
 def _serialized(
@@ -238,8 +243,12 @@ def _swap_in(new: Path, data: Path, out: Path) -> list[Path]:
     return written[::-1]
 
 
-def explain(error: OSError, out: Path) -> str:
-    """Why `out` cannot be written, and what to do."""
+def failure(error: OSError, out: Path) -> OutputError:
+    """What the system says while `out` is written, as an error that says why it cannot be and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"{out} cannot be written, the disk is full or the file too large for it: make room or use another disk"
-    return f"{out} cannot be written ({error.strerror or error}): choose another place"
+        return DiskError(
+            f"{out} cannot be written, the disk is full or the file too large for it: make room or use another disk"
+        )
+    if error.errno == errno.EIO:
+        return DiskError(f"{out} cannot be written, the disk fails ({error.strerror}): check it or use another one")
+    return OutputError(f"{out} cannot be written ({error.strerror or error}): choose another place")
