@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
-from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
+from onnx_woq.errors import DataError, DiskError, NothingToQuantize, RecipeError, nearest
 from onnx_woq.folder import Destination, destination, find_model, work_folder
 from onnx_woq.graph.lower.matmulnbits import required_runtime
 from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
@@ -97,6 +97,7 @@ def tune(
 
     Raises:
         OnnxWoqError: model, data, configs or output cannot be used at all.
+        DiskError: the disk is full, or fails; with `workdir` the same call goes on from there.
     """
     start = time.monotonic()
     _check(tolerance, judge_limit, criterion, objective, max_trials, timeout)
@@ -346,7 +347,7 @@ def _try(run: _Run, name: str, recipe: Recipe, judge: Judge, shared: SharedStati
         status: Literal["ok", "failed", "nan"] = "ok" if math.isfinite(metric) else "nan"
         if status == "nan":
             error = f"the metric is {metric}"
-    except _OutOfTime:
+    except (_OutOfTime, DiskError):  # neither is the configuration's fault
         raise
     except Exception as exception:
         status, error = "failed", f"{type(exception).__name__}: {exception}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import PRESETS, Recipe, Spec, autotune, memory, pipeline, solving, tune
+from onnx_woq import PRESETS, Recipe, Spec, autotune, memory, partial, pipeline, solving, tune
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
-from onnx_woq.errors import NothingToQuantize
+from onnx_woq.errors import DiskError, NothingToQuantize
 from onnx_woq.graph.model import model_hash
 from onnx_woq.shared_statistics import SharedStatistics
 
@@ -32,6 +34,24 @@ def test_a_configuration_that_finds_nothing_is_a_failed_trial(one_matmul, tmp_pa
     assert result.met
     with pytest.raises(NothingToQuantize):
         tune(one_matmul, lambda _: 1.0, data, configs=["GPTQ_G32ASYM_DISABLE_LAST_MATMUL"], workdir=tmp_path / "v")
+
+
+def test_a_full_disk_is_no_failed_trial(one_matmul, tmp_path, monkeypatch):
+    """Once there is room, the same call goes on, with the trials that are finished and the MatMuls that are done."""
+    configs, write = ["RTN_G32ASYM", Recipe("rtn", Spec(bits=8))], partial._write
+    call = {"configs": configs, "objective": "best", "workdir": tmp_path / "w"}
+
+    def full(file, content, place):
+        if place and Path(file.name).match("rtn-*/*/journal"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(file, content, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial, "_write", full)
+        with pytest.raises(DiskError, match="make room"):
+            tune(one_matmul, _better_at_8_bits, None, **call)
+    done = tune(one_matmul, _better_at_8_bits, None, **call)
+    assert [(trial.status, trial.resumed) for trial in done.trials] == [("ok", True), ("ok", False)]
 
 
 def samples(count):
