@@ -9,8 +9,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -20,6 +29,9 @@ from onnx_woq.errors import RecipeError, nearest
 
 EXECUTORS = ("threads", "processes", "serial")
 """The built-in ones, by name."""
+
+PATIENCE = 2.0
+"""Seconds after which a cluster is asked whether it is still there."""
 
 T = TypeVar("T")
 
@@ -110,6 +122,42 @@ def keep_blas_to_one_thread() -> object:
     return one_blas_thread()
 
 
-def is_gone(executor: Executor) -> bool:
+def submitted(executor: Executor, function: Callable[..., T], /, *args: Any) -> Future[T]:
+    """The future of `function(*args)`; a failed one where the executor takes nothing any more."""
+    try:
+        if _is_gone(executor):
+            raise BrokenExecutor("the connection to the scheduler is lost")
+        if not hasattr(executor, "_client"):
+            return executor.submit(function, *args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # that is what a task is
+            return executor.submit(function, *args, pure=False)  # Dask: no hash over all of its bytes
+    except Exception as error:  # a pool that is broken, a client that is closed
+        future: Future[T] = Future()
+        future.set_exception(error)
+        return future
+
+
+def result_of(future: Future[T], executor: Executor) -> T:
+    """Waits for the result of a future.
+
+    Raises:
+        Exception: what the task has raised, or that the executor has lost it.
+    """
+    while not future.done():
+        wait_for_any([future], executor)
+    return future.result()
+
+
+def wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
+    """Waits until one of `futures` is done; cancels them all where nobody is left to do them."""
+    while not any(future.done() for future in futures):
+        wait(futures, timeout=PATIENCE, return_when=FIRST_COMPLETED)
+        if _is_gone(executor):
+            for future in futures:
+                future.cancel()
+
+
+def _is_gone(executor: Executor) -> bool:
     """Whether it is a cluster whose scheduler is lost: its futures never end."""
     return getattr(getattr(executor, "_client", None), "status", "running") in ("closing", "closed", "failed")

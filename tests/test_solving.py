@@ -14,7 +14,7 @@ import pytest
 from builders import FLOAT16, graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import Recipe, Spec, quantize, solving
+from onnx_woq import Recipe, Spec, executors, quantize, solving
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import ModelError, RecipeError
@@ -203,7 +203,7 @@ class Deserted(Executor):
 
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_cluster_that_is_gone_keeps_nobody_waiting(after, task, monkeypatch):
-    monkeypatch.setattr(solving, "PATIENCE", 0.01)
+    monkeypatch.setattr(executors, "PATIENCE", 0.01)
     done = list(solve_all(made_of(task), Deserted(after), workers=3, most_bytes=99))
     assert [number for number, _ in done] == list(range(12))
 
