@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +23,28 @@ SQNR_LIMIT = 15.0
 """Output signal to quantization noise ratio, dB, that the built-in judge accepts for other models."""
 
 
+Report = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+
+Score = Callable[[Path, Report | None], float]
+"""Gives a model's metric."""
+
+
 @dataclass(frozen=True)
 class Judge:
-    """`score(path)` against `limit`.
+    """A score against `limit`.
 
     Attributes:
         name: of the metric: "eval_fn", "kl" (nats per token) or "sqnr_db" (dB).
         key: what identifies it in a journal, its data included.
+        score: gives the metric.
         baseline: the float model's metric.
         limit: the last value that is accepted.
     """
 
     name: str
     key: str
-    score: Callable[[Path], float]
+    score: Score
     baseline: float
     limit: float
     higher_is_better: bool
@@ -46,6 +56,24 @@ class Judge:
     def rank(self, metric: float) -> float:
         """A sort key: smaller is better."""
         return -metric if self.higher_is_better else metric
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of judging a model: a metric, or NaN and the error; and the seconds that it took."""
+
+    metric: float
+    seconds: float
+    error: str = ""
+
+
+def judged(path: Path, score: Score, report: Report | None) -> Verdict:
+    """The verdict on the model at `path`, an error being one too."""
+    start = time.monotonic()
+    try:
+        return Verdict(score(path, report), time.monotonic() - start)
+    except Exception as error:
+        return Verdict(math.nan, time.monotonic() - start, f"{type(error).__name__}: {error}")
 
 
 def user_judge(
@@ -72,33 +100,41 @@ def user_judge(
         journal.append(journal_file, {"key": key, "metric": baseline})
     room = tolerance * abs(baseline) if criterion == "relative" else tolerance
     limit = baseline - room if higher_is_better else baseline + room
-    return Judge("eval_fn", name, lambda path: float(eval_fn(path)), baseline, limit, higher_is_better)
+    return Judge("eval_fn", name, partial(_evaluated, eval_fn), baseline, limit, higher_is_better)
 
 
 def built_in_judge(
     float_model: Model,
     held_out: list[dict[str, np.ndarray]],
     limit: float | None,
-    report: Callable[[int, int], None] | None,
 ) -> Judge:
     """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration."""
     from onnx_woq.runtime.data import data_hash
-    from onnx_woq.runtime.evaluate import compare, is_language_model
+    from onnx_woq.runtime.evaluate import is_language_model
 
     language = is_language_model(float_model, held_out[0])
     name, default, baseline = ("kl", KL_LIMIT, 0.0) if language else ("sqnr_db", SQNR_LIMIT, math.inf)
 
-    def score(path: Path) -> float:
-        return float(getattr(compare(path, float_model.path, held_out, progress=report), name))
-
     return Judge(
         name=name,
         key=f"{name}/{data_hash(held_out)}",
-        score=score,
+        score=partial(_distance, float_model.path, held_out, name),
         baseline=baseline,
         limit=default if limit is None else limit,
         higher_is_better=not language,
     )
+
+
+def _evaluated(eval_fn: Callable[[Path], Any], path: Path, _: Report | None) -> float:
+    return float(eval_fn(path))
+
+
+def _distance(
+    float_model: Path, held_out: list[dict[str, np.ndarray]], name: str, path: Path, report: Report | None
+) -> float:
+    from onnx_woq.runtime.evaluate import compare
+
+    return float(getattr(compare(path, float_model, held_out, progress=report), name))
 
 
 def _evaluate_float(eval_fn: Callable[[Path], Any], path: Path) -> float:
