@@ -61,6 +61,9 @@ def built_in(name: str = "threads") -> Iterator[Executor]:
     executor = {"serial": Serial, "threads": _threads, "processes": _processes}[name]()
     try:
         yield executor
+    except BaseException:
+        _end_processes(executor)
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -85,6 +88,16 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _end_processes(executor: Executor) -> None:
+    """Nobody waits any more for what they do, which may take long."""
+    if not isinstance(executor, ProcessPoolExecutor):
+        return
+    for process in list((executor._processes or {}).values()):
+        process.terminate()
+    if queue := getattr(executor, "_call_queue", None):
+        queue._reader.close()  # or else, before Python 3.11.5, the thread that fills it waits for ever for a reader
 
 
 @contextmanager

@@ -286,3 +286,24 @@ def test_processes_give_the_same_bytes(tmp_path):
         quantize(tmp_path / "m.onnx", tmp_path / "b" / "q.onnx", Recipe("gptq"), data, executor=pool)
     for name in ("q.onnx", "q.onnx.data"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_processes_are_not_waited_for_when_something_is_wrong():
+    """Neither those that are at work nor those that a task is being sent to."""
+
+    def busy():
+        with built_in("processes") as pool:
+            for _ in range(2 * workers_of(pool)):
+                pool.submit(_slow_length, bytes(5_000_000))
+            time.sleep(0.5)
+            raise ValueError("wrong")
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="wrong"):
+        busy()
+    assert time.monotonic() - start < 15
+
+
+def _slow_length(content):
+    time.sleep(60)
+    return len(content)
