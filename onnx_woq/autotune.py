@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from onnx_woq.core.methods import METHODS
 from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
+from onnx_woq.executors import leaves_process
 from onnx_woq.folder import destination, find_model, work_folder
 from onnx_woq.graph.lower.matmulnbits import required_runtime
 from onnx_woq.graph.model import Model, file_bytes, load, model_hash
@@ -85,7 +86,10 @@ def tune(
             most samples that any of them asks for.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
         max_memory: bytes that the whole process may take; by default it takes what makes it fast.
-        executor: where taps are solved, see `quantize`.
+        executor: where taps are solved, see `quantize`. If its tasks run in other processes and the objective is
+            "smallest" or "best", a trial is evaluated there while the next one is solved here: the result is the same,
+            and what `eval_fn` writes into variables stays there. Only a number counts: an evaluation that cannot be
+            sent there, is lost or raises is done here. The disk then takes three models at a time instead of two.
         progress: called with (stage, done, total).
         announce: called with a line for people on what memory and disk it will take, before the work begins.
 
@@ -109,6 +113,8 @@ def tune(
         means(source, taps, heaviest, calibration, max_memory, executor, progress, announce) as with_means,
     ):
         run = Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, with_means)
+        if executor is not None and objective != "first" and leaves_process(executor):
+            run.elsewhere = executor
         if eval_fn is not None:
             run.say("evaluate", 0, 1)
             judge = user_judge(

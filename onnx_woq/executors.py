@@ -5,6 +5,7 @@ An executor is anything with the protocol of `concurrent.futures.Executor`.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -91,7 +92,7 @@ def _end_with_parent() -> None:
 
 
 def _end_processes(executor: Executor) -> None:
-    """Nobody waits any more for what they do, which may take long."""
+    """Nobody waits any more for what they do, which may be a long evaluation."""
     if not isinstance(executor, ProcessPoolExecutor):
         return
     for process in list((executor._processes or {}).values()):
@@ -127,6 +128,22 @@ def workers_of(executor: Executor) -> int:
     if client is not None and hasattr(client, "nthreads"):
         return max(1, sum(client.nthreads().values()))
     return int(getattr(executor, "_max_workers", 0)) or cores()
+
+
+def leaves_process(executor: Executor) -> bool:
+    """Whether its tasks run in other processes, as far as can be told."""
+    return not isinstance(executor, Serial | ThreadPoolExecutor)
+
+
+def pickled(thing: object, executor: Executor) -> bytes:
+    """Bytes for `pickle.loads` in a worker; Dask brings cloudpickle, which takes what is defined in a notebook too.
+
+    Raises:
+        Exception: whatever comes of pickling what cannot be pickled.
+    """
+    brought = "cloudpickle" if hasattr(executor, "_client") else "pickle"
+    content: bytes = importlib.import_module(brought).dumps(thing)
+    return content
 
 
 @lru_cache

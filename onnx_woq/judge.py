@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +40,10 @@ class Judge:
     Attributes:
         name: of the metric: "eval_fn", "kl" (nats per token) or "sqnr_db" (dB).
         key: what identifies it in a journal, its data included.
-        score: gives the metric.
+        score: gives the metric; can be pickled if the user's function can.
         baseline: the float model's metric.
         limit: the last value that is accepted.
+        reads: files that `score` reads beside the model that is judged.
     """
 
     name: str
@@ -48,6 +52,7 @@ class Judge:
     baseline: float
     limit: float
     higher_is_better: bool
+    reads: tuple[Path, ...] = ()
 
     def met(self, metric: float) -> bool:
         """Whether a metric is within the limit."""
@@ -74,6 +79,49 @@ def judged(path: Path, score: Score, report: Report | None) -> Verdict:
         return Verdict(score(path, report), time.monotonic() - start)
     except Exception as error:
         return Verdict(math.nan, time.monotonic() - start, f"{type(error).__name__}: {error}")
+
+
+Looks = dict[Path, tuple[int, int]]
+"""Size and time of files."""
+
+
+def looks(files: Iterable[Path]) -> Looks:
+    """What `judged_there` goes by to tell whether a worker sees the same files as this process."""
+    found = {file: file.stat() for file in files}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
+
+
+def judged_there(path: Path, score: bytes, files: Looks) -> Verdict:
+    """`judged` in a worker, of a pickled score. Whatever goes wrong comes back as an error: what is raised is printed.
+
+    Args:
+        path: of the model, absolute.
+        score: from `pickled`.
+        files: what is read, and how that looks to the process that asks.
+    """
+
+    def unpickled(path: Path, report: Report | None) -> float:
+        if looks(files) != files:
+            raise FileNotFoundError(f"the worker sees another file than this process at {path}")
+        try:
+            metric: float = pickle.loads(score)(path, report)  # noqa: S301  the asking process has pickled it
+        except SystemExit as end:  # would take the worker of a cluster along
+            raise RuntimeError(f"it ends the program: {end}") from end
+        return metric
+
+    with _quiet():
+        return judged(path, unpickled, None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Where nobody has set up logging, warnings go to standard error: that is the terminal of another process."""
+    package, nowhere = logging.getLogger("onnx_woq"), logging.NullHandler()
+    package.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        package.removeHandler(nowhere)
 
 
 def user_judge(
@@ -122,6 +170,7 @@ def built_in_judge(
         baseline=baseline,
         limit=default if limit is None else limit,
         higher_is_better=not language,
+        reads=float_model.files,
     )
 
 

@@ -8,15 +8,17 @@ import re
 import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_woq import journal
+from onnx_woq.executors import pickled, result_of, submitted
 from onnx_woq.folder import Destination
-from onnx_woq.graph.model import Model, clone, file_bytes, load
+from onnx_woq.graph.model import Model, clone, load
 from onnx_woq.graph.taps import Tap
-from onnx_woq.judge import Judge, Verdict, judged
+from onnx_woq.judge import Judge, Looks, Verdict, judged, judged_there, looks
 from onnx_woq.making import Known, Means, make
 from onnx_woq.pipeline import metadata, plan
 from onnx_woq.recipe import Recipe
@@ -41,6 +43,7 @@ class Run:
         start: by `time.monotonic`.
         timeout: seconds after which no work begins.
         means: what the work is done with.
+        elsewhere: where a model is judged while the next one is made; None to judge here and then go on.
         known: what a later configuration solves alike.
     """
 
@@ -51,6 +54,7 @@ class Run:
     start: float
     timeout: float | None
     means: Means
+    elsewhere: Executor | None = None
     known: Known = field(default_factory=dict)
 
     @property
@@ -97,7 +101,7 @@ class _Candidate:
     name: str
     recipe: Recipe
     path: Path
-    bytes: int
+    files: Looks
     seconds: float
 
 
@@ -106,10 +110,16 @@ def each_trial(
 ) -> Generator[Trial, None, None]:
     """The trials of `recipes` in their order, as soon as each is judged; fewer where time runs out.
 
-    What an earlier run has finished is taken from the journal, what is new is added to it.
+    What an earlier run has finished is taken from the journal, what is new is added to it. Models stay on the disk
+    until the caller drops them: if he keeps one, there are never more than two and the one that is judged elsewhere.
     """
-    for found in _each_made(run, recipes, judge, shared):
-        trial = found if isinstance(found, Trial) else _judged_here(run, judge, found)
+    found = _each_made(run, recipes, judge, shared)
+    score = _to_send(judge, run.elsewhere) if run.elsewhere else None
+    if run.elsewhere and score:
+        trials = _each_judged_there(run, judge, found, run.elsewhere, score)
+    else:
+        trials = (_judged_here(run, judge, one) if isinstance(one, _Candidate) else one for one in found)
+    for trial in trials:
         if not trial.resumed:
             journal.append(run.journal, {"key": run.trial_key(trial.recipe, judge)} | trial.to_dict())
         yield trial
@@ -160,7 +170,7 @@ def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Tria
     path = run.trial_path(name, recipe)
     try:
         _make(run, path, recipe, shared)
-        return _Candidate(name, recipe, path, file_bytes(load(path)), time.monotonic() - start)
+        return _Candidate(name, recipe, path, looks(load(path).files), time.monotonic() - start)
     except _OutOfTime:
         raise
     except Exception as exception:
@@ -199,6 +209,51 @@ def _judged_here(run: Run, judge: Judge, candidate: _Candidate) -> Trial:
     return _trial(judge, candidate, judged(candidate.path, judge.score, lambda *at: run.say("evaluate", *at)))
 
 
+def _to_send(judge: Judge, executor: Executor) -> bytes | None:
+    try:
+        return pickled(judge.score, executor)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        logger.warning("the evaluation cannot be sent to another process (%s): trials are judged here", problem)
+        return None
+
+
+def _each_judged_there(
+    run: Run, judge: Judge, each_made: Iterator[Trial | _Candidate], executor: Executor, score: bytes
+) -> Iterator[Trial]:
+    """A model is made when it is drawn from `each_made`; the one before is judged on the executor meanwhile."""
+    waiting: tuple[_Candidate, Future[Verdict]] | None = None
+    try:
+        for one in each_made:
+            if waiting:
+                yield _settled(run, judge, executor, *waiting)
+                waiting = None
+            if isinstance(one, _Candidate):
+                files = one.files | looks(judge.reads)
+                waiting = one, submitted(executor, judged_there, one.path.absolute(), score, files)
+            else:
+                yield one
+        if waiting:
+            yield _settled(run, judge, executor, *waiting)
+    finally:
+        if waiting:
+            waiting[1].cancel()
+
+
+def _settled(run: Run, judge: Judge, executor: Executor, candidate: _Candidate, future: Future[Verdict]) -> Trial:
+    """The trial that an executor has judged. Only a number counts: whatever goes wrong there is tried again here."""
+    run.say("evaluate", 0, 0)
+    try:
+        verdict = result_of(future, executor)
+        problem = verdict.error
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if not problem:
+        return _trial(judge, candidate, verdict)
+    logger.warning("%s was not judged by the executor (%s): it is judged here", candidate.name, problem)
+    return _judged_here(run, judge, candidate)
+
+
 def _trial(judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
     """What a verdict makes of a candidate: the model of a trial that failed is removed."""
     ok = math.isfinite(verdict.metric)
@@ -212,7 +267,7 @@ def _trial(judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
         status="ok" if ok else "failed" if verdict.error else "nan",
         metric=verdict.metric if ok else None,
         met=ok and judge.met(verdict.metric),
-        bytes=candidate.bytes,
+        bytes=sum(size for size, _ in candidate.files.values()),
         seconds=candidate.seconds + verdict.seconds,
         error=error,
         recipe=candidate.recipe,
