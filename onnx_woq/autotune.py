@@ -4,34 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-import re
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from onnx_woq import journal
 from onnx_woq.core.methods import METHODS
-from onnx_woq.errors import DataError, DiskError, NothingToQuantize, RecipeError, nearest
-from onnx_woq.folder import Destination, destination, find_model, work_folder
+from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
+from onnx_woq.executors import leaves_process
+from onnx_woq.folder import destination, find_model, work_folder
 from onnx_woq.graph.lower.matmulnbits import required_runtime
-from onnx_woq.graph.model import Model, clone, file_bytes, load, model_hash
+from onnx_woq.graph.model import Model, file_bytes, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
-from onnx_woq.making import Feed, Known, Means, Progress, make, means, write
-from onnx_woq.pipeline import calibrated_on, feeds_hash, metadata, plan, read_data, warn_of_old_runtime
+from onnx_woq.making import Feed, Progress, means, write
+from onnx_woq.pipeline import calibrated_on, feeds_hash, plan, read_data, warn_of_old_runtime
 from onnx_woq.presets import PRESETS, preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Trial, TuneResult
 from onnx_woq.shared_statistics import SharedStatistics
-from onnx_woq.solving import solves_alike
-
-if TYPE_CHECKING:
-    from onnx_woq.core.stats import Stats
+from onnx_woq.trials import Run, drop, each_trial, made_again
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +86,10 @@ def tune(
             most samples that any of them asks for.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
         max_memory: bytes that the whole process may take; by default it takes what makes it fast.
-        executor: where taps are solved, see `quantize`.
+        executor: where taps are solved, see `quantize`. If its tasks run in other processes and the objective is
+            "smallest" or "best", a trial is evaluated there while the next one is solved here: the result is the same,
+            and what `eval_fn` writes into variables stays there. Only a number counts: an evaluation that cannot be
+            sent there, is lost or raises is done here. The disk then takes three models at a time instead of two.
         progress: called with (stage, done, total).
         announce: called with a line for people on what memory and disk it will take, before the work begins.
 
@@ -115,7 +113,9 @@ def tune(
         work_folder(workdir, keep=place is None) as folder,
         means(source, taps, heaviest, calibration, max_memory, executor, progress, announce) as with_means,
     ):
-        run = _Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, with_means)
+        run = Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, with_means)
+        if executor is not None and objective != "first" and leaves_process(executor):
+            run.elsewhere = executor
         if eval_fn is not None:
             run.say("evaluate", 0, 1)
             judge = user_judge(
@@ -128,10 +128,12 @@ def tune(
                 higher_is_better=higher_is_better,
             )
         else:
-            judge = built_in_judge(source, held_out, judge_limit, partial(run.say, "evaluate"))
+            judge = built_in_judge(source, held_out, judge_limit)
         with SharedStatistics(source, list(recipes.values()), calibration, with_means) as shared:
             trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
-            best = _still_there(run, _choose(trials, judge, objective), shared)
+            best = _choose(trials, judge, objective)
+            if best is not None and best.path is None:
+                best = made_again(run, best, shared)
         final = best.path if best else None
         if best and place and final:
             chosen = load(final)
@@ -151,52 +153,6 @@ def tune(
         stopped=stopped,
         seconds=time.monotonic() - start,
     )
-
-
-@dataclass
-class _Run:
-    """What every trial of one run shares."""
-
-    source: Model
-    folder: Path
-    source_hash: str
-    calibration_hash: str
-    start: float
-    timeout: float | None
-    means: Means
-    known: Known = field(default_factory=dict)  # what a later configuration solves alike
-
-    @property
-    def key(self) -> str:
-        """What every journal entry of this model and data begins with."""
-        return f"{self.source_hash}/{self.calibration_hash}"
-
-    @property
-    def journal(self) -> Path:
-        """The file that lets a killed run resume."""
-        return self.folder / "journal.jsonl"
-
-    def say(self, stage: str, done: int, total: int) -> None:
-        """Reports progress to whoever asked for it."""
-        if self.means.progress:
-            self.means.progress(stage, done, total)
-
-    def trial_path(self, name: str, recipe: Recipe) -> Path:
-        """Where a trial's model stands, in a folder of its own with tokenizer and config beside it.
-
-        It follows from name and recipe alone: folders of trials are removed, so neither a name that looks like a path
-        nor a journal from elsewhere may lead out of the work folder.
-        """
-        plain = re.sub(r"[^\w-]+", "_", name)
-        return self.folder / f"{plain}-{recipe.fingerprint()}" / self.source.path.name
-
-    def out_of_time(self) -> bool:
-        """Whether no more work may begin."""
-        return self.timeout is not None and time.monotonic() - self.start > self.timeout
-
-
-class _OutOfTime(Exception):
-    """Raised between two taps when the run's time is over."""
 
 
 def _check(
@@ -301,7 +257,7 @@ def _split(
 
 
 def _try_all(
-    run: _Run,
+    run: Run,
     recipes: Mapping[str, Recipe],
     judge: Judge,
     shared: SharedStatistics,
@@ -310,114 +266,17 @@ def _try_all(
 ) -> tuple[list[Trial], str]:
     """Makes the trials in order; returns them and why it stopped."""
     trials: list[Trial] = []
-    known = journal.read(run.journal)
-    left = list(recipes.values())
-    for name, recipe in recipes.items():
-        left.pop(0)
-        if max_trials is not None and len(trials) >= max_trials:
-            return trials, "max_trials"
-        key = f"{run.key}/{recipe.fingerprint()}/{judge.key}"
-        if key in known:
-            trial = _remembered(run, name, recipe, judge, known[key])
-        elif run.out_of_time():
-            return trials, "timeout"
-        else:
-            try:
-                trial = _try(run, name, recipe, judge, shared)
-            except _OutOfTime:
-                return trials, "timeout"
-            journal.append(run.journal, {"key": key} | trial.to_dict())
-        trials.append(trial)
-        if not any(solves_alike(recipe, later) for later in left):
-            run.known.clear()
-        if trial.met and objective == "first":
-            return trials, "met"
-        _drop_all_but(trials, _choose(trials, judge, objective))
-    return trials, "all tried"
-
-
-def _try(run: _Run, name: str, recipe: Recipe, judge: Judge, shared: SharedStatistics) -> Trial:
-    start = time.monotonic()
-    run.say(name, 0, 0)
-    path, size, metric, error = run.trial_path(name, recipe), None, math.nan, ""
-    try:
-        _make(run, path, recipe, shared)
-        size = file_bytes(load(path))
-        metric = judge.score(path)
-        status: Literal["ok", "failed", "nan"] = "ok" if math.isfinite(metric) else "nan"
-        if status == "nan":
-            error = f"the metric is {metric}"
-    except (_OutOfTime, DiskError):  # neither is the configuration's fault
-        raise
-    except Exception as exception:
-        status, error = "failed", f"{type(exception).__name__}: {exception}"
-        logger.warning("%s failed: %s", name, error)
-    if status != "ok":
-        shutil.rmtree(path.parent, ignore_errors=True)
-    return Trial(
-        name=name,
-        status=status,
-        metric=metric if status == "ok" else None,
-        met=status == "ok" and judge.met(metric),
-        bytes=size,
-        seconds=time.monotonic() - start,
-        error=error,
-        recipe=recipe,
-        path=path if status == "ok" else None,
-    )
-
-
-def _still_there(run: _Run, best: Trial | None, shared: SharedStatistics) -> Trial | None:
-    """The best trial with its model on disk: made again where an earlier run made it and its file is gone since."""
-    if best is None or best.path is not None:
-        return best
-    run.timeout = None
-    path = run.trial_path(best.name, best.recipe)
-    _make(run, path, best.recipe, shared)
-    return replace(best, path=path)
-
-
-def _make(run: _Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
-    """Quantizes the float model by `recipe` and writes it to `path`."""
-    model = clone(run.source)
-    taps, _ = plan(model, recipe)
-
-    def while_time_lasts(left: list[Tap], states: Path) -> Iterator[tuple[Tap, Stats | None]]:
-        for item in shared.of(model, recipe, left, states):
-            if run.out_of_time():
-                raise _OutOfTime
-            yield item
-
-    make(
-        model,
-        Destination(path, path.parent),
-        recipe,
-        taps,
-        while_time_lasts,
-        run.means,
-        properties=metadata(recipe, run.source_hash, run.calibration_hash),
-        companions_from=run.source.path.parent,
-        resume="any",
-        known=run.known,
-    )
-
-
-def _remembered(run: _Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
-    """A trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
-    path = run.trial_path(name, recipe)
-    metric = entry.get("metric")
-    return Trial(
-        name=name,
-        status=entry["status"],
-        metric=metric,
-        met=metric is not None and judge.met(metric),
-        bytes=entry.get("bytes"),
-        seconds=entry.get("seconds", 0.0),
-        error=entry.get("error", ""),
-        recipe=recipe,
-        resumed=True,
-        path=path if metric is not None and path.exists() else None,
-    )
+    wanted = dict(islice(recipes.items(), max_trials))
+    with closing(each_trial(run, wanted, judge, shared)) as finished:
+        for trial in finished:
+            trials.append(trial)
+            if trial.met and objective == "first":
+                return trials, "met"
+            best = _choose(trials, judge, objective)
+            trials = [one if one is best else drop(one) for one in trials]  # disk use stays at two models
+    if len(trials) < len(wanted):
+        return trials, "timeout"
+    return trials, "all tried" if len(trials) == len(recipes) else "max_trials"
 
 
 def _choose(trials: Sequence[Trial], judge: Judge, objective: Objective) -> Trial | None:
@@ -429,11 +288,3 @@ def _choose(trials: Sequence[Trial], judge: Judge, objective: Objective) -> Tria
     if met and objective == "smallest":
         return min(met, key=lambda t: (t.bytes or 0, judge.rank(t.metric or 0.0)))
     return min(met or done, key=lambda t: judge.rank(t.metric or 0.0), default=None)
-
-
-def _drop_all_but(trials: list[Trial], keep: Trial | None) -> None:
-    """Removes the models of trials that can no longer win: disk use stays at two models."""
-    for index, trial in enumerate(trials):
-        if trial is not keep and trial.path is not None:
-            shutil.rmtree(trial.path.parent, ignore_errors=True)
-            trials[index] = replace(trial, path=None)

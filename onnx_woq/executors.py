@@ -5,14 +5,24 @@ An executor is anything with the protocol of `concurrent.futures.Executor`.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -22,6 +32,9 @@ from onnx_woq.errors import RecipeError, nearest
 
 EXECUTORS = ("threads", "processes", "serial")
 """The built-in ones, by name."""
+
+PATIENCE = 2.0
+"""Seconds after which a cluster is asked whether it is still there."""
 
 T = TypeVar("T")
 
@@ -51,6 +64,9 @@ def built_in(name: str = "threads") -> Iterator[Executor]:
     executor = {"serial": Serial, "threads": _threads, "processes": _processes}[name]()
     try:
         yield executor
+    except BaseException:
+        _end_processes(executor)
+        raise
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -76,6 +92,16 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _end_processes(executor: Executor) -> None:
+    """Nobody waits any more for what they do, which may be a long evaluation."""
+    if not isinstance(executor, ProcessPoolExecutor):
+        return
+    for process in list((executor._processes or {}).values()):
+        process.terminate()
+    if queue := getattr(executor, "_call_queue", None):
+        queue._reader.close()  # or else, before Python 3.11.5, the thread that fills it waits for ever for a reader
 
 
 @contextmanager
@@ -142,12 +168,64 @@ def helped(pool: ThreadPoolExecutor) -> Each:
     return each
 
 
+def leaves_process(executor: Executor) -> bool:
+    """Whether its tasks run in other processes, as far as can be told."""
+    return not isinstance(executor, Serial | ThreadPoolExecutor)
+
+
+def pickled(thing: object, executor: Executor) -> bytes:
+    """Bytes for `pickle.loads` in a worker; Dask brings cloudpickle, which takes what is defined in a notebook too.
+
+    Raises:
+        Exception: whatever comes of pickling what cannot be pickled.
+    """
+    brought = "cloudpickle" if hasattr(executor, "_client") else "pickle"
+    content: bytes = importlib.import_module(brought).dumps(thing)
+    return content
+
+
 @lru_cache
 def keep_blas_to_one_thread() -> object:
     """For the rest of this process, which is not ours but an executor's."""
     return one_blas_thread()
 
 
-def is_gone(executor: Executor) -> bool:
+def submitted(executor: Executor, function: Callable[..., T], /, *args: Any) -> Future[T]:
+    """The future of `function(*args)`; a failed one where the executor takes nothing any more."""
+    try:
+        if _is_gone(executor):
+            raise BrokenExecutor("the connection to the scheduler is lost")
+        if not hasattr(executor, "_client"):
+            return executor.submit(function, *args)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # that is what a task is
+            return executor.submit(function, *args, pure=False)  # Dask: no hash over all of its bytes
+    except Exception as error:  # a pool that is broken, a client that is closed
+        future: Future[T] = Future()
+        future.set_exception(error)
+        return future
+
+
+def result_of(future: Future[T], executor: Executor) -> T:
+    """Waits for the result of a future.
+
+    Raises:
+        Exception: what the task has raised, or that the executor has lost it.
+    """
+    while not future.done():
+        wait_for_any([future], executor)
+    return future.result()
+
+
+def wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
+    """Waits until one of `futures` is done; cancels them all where nobody is left to do them."""
+    while not any(future.done() for future in futures):
+        wait(futures, timeout=PATIENCE, return_when=FIRST_COMPLETED)
+        if _is_gone(executor):
+            for future in futures:
+                future.cancel()
+
+
+def _is_gone(executor: Executor) -> bool:
     """Whether it is a cluster whose scheduler is lost: its futures never end."""
     return getattr(getattr(executor, "_client", None), "status", "running") in ("closing", "closed", "failed")

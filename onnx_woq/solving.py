@@ -7,17 +7,9 @@ thread, so the numbers are the same bit for bit on cores of one kind. What an ex
 from __future__ import annotations
 
 import logging
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    Executor,
-    Future,
-    ThreadPoolExecutor,
-    wait,
-)
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -28,7 +20,7 @@ from onnx_woq.core.cpu import Each
 from onnx_woq.core.methods import METHODS
 from onnx_woq.core.stats import output_error
 from onnx_woq.errors import ModelError
-from onnx_woq.executors import helped, is_gone, keep_blas_to_one_thread
+from onnx_woq.executors import helped, keep_blas_to_one_thread, result_of, submitted, wait_for_any
 from onnx_woq.graph.fold import can_fold
 from onnx_woq.graph.lower.matmulnbits import Packed, pack
 from onnx_woq.graph.taps import Part, Tap
@@ -43,9 +35,6 @@ logger = logging.getLogger(__name__)
 ERROR_CHANNELS = 256
 """Output channels, evenly spread, on which the reported error of a tap is measured: on all of them it would take
 several times as long as solving."""
-
-PATIENCE = 2.0
-"""Seconds after which a cluster is asked whether it is still there."""
 
 T = TypeVar("T")
 
@@ -223,7 +212,7 @@ class _Job(Generic[T]):
         """Waits for the result, and solves the task here if the executor has lost it."""
         task = self.task
         try:
-            outcome = _waited_for(self.future, executor)
+            outcome = result_of(self.future, executor)
         except Exception as error:
             if task is None:  # cannot be: it is let go only with a result
                 raise
@@ -261,6 +250,7 @@ def solve_all(
         OnnxWoqError: what a solver raises, in the order of the tasks.
     """
     jobs: deque[_Job[T]] = deque()
+    helpers = (helped(executor),) if helping and isinstance(executor, ThreadPoolExecutor) else ()
     try:
         for item, size, make in tasks:
             while running := [job for job in jobs if not job.is_done()]:
@@ -270,12 +260,12 @@ def solve_all(
                     job = jobs.popleft()
                     yield job.item, job.result(executor)
                 else:
-                    _wait_for_any([job.future for job in running], executor)
+                    wait_for_any([job.future for job in running], executor)
             task = make()
             if isinstance(task, Solved):
                 jobs.append(_Job(item, 0, None, _finished(task)))
             else:
-                jobs.append(_Job(item, size, task, _submitted(executor, task, helping)))
+                jobs.append(_Job(item, size, task, submitted(executor, _attempt, task, *helpers)))
             del task
             while jobs and (settled_after(item) or jobs[0].is_done() or len(jobs) > 2 * workers):
                 job = jobs.popleft()
@@ -296,39 +286,7 @@ def _attempt(task: Task, each: Each = map) -> _Outcome:
         return _Outcome(None, error)
 
 
-def _waited_for(future: Future[T], executor: Executor) -> T:
-    while not future.done():
-        _wait_for_any([future], executor)
-    return future.result()
-
-
-def _wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
-    """Waits until one of `futures` is done; cancels them all where nobody is left to do them."""
-    while not any(future.done() for future in futures):
-        wait(futures, timeout=PATIENCE, return_when=FIRST_COMPLETED)
-        if is_gone(executor):
-            for future in futures:
-                future.cancel()
-
-
 def _finished(solved: Solved) -> Future[_Outcome]:
     future: Future[_Outcome] = Future()
     future.set_result(_Outcome(solved, None))
     return future
-
-
-def _submitted(executor: Executor, task: Task, helping: bool) -> Future[_Outcome]:
-    try:
-        if is_gone(executor):
-            raise BrokenExecutor("the connection to the scheduler is lost")
-        if helping and isinstance(executor, ThreadPoolExecutor):
-            return executor.submit(_attempt, task, helped(executor))
-        if not hasattr(executor, "_client"):
-            return executor.submit(_attempt, task)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # that is what a task is
-            return executor.submit(_attempt, task, pure=False)  # type: ignore[call-arg]  # Dask: no hash over all of its bytes
-    except Exception as error:  # a pool that is broken, a client that is closed
-        future: Future[_Outcome] = Future()
-        future.set_exception(error)
-        return future

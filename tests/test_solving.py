@@ -14,7 +14,7 @@ import pytest
 from builders import FLOAT16, graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import Recipe, Spec, quantize, solving
+from onnx_woq import Recipe, Spec, executors, quantize, solving
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import ModelError, RecipeError
@@ -203,7 +203,7 @@ class Deserted(Executor):
 
 @pytest.mark.parametrize("after", [1, 2, 3])
 def test_a_cluster_that_is_gone_keeps_nobody_waiting(after, task, monkeypatch):
-    monkeypatch.setattr(solving, "PATIENCE", 0.01)
+    monkeypatch.setattr(executors, "PATIENCE", 0.01)
     done = list(solve_all(made_of(task), Deserted(after), workers=3, most_bytes=99))
     assert [number for number, _ in done] == list(range(12))
 
@@ -337,3 +337,24 @@ def test_where_memory_is_scarce_nobody_helps(task, monkeypatch):
         for helping in (True, False):
             list(solve_all(made_of(task)[:1], pool, workers=2, most_bytes=99, helping=helping))
     assert [way is map for way in each] == [False, True]
+
+
+def test_processes_are_not_waited_for_when_something_is_wrong():
+    """Neither those that are at work nor those that a task is being sent to."""
+
+    def busy():
+        with built_in("processes") as pool:
+            for _ in range(2 * workers_of(pool)):
+                pool.submit(_slow_length, bytes(5_000_000))
+            time.sleep(0.5)
+            raise ValueError("wrong")
+
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="wrong"):
+        busy()
+    assert time.monotonic() - start < 15
+
+
+def _slow_length(content):
+    time.sleep(60)
+    return len(content)

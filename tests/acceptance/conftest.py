@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from . import measure, zoo
+
+if TYPE_CHECKING:
+    import distributed
 
 # Hundreds of tiny models: on busy cores a second thread, waiting busily, makes each step many times slower.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -129,6 +135,31 @@ class Cli:
         result = self(*arguments, "--json")
         assert result.exit_code == code, result.stderr
         return json.loads(result.stdout, parse_constant=_no_constant)
+
+
+def spawning(workers: int = 2, **options: Any) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), **options)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    with spawning() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[distributed.Client]:
+    """A scheduler and two worker processes."""
+    import distributed
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        local = distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
+        )
+        with local, distributed.Client(local, set_as_default=False) as client:
+            assert len(client.nthreads()) == 2
+            yield client
 
 
 @pytest.fixture

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import distributed
 import numpy as np
 import pytest
 
-from onnx_woq import Recipe, Spec, quantize, tune
+from onnx_woq import Recipe, quantize
 from onnx_woq.core.methods import METHODS
 
 from . import architectures as arch
 from . import hooks, measure, zoo
+from .conftest import spawning
 
 LAYERS = 2
 RECIPES = {
@@ -84,29 +83,6 @@ def serial(model, tmp_path_factory) -> Callable[[str], dict[str, str]]:
         return files(folder)
 
     return get
-
-
-def spawning(workers: int = 2, **options: Any) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), **options)
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with spawning() as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[distributed.Client]:
-    """A scheduler and two worker processes."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        local = distributed.LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
-        )
-        with local, distributed.Client(local, set_as_default=False) as client:
-            assert len(client.nthreads()) == 2
-            yield client
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -319,26 +295,3 @@ def test_an_error_of_the_solver_is_no_lost_worker(model, processes, tmp_path):
         messages.add(str(raised.value))
         assert list((tmp_path / "out").iterdir()) == []
     assert len(messages) == 1
-
-
-# Tuning
-
-
-def test_tuning_elsewhere_chooses_the_same_model(model, processes, tmp_path):
-    configs = {
-        "coarse": Recipe("rtn", Spec(3, 64)),
-        "gptq": Recipe("gptq", Spec(4, 32)),
-        "fine": Recipe("gptq", Spec(8, 32)),
-    }
-    results = []
-    for folder, executor in (("a", None), ("b", processes)):
-        found = tune(
-            model, None, samples(), configs=configs, objective="best", judge_limit=0.05,
-            workdir=tmp_path / f"work {folder}", output=tmp_path / folder / "q.onnx", executor=executor,
-        )  # fmt: skip
-        assert found.best is not None
-        trials = [(t.name, t.status, t.metric, t.met, t.bytes) for t in found.trials]
-        results.append((found.best.name, found.met, trials, files(tmp_path / folder)))
-    assert results[0][1]
-    assert len(results[0][2]) == len(configs)
-    assert results[1] == results[0]

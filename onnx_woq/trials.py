@@ -1,0 +1,294 @@
+"""The trials of a tuning run: each made, judged, and written down in a journal that a killed run resumes from."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import shutil
+import time
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_woq import journal
+from onnx_woq.errors import DiskError
+from onnx_woq.executors import pickled, result_of, submitted
+from onnx_woq.folder import Destination
+from onnx_woq.graph.model import Model, clone, load
+from onnx_woq.graph.taps import Tap
+from onnx_woq.judge import Judge, Looks, Verdict, judged, judged_there, looks
+from onnx_woq.making import Known, Means, make
+from onnx_woq.pipeline import metadata, plan
+from onnx_woq.recipe import Recipe
+from onnx_woq.results import Trial
+from onnx_woq.shared_statistics import SharedStatistics
+from onnx_woq.solving import solves_alike
+
+if TYPE_CHECKING:
+    from onnx_woq.core.stats import Stats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """What every trial of one run shares.
+
+    Attributes:
+        source: the float model.
+        folder: where journal and trials are.
+        source_hash, calibration_hash: of the model and the calibration data.
+        start: by `time.monotonic`.
+        timeout: seconds after which no work begins.
+        means: what the work is done with.
+        elsewhere: where a model is judged while the next one is made; None to judge here and then go on.
+        known: what a later configuration solves alike.
+    """
+
+    source: Model
+    folder: Path
+    source_hash: str
+    calibration_hash: str
+    start: float
+    timeout: float | None
+    means: Means
+    elsewhere: Executor | None = None
+    known: Known = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        """What every journal entry of this model and data begins with."""
+        return f"{self.source_hash}/{self.calibration_hash}"
+
+    @property
+    def journal(self) -> Path:
+        """The file that lets a killed run resume."""
+        return self.folder / "journal.jsonl"
+
+    def say(self, stage: str, done: int, total: int) -> None:
+        """Reports progress to whoever asked for it."""
+        if self.means.progress:
+            self.means.progress(stage, done, total)
+
+    def trial_path(self, name: str, recipe: Recipe) -> Path:
+        """Where a trial's model stands, in a folder of its own with tokenizer and config beside it.
+
+        It follows from name and recipe alone: folders of trials are removed, so neither a name that looks like a path
+        nor a journal from elsewhere may lead out of the work folder.
+        """
+        plain = re.sub(r"[^\w-]+", "_", name)
+        return self.folder / f"{plain}-{recipe.fingerprint()}" / self.source.path.name
+
+    def trial_key(self, recipe: Recipe, judge: Judge) -> str:
+        """What the journal knows a trial by."""
+        return f"{self.key}/{recipe.fingerprint()}/{judge.key}"
+
+    def out_of_time(self) -> bool:
+        """Whether no more work may begin."""
+        return self.timeout is not None and time.monotonic() - self.start > self.timeout
+
+
+class _OutOfTime(Exception):
+    """Raised between two taps when the run's time is over."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A model that has been made and not yet judged; `seconds` have gone into it."""
+
+    name: str
+    recipe: Recipe
+    path: Path
+    files: Looks
+    seconds: float
+
+
+def each_trial(
+    run: Run, recipes: Mapping[str, Recipe], judge: Judge, shared: SharedStatistics
+) -> Generator[Trial, None, None]:
+    """The trials of `recipes` in their order, as soon as each is judged; fewer where time runs out.
+
+    What an earlier run has finished is taken from the journal, what is new is added to it. Models stay on the disk
+    until the caller drops them: if he keeps one, there are never more than two and the one that is judged elsewhere.
+    """
+    found = _each_made(run, recipes, judge, shared)
+    score = _to_send(judge, run.elsewhere) if run.elsewhere else None
+    if run.elsewhere and score:
+        trials = _each_judged_there(run, judge, found, run.elsewhere, score)
+    else:
+        trials = (_judged_here(run, judge, one) if isinstance(one, _Candidate) else one for one in found)
+    for trial in trials:
+        if not trial.resumed:
+            journal.append(run.journal, {"key": run.trial_key(trial.recipe, judge)} | trial.to_dict())
+        yield trial
+
+
+def made_again(run: Run, trial: Trial, shared: SharedStatistics) -> Trial:
+    """A trial with its model on disk, whatever time that takes: its file has gone since it was made."""
+    run.timeout = None
+    path = run.trial_path(trial.name, trial.recipe)
+    _make(run, path, trial.recipe, shared)
+    return replace(trial, path=path)
+
+
+def drop(trial: Trial) -> Trial:
+    """The trial without its model."""
+    if trial.path is None:
+        return trial
+    shutil.rmtree(trial.path.parent, ignore_errors=True)
+    return replace(trial, path=None)
+
+
+def _each_made(
+    run: Run, recipes: Mapping[str, Recipe], judge: Judge, shared: SharedStatistics
+) -> Iterator[Trial | _Candidate]:
+    """What becomes of each recipe: a model to be judged, or a trial that is over (in an earlier run, by failing)."""
+    known = journal.read(run.journal)
+    left = list(recipes.values())
+    for name, recipe in recipes.items():
+        left.pop(0)
+        found: Trial | _Candidate
+        if entry := known.get(run.trial_key(recipe, judge)):
+            found = _remembered(run, name, recipe, judge, entry)
+        elif run.out_of_time():
+            return
+        else:
+            try:
+                found = _made(run, name, recipe, shared)
+            except _OutOfTime:
+                return
+        if not any(solves_alike(recipe, later) for later in left):
+            run.known.clear()
+        yield found
+
+
+def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Trial | _Candidate:
+    start = time.monotonic()
+    run.say(name, 0, 0)
+    path = run.trial_path(name, recipe)
+    try:
+        _make(run, path, recipe, shared)
+        return _Candidate(name, recipe, path, looks(load(path).files), time.monotonic() - start)
+    except (_OutOfTime, DiskError):  # neither is the configuration's fault
+        raise
+    except Exception as exception:
+        error = f"{type(exception).__name__}: {exception}"
+    logger.warning("%s failed: %s", name, error)
+    shutil.rmtree(path.parent, ignore_errors=True)
+    return Trial(name, "failed", None, False, None, time.monotonic() - start, error, recipe)
+
+
+def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
+    """Quantizes the float model by `recipe` and writes it to `path`."""
+    model = clone(run.source)
+    taps, _ = plan(model, recipe)
+
+    def while_time_lasts(left: list[Tap], states: Path) -> Iterator[tuple[Tap, Stats | None]]:
+        for item in shared.of(model, recipe, left, states):
+            if run.out_of_time():
+                raise _OutOfTime
+            yield item
+
+    make(
+        model,
+        Destination(path, path.parent),
+        recipe,
+        taps,
+        while_time_lasts,
+        run.means,
+        properties=metadata(recipe, run.source_hash, run.calibration_hash),
+        companions_from=run.source.path.parent,
+        resume="any",
+        known=run.known,
+    )
+
+
+def _judged_here(run: Run, judge: Judge, candidate: _Candidate) -> Trial:
+    return _trial(judge, candidate, judged(candidate.path, judge.score, lambda *at: run.say("evaluate", *at)))
+
+
+def _to_send(judge: Judge, executor: Executor) -> bytes | None:
+    try:
+        return pickled(judge.score, executor)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        logger.warning("the evaluation cannot be sent to another process (%s): trials are judged here", problem)
+        return None
+
+
+def _each_judged_there(
+    run: Run, judge: Judge, each_made: Iterator[Trial | _Candidate], executor: Executor, score: bytes
+) -> Iterator[Trial]:
+    """A model is made when it is drawn from `each_made`; the one before is judged on the executor meanwhile."""
+    waiting: tuple[_Candidate, Future[Verdict]] | None = None
+    try:
+        for one in each_made:
+            if waiting:
+                yield _settled(run, judge, executor, *waiting)
+                waiting = None
+            if isinstance(one, _Candidate):
+                files = one.files | looks(judge.reads)
+                waiting = one, submitted(executor, judged_there, one.path.absolute(), score, files)
+            else:
+                yield one
+        if waiting:
+            yield _settled(run, judge, executor, *waiting)
+    finally:
+        if waiting:
+            waiting[1].cancel()
+
+
+def _settled(run: Run, judge: Judge, executor: Executor, candidate: _Candidate, future: Future[Verdict]) -> Trial:
+    """The trial that an executor has judged. Only a number counts: whatever goes wrong there is tried again here."""
+    run.say("evaluate", 0, 0)
+    try:
+        verdict = result_of(future, executor)
+        problem = verdict.error
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    if not problem:
+        return _trial(judge, candidate, verdict)
+    logger.warning("%s was not judged by the executor (%s): it is judged here", candidate.name, problem)
+    return _judged_here(run, judge, candidate)
+
+
+def _trial(judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
+    """What a verdict makes of a candidate: the model of a trial that failed is removed."""
+    ok = math.isfinite(verdict.metric)
+    error = verdict.error or ("" if ok else f"the metric is {verdict.metric}")
+    if verdict.error:
+        logger.warning("%s failed: %s", candidate.name, error)
+    if not ok:
+        shutil.rmtree(candidate.path.parent, ignore_errors=True)
+    return Trial(
+        name=candidate.name,
+        status="ok" if ok else "failed" if verdict.error else "nan",
+        metric=verdict.metric if ok else None,
+        met=ok and judge.met(verdict.metric),
+        bytes=sum(size for size, _ in candidate.files.values()),
+        seconds=candidate.seconds + verdict.seconds,
+        error=error,
+        recipe=candidate.recipe,
+        path=candidate.path if ok else None,
+    )
+
+
+def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
+    """A trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
+    path = run.trial_path(name, recipe)
+    metric = entry.get("metric")
+    return Trial(
+        name=name,
+        status=entry["status"],
+        metric=metric,
+        met=metric is not None and judge.met(metric),
+        bytes=entry.get("bytes"),
+        seconds=entry.get("seconds", 0.0),
+        error=entry.get("error", ""),
+        recipe=recipe,
+        resumed=True,
+        path=path if metric is not None and path.exists() else None,
+    )

@@ -1,0 +1,85 @@
+"""Judging in a worker: what is wrong there comes back as an error, quietly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from onnx_woq.executors import Serial, leaves_process, pickled
+from onnx_woq.judge import judged_there, looks
+
+
+def size(path: Path, _: object) -> float:
+    return float(path.stat().st_size)
+
+
+def ends(path: Path, _: object) -> float:
+    raise SystemExit(f"no {path.name}")
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"model")
+    return path
+
+
+def test_a_verdict_from_elsewhere(model):
+    verdict = judged_there(model, pickle.dumps(size), looks([model]))
+    assert (verdict.metric, verdict.error) == (5.0, "")
+
+
+@pytest.mark.parametrize("change", ["other", "older", "gone"])
+def test_another_file_is_not_judged(change, model):
+    seen = looks([model])
+    if change == "gone":
+        model.unlink()
+    else:
+        model.write_bytes(b"model" if change == "older" else b"others")
+        os.utime(model, (1, 1))
+    verdict = judged_there(model, pickle.dumps(size), seen)
+    assert verdict.error.startswith("FileNotFoundError")
+    assert str(model) in verdict.error
+
+
+def test_a_worker_lives_on(model):
+    assert "it ends the program: no m.onnx" in judged_there(model, pickle.dumps(ends), looks([model])).error
+    assert "UnpicklingError" in judged_there(model, b"nonsense", looks([model])).error
+
+
+def test_a_worker_is_quiet():
+    """Where nobody has set up logging, Python prints warnings."""
+    code = """
+import logging, pickle, sys
+from onnx_woq.judge import judged_there
+def score(path, report):
+    logging.getLogger("onnx_woq.graph.model").warning("from a worker")
+    return 1.0
+assert judged_there(None, pickle.dumps(score), {}).metric == 1
+logging.getLogger("onnx_woq.graph.model").warning("from here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "from here\n")
+    assert not logging.getLogger("onnx_woq").handlers
+
+
+def test_which_executors_leave_the_process():
+    assert leaves_process(ProcessPoolExecutor(1))
+    assert not leaves_process(ThreadPoolExecutor(1))
+    assert not leaves_process(Serial())
+
+
+def test_only_a_cluster_takes_what_has_no_name():
+    here = 5
+    nameless = lambda: here  # noqa: E731
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickled(nameless, Serial())
+    assert pickle.loads(pickled(nameless, SimpleNamespace(_client=None)))() == 5
