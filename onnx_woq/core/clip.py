@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import DTypeLike
 
-from onnx_woq.core.grid import F32, TILE_ROWS, U8, Float, fit, grouped, row, scratch_of, storable, tiles
+from onnx_woq.core.grid import F32, U8, Float, fit, grouped, row, scratch_of, storable, tiles
 from onnx_woq.recipe import Spec
 
-SEARCH_COLUMNS = 512  # in a tile: fewer than elsewhere, three such arrays are at work
 ROUNDS = 3  # of round-and-refit after the clip search; a fourth gains nothing measurable
 
 
@@ -59,10 +58,9 @@ def search(
     h = np.ones(k, np.float32) if row_weights is None else _relative(row_weights)
     moves = (0,) if spec.symmetric else (-1, 0, 1)
     factors = shrinks(mse_range)
-    size_of = {"rows": TILE_ROWS, "columns": SEARCH_COLUMNS}
     dtype = scratch_of(weight[:0], g).dtype
     with np.errstate(over="ignore", invalid="ignore"):  # weights far outside a float16 grid; the plain one stays
-        for rows, groups, size, columns in tiles(k, n, g, whole=True, **size_of):
+        for rows, groups, size, columns in tiles(k, n, g, whole=True):
             at = (groups, columns)
             level = grouped(np.array(weight[rows, columns], dtype, order="C"), size)
             level /= row(scales, groups, columns)

@@ -34,7 +34,7 @@ Float = NDArray[np.floating[Any]]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-TILE_ROWS, TILE_COLUMNS = 64, 2048  # 512 KB of float32: a tile and its scratch stay in the second-level cache
+TILE_ROWS, TILE_COLUMNS = 256, 2048  # 2 MB of float32: smaller ones have threads wait for Python's lock between calls
 TALL = 256  # rows of a group beyond which narrow pieces cost more than reading the weight twice
 TRANSPOSED = 64  # columns copied at a time out of a weight stored by columns
 

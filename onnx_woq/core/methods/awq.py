@@ -240,5 +240,6 @@ def working_bytes(k: int, n: int, spec: Spec) -> int:
     while_solving = 3 * k * width
     step = max(ERROR_ROWS, -(-k // 8))
     products = max(step * (k + width), 2 * min(TILE_ROWS * TILE_COLUMNS, k * width))
+    share = 3 * min(TILE_ROWS * TILE_COLUMNS, k * n)
     grids = 6 * -(-k // spec.resolved_group(k)) * width
-    return 4 * (max(while_choosing, while_solving) + products + grids)
+    return 4 * (max(while_choosing + products, while_solving + products, share) + grids)
