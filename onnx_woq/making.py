@@ -24,7 +24,7 @@ from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_r
 from onnx_woq.graph.model import Model, file_bytes, save
 from onnx_woq.graph.save import data_path, failure
 from onnx_woq.graph.taps import Tap, shared_copy_bytes
-from onnx_woq.memory import MemoryPlan, plan_memory, task_bytes
+from onnx_woq.memory import MemoryPlan, give_back_at_once, plan_memory, task_bytes
 from onnx_woq.partial import Partial, partial_folder, unfinished
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import TapReport
@@ -74,6 +74,8 @@ def means(
         MemoryLimit: `max_memory` is too little for this model.
     """
     with built_in() if executor is None else nullcontext(executor) as chosen:
+        if max_memory is not None:
+            give_back_at_once()
         memory = plan_memory(model, taps, batches, recipe, max_memory, workers_of(chosen))
         if announce:
             announce(memory.text)

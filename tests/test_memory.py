@@ -1,0 +1,40 @@
+"""Memory that is freed goes back to the system where there is a limit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+KEPT = """
+import sys, threading
+import numpy as np
+from onnx_woq.memory import give_back_at_once, resident
+if sys.argv[1] == "limited":
+    give_back_at_once()
+ready = threading.Barrier(7)
+def work():
+    for _ in range(4):
+        np.ones(20 << 20, np.uint8)
+    ready.wait()
+    ready.wait()
+before = resident()
+threads = [threading.Thread(target=work) for _ in range(6)]
+for thread in threads:
+    thread.start()
+ready.wait()
+print(resident() - before)
+ready.wait()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told")
+def test_threads_do_not_keep_what_they_have_freed():
+    def kept(kind: str) -> int:
+        command = [sys.executable, "-c", KEPT, kind]
+        return int(subprocess.run(command, capture_output=True, check=True, timeout=60).stdout)
+
+    assert kept("limited") < 16 << 20
+    assert kept("limited") < kept("free") / 4
