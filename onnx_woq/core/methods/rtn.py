@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,10 +56,15 @@ def solve(
 
     width = max(1, PIECE // max(1, k))
     if n <= width:
-        codes, scales, zeros = rounded(slice(None))
-    else:
-        pieces = each(rounded, [slice(c, c + width) for c in range(0, n, width)])
-        codes, scales, zeros = map(partial(np.concatenate, axis=1), zip(*pieces, strict=True))
+        return QuantizedTensor(*rounded(slice(None)), spec.bits, g, spec.symmetric)
+    codes = np.empty((k, n), np.uint8)
+    scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
+
+    def put(columns: slice) -> None:
+        codes[:, columns], scales[:, columns], zeros[:, columns] = rounded(columns)
+
+    for _ in each(put, [slice(c, c + width) for c in range(0, n, width)]):
+        pass
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 
 
