@@ -273,7 +273,7 @@ def _try_all(
             if trial.met and objective == "first":
                 return trials, "met"
             best = _choose(trials, judge, objective)
-            trials = [one if one is best else drop(one) for one in trials]  # disk use stays at two models
+            trials = [one if one is best else drop(one) for one in trials]  # no other models stay on the disk
     if len(trials) < len(wanted):
         return trials, "timeout"
     return trials, "all tried" if len(trials) == len(recipes) else "max_trials"
