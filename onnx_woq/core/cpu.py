@@ -29,7 +29,8 @@ def one_blas_thread() -> AbstractContextManager[object]:
 def no_garbage_search() -> Iterator[None]:
     """Keeps Python from looking for garbage while objects are made by the hundred thousand and all of them stay.
 
-    It would go through everything made so far again and again: a fifth of the time it takes to load a model.
+    It would go through everything made so far again and again: half the time it takes to read a graph. With several
+    threads whoever turned it off turns it on again, so it never stays off.
     """
     was_on = gc.isenabled()
     gc.disable()

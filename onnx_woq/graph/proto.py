@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from copy import copy
 
 import onnx
 import onnx_ir as ir
+
+from onnx_woq.core.cpu import no_garbage_search
 
 __all__ = ["copied", "from_proto", "to_proto"]
 
 
 def from_proto(proto: onnx.ModelProto) -> ir.Model:
     """The graph that `proto` describes; raises whatever onnx_ir meets."""
-    with _uncollected():
+    with no_garbage_search():
         return ir.from_proto(proto)
 
 
@@ -49,7 +49,7 @@ def to_proto(
     whole = copy(model)
     whole.graph = view  # type: ignore[assignment]  # documented at GraphView
     whole.ir_version = ir_version or model.ir_version
-    with _uncollected():
+    with no_garbage_search():
         proto = ir.to_proto(whole)
     if metadata:
         onnx.helper.set_model_props(proto, {**model.metadata_props, **metadata})
@@ -58,7 +58,7 @@ def to_proto(
 
 def copied(model: ir.Model) -> ir.Model:
     """A copy of the structure; the tensors are shared."""
-    with _uncollected():
+    with no_garbage_search():
         return model.clone()
 
 
@@ -74,18 +74,3 @@ def _holding(value: ir.Value, tensor: ir.TensorProtocol) -> ir.Value:
     )
     other.meta.update(value.meta)
     return other
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """No collection of cycles while a graph is only growing: each would walk all of it, half the time, to free nothing.
-
-    With several threads whoever turned it off turns it on again, so it never stays off.
-    """
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
