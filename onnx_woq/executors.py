@@ -144,10 +144,10 @@ def helped(pool: ThreadPoolExecutor) -> Each:
         done: dict[int, T] = {}
 
         def work() -> None:
-            while left:
+            while True:
                 try:
                     number, piece = left.popleft()
-                except IndexError:  # somebody else took the last
+                except IndexError:
                     return
                 try:
                     done[number] = fn(piece)

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from builders import graph, node, random, value, write
+
+from onnx_woq import making, quantize
 
 KEPT = """
 import threading
@@ -34,3 +37,13 @@ def test_threads_do_not_keep_what_they_have_freed():
     """Six threads keep 126 MB of 20 that each has freed, left to themselves."""
     done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, check=True, timeout=60)
     assert int(done.stdout) < 16 << 20
+
+
+@pytest.mark.parametrize("limit", [None, 10 << 30])
+def test_only_a_limit_makes_it_give_back(limit, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(making, "give_back_at_once", lambda: told.append(True))
+    nodes = [node("MatMul", ["x", "A"], ["a"])]
+    main = graph(nodes, [value("x", ("t", 96))], [value("a", ("t", 40))], {"A": random(96, 40)})
+    quantize(write(tmp_path / "m.onnx", main), tmp_path / "q.onnx", max_memory=limit)
+    assert told == [True] * (limit is not None)

@@ -187,6 +187,7 @@ def test_who_goes_through_the_pieces_and_when_is_of_no_account(name, options, mo
 
     want = METHODS[name].solve(weight, stats, Spec(3, 32), **options)
     got = METHODS[name].solve(weight, stats, Spec(3, 32), each=counted, **options)
-    assert max(pieces) > 3
+    # AWQ: exponents on a few columns, the best of them on more, then all tiles, with the scale and without
+    assert pieces[:4] == {"rtn": [5], "gptq": [4], "awq": [21, 5, 5, 5]}[name]
     for field in ("codes", "scales", "zeros"):
         np.testing.assert_array_equal(getattr(got, field), getattr(want, field))
