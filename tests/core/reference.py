@@ -45,7 +45,20 @@ def rtn(weight, bits, group_size, **kinds):
     return codes, scales, zeros
 
 
-def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, static_groups=False, **kinds):
+def row_order(diagonal, group_size, actorder, group_order):
+    """The rows by falling diagonal; with groups kept together, by the largest entry of each, a short last one last."""
+    k = len(diagonal)
+    key = lambda rows: (len(rows) < group_size, -max(diagonal[r] for r in rows))  # noqa: E731
+    groups = [list(range(r, min(k, r + group_size))) for r in range(0, k, group_size)]
+    if actorder or group_order:
+        groups = [list(range(k))] if actorder else sorted(groups, key=key)
+        groups = [sorted(rows, key=lambda r: -diagonal[r]) for rows in groups]
+    return np.array([r for rows in groups for r in rows])
+
+
+def gptq(
+    weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, static_groups=False, group_order=False, **kinds
+):
     """Frantar et al. 2022, Algorithm 1, unblocked: codes [K, N], scales [G, N], zeros [G, N], rows as given.
 
     Written from the paper: the inverse is an inverse, its factor numpy's, every row updates all later ones at once.
@@ -55,7 +68,7 @@ def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, stati
     damp, dead = percdamp * np.diag(H).mean(), np.diag(H) == 0
     H[dead, dead] = 1
     W[dead] = 0
-    order = np.argsort(-np.diag(gram), kind="stable") if actorder else np.arange(k)
+    order = row_order(np.diag(gram), group_size, actorder, group_order)
     groups = -(-k // group_size)
     static = groups > 1 and (actorder or static_groups)
     group_of = order // group_size if static else np.arange(k) // group_size
@@ -72,7 +85,8 @@ def gptq(weight, gram, bits, group_size, *, percdamp=0.01, actorder=False, stati
     U = np.linalg.cholesky(np.linalg.inv(H + damp * np.eye(k))).T
     for i in range(k):
         if not static and i % group_size == 0:
-            fit(i // group_size, W[i : i + group_size])
+            group_of[i : i + group_size] = order[i] // group_size
+            fit(group_of[i], W[i : i + group_size])
         s, z = scales[group_of[i]], zeros[group_of[i]]
         q = np.clip(np.round(W[i] / s) + z, 0, 2**bits - 1)
         error = (W[i] - (q - z) * s) / U[i, i]

@@ -9,7 +9,8 @@ from onnx_woq.core.clip import search
 from onnx_woq.core.grid import fit
 from onnx_woq.core.methods import gptq, rtn
 from onnx_woq.core.stats import Stats, column_errors, output_error
-from onnx_woq.recipe import Spec
+from onnx_woq.errors import RecipeError
+from onnx_woq.recipe import Recipe, Spec
 
 from . import reference
 from .measure import peak_bytes
@@ -37,7 +38,14 @@ def naive_factor(gram, percdamp, order):
 
 # --- code for code against the paper's algorithm
 
-ORDERS = [{}, {"actorder": True}, {"static_groups": True}, {"actorder": True, "static_groups": True}]
+ORDERS = [
+    {},
+    {"actorder": True},
+    {"static_groups": True},
+    {"actorder": True, "static_groups": True},
+    {"group_order": True},
+    {"group_order": True, "static_groups": True},
+]
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 16, 32, 100, 128, 1000])
@@ -73,14 +81,14 @@ def test_codes_are_the_papers_on_many_problems(seed):
     dead = rng.choice(k, k // 8, replace=False)
     weight, stats = problem(k, n, seed, tokens=int(rng.integers(2, 300)), dead=dead)
     spec = Spec(int(rng.integers(1, 9)), int(rng.choice([16, 32, 48, -1])), bool(rng.integers(2)))
-    options = {"percdamp": float(rng.choice([0.001, 0.01, 0.3]))} | ORDERS[rng.integers(4)]
+    options = {"percdamp": float(rng.choice([0.001, 0.01, 0.3]))} | ORDERS[rng.integers(len(ORDERS))]
     q = gptq.solve(weight, stats, spec, block_size=int(rng.integers(1, 150)), **options)
     codes, _, zeros = reference.gptq(weight, stats.gram, spec.bits, q.group_size, symmetric=spec.symmetric, **options)
     np.testing.assert_array_equal(q.codes, codes)
     np.testing.assert_array_equal(q.zeros, zeros)
 
 
-def replay(weight, gram, q, grid, *, percdamp=0.01, actorder=False, static_groups=False):
+def replay(weight, gram, q, grid, *, percdamp=0.01, actorder=False, static_groups=False, group_order=False):
     """Follows the paper's algorithm along the codes a solver chose.
 
     At every row the weights are what the solver's *own* earlier codes make them, so one code at a tie does not
@@ -89,10 +97,10 @@ def replay(weight, gram, q, grid, *, percdamp=0.01, actorder=False, static_group
     """
     k, n = weight.shape
     W = weight.astype(float)
-    order = np.argsort(-np.diag(gram), kind="stable") if actorder else np.arange(k)
+    order = reference.row_order(np.diag(gram), q.group_size, actorder, group_order)
     g, top = q.group_size, 2**q.bits - 1
     static = g < k and (actorder or static_groups)
-    group_of = order // g if static else np.arange(k) // g
+    group_of = np.array(order) // g if static else np.arange(k) // g
     U = naive_factor(gram, percdamp, order)
     importance = 1 / np.diag(U) ** 2
     off = np.zeros((k, n))
@@ -109,7 +117,8 @@ def replay(weight, gram, q, grid, *, percdamp=0.01, actorder=False, static_group
     W = W[order]
     for i in range(k):
         if not static and i % g == 0:
-            check(i // g, W[i : i + g], importance[i : i + g])
+            group_of[i : i + g] = order[i] // g
+            check(group_of[i], W[i : i + g], importance[i : i + g])
         s, z = q.scales[group_of[i]].astype(float), q.zeros[group_of[i]].astype(float)
         exact = np.clip(W[i] / s + z, 0, top)
         off[i] = np.abs(exact - q.codes[order[i]])
@@ -166,6 +175,14 @@ def test_importance_adds_up_to_the_loss():
     delta = error + np.tril(feedback, -1) @ error
     gram = stats.gram[np.ix_(order, order)] + 1e-6 * stats.gram.diagonal().mean() * np.eye(60)
     assert np.sum(importance[:, None] * error**2) == pytest.approx(np.sum(delta * (gram @ delta)), rel=1e-4)
+
+
+def test_two_orders_at_once_are_refused():
+    weight, stats = problem(32, 2)
+    with pytest.raises(ValueError, match="choose one"):
+        gptq.solve(weight, stats, Spec(4, 16), actorder=True, group_order=True)
+    with pytest.raises(RecipeError, match="choose one"):
+        Recipe("gptq", options={"actorder": True, "group_order": True})
 
 
 # --- what must hold of any result

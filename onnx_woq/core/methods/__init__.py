@@ -69,6 +69,8 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
     Raises:
         RecipeError: an unknown option (the nearest one is named), a value of the wrong type or out of range.
     """
+    if options.get("actorder") and options.get("group_order"):
+        raise RecipeError("actorder and group_order are two orders of the rows: choose one of them")
     known = method.options
     for name, value in options.items():
         if name not in known:

@@ -50,6 +50,7 @@ def solve(
     percdamp: float = 0.01,
     block_size: int = 128,
     static_groups: bool = False,
+    group_order: bool = False,
     enable_mse_search: bool = False,
     mse_range: Sequence[float] = (0.805, 1.0, 0.005),
     enable_full_range: bool = False,
@@ -72,30 +73,36 @@ def solve(
             rounding apart, in weights too large to be solved in float64).
         static_groups: fit every group's grid to the original weights rather than, when its turn comes, to the
             rows as errors of earlier ones have changed them.
+        group_order: take groups, and the rows inside each, by falling diagonal of the Gram matrix: the rows that
+            matter most come early, and unlike under `actorder` every grid is still fitted to the updated rows
+            (group-aware order: Gafni et al., "Dual Precision Quantization" (2025), section 3.3).
         enable_mse_search: shrink each group's range to where its share `Σ e_i² / U_ii²` of the loss is least (over
             all rows that sum is the loss: a weighting by the diagonal of the Gram matrix measures worse).
         mse_range: the shrink factors tried (start, stop, step).
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
 
     Raises:
-        ValueError: no statistics, or of another number of inputs than `weight` has rows.
+        ValueError: no statistics, or of another number of inputs than `weight` has rows; two orders at once.
         FloatingPointError: the weight holds NaN or infinite numbers.
     """
+    if actorder and group_order:
+        raise ValueError("actorder and group_order are two orders of the rows: choose one")
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("gptq needs the statistics of the weight's inputs, as many of them as it has rows")
     k, n = weight.shape
     grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
     diagonal = stats.gram.diagonal()
-    order = np.argsort(-diagonal, kind="stable") if actorder else np.arange(k)
+    g = spec.resolved_group(k)
+    order = row_order(diagonal, g if group_order else k if actorder else 1)
     factors = factorize(stats.gram, percdamp, order) if diagonal.any() else None
     if factors is None:
         reason = "no damping makes the Gram matrix positive definite" if diagonal.any() else "no input was ever nonzero"
         logger.warning("gptq, weight of %d rows: %s; rounding to nearest", k, reason)
         return quantize(weight, *grid(weight, diagonal), spec)
 
-    g = spec.resolved_group(k)
     static = g < k and (static_groups or actorder)
-    group_of = order // g if static else np.arange(k) // g
+    group_of = order // g if static else np.arange(k) // g  # of the sweep, which counts groups as it meets them
+    place_of = slice(None) if static else order[::g] // g  # the group of the weight that is met first, second, …
     dead = diagonal == 0
     dtype = sweep_dtype(k, n)
     feedback, importance = factors[0].astype(dtype, copy=False), factors[1]
@@ -109,7 +116,7 @@ def solve(
             raise FloatingPointError("cannot fit a grid to weights that are NaN or infinite")
         work[dead] = 0
         fixed = grid(work, importance[np.argsort(order)]) if static else None
-        if actorder:
+        if actorder or group_order:
             work = work[order]
         sweep = _Sweep(work, feedback, group_of, spec)
         if fixed is not None:
@@ -117,13 +124,29 @@ def solve(
             sweep.run(block_size, group_size=1)
         else:
             sweep.run(-(-block_size // g) * g, group_size=g, grid=grid, importance=importance)
-        scales[:, columns], zeros[:, columns] = sweep.scales, sweep.zeros
+        scales[place_of, columns], zeros[place_of, columns] = sweep.scales, sweep.zeros
         for rows in (slice(r, r + COPIED) for r in range(0, k, COPIED)):
             codes[order[rows], columns] = sweep.work[rows] + sweep.zeros[group_of[rows]]
 
     for _ in each(finish, column_tiles(k, n)):
         pass
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+
+
+def row_order(diagonal: NDArray[Any], group: int) -> NDArray[np.intp]:
+    """The rows in solving order [K]: groups of `group` rows by their largest entry of `diagonal [K]`, rows by theirs.
+
+    A group as large as K is plain act-order, a group of 1 row leaves the rows as they are. A short last group stays
+    last: the sweep cuts its rows into whole groups.
+    """
+    k = len(diagonal)
+    if group == 1:
+        return np.arange(k)
+    whole = k // group * group
+    inside = np.argsort(-diagonal[:whole].reshape(-1, group), axis=1, kind="stable")
+    starts = group * np.argsort(-diagonal[:whole].reshape(-1, group).max(axis=1), kind="stable")
+    rest = whole + np.argsort(-diagonal[whole:], kind="stable")
+    return np.concatenate([(starts[:, None] + inside[starts // group]).ravel(), rest])
 
 
 def sweep_dtype(k: int, n: int) -> type[np.floating[Any]]:
