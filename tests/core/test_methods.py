@@ -23,6 +23,7 @@ DEFAULTS = {
         "percdamp": 0.01,
         "block_size": 128,
         "static_groups": False,
+        "group_order": False,
         "enable_mse_search": False,
         "mse_range": (0.805, 1.0, 0.005),
         "enable_full_range": False,
