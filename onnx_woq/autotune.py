@@ -213,11 +213,11 @@ def _some_apply(source: Model, recipes: Mapping[str, Recipe]) -> None:
 
 def _all_taps(source: Model, recipes: Iterable[Recipe]) -> list[Tap]:
     """What any of the recipes quantizes."""
-    largest: dict[tuple[str, ...], Tap] = {}
+    largest: dict[tuple[tuple[str, str], ...], Tap] = {}
     for recipe in recipes:
         for tap in find_taps(source, recipe)[0]:
-            if tap.n >= largest.setdefault(tap.values, tap).n:
-                largest[tap.values] = tap
+            if tap.n >= largest.setdefault(tap.sources, tap).n:
+                largest[tap.sources] = tap
     return list(largest.values())
 
 

@@ -63,6 +63,8 @@ class Recipe:
         overrides: expression -> Spec for the sites it finds, or None to leave them float; the last match wins.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
         accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
+        attention_weighted: what makes keys and values is calibrated with each token weighted by the attention it
+            receives (see `onnx_woq.graph.attention`); needs a method with data.
         true_sequential: collect each tap's statistics with what comes before it already quantized.
         sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
             `onnx_woq.graph.blocks`).
@@ -79,6 +81,7 @@ class Recipe:
     overrides: Mapping[str, Spec | None] = field(default_factory=dict)
     lm_head: bool = True
     accuracy_level: int = 4
+    attention_weighted: bool = False
     true_sequential: bool = False
     sequential_unit: str = "tap"
     nsamples: int = 128
@@ -97,7 +100,7 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("lm_head", "true_sequential", "use_max_length"):
+        for name in ("lm_head", "attention_weighted", "true_sequential", "use_max_length"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
         if self.sequential_unit not in SEQUENTIAL_UNITS:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
 
 
+Sources = tuple[tuple[str, str], ...]
+"""Of a tap: what its statistics are taken of."""
+
+
 class SharedStatistics:
     """The statistics of every tap of every recipe, collected once, when the first of them is asked for.
 
@@ -39,7 +43,7 @@ class SharedStatistics:
         self.batches = batches
         self._source, self._means = source, with_means
         self._recipes = [r for r in recipes if METHODS[r.method].needs_data and not r.true_sequential]
-        self._stats: dict[tuple[str, ...], Stats | Path] | None = None
+        self._stats: dict[Sources, Stats | Path] | None = None
         self._files = ExitStack()
 
     def __enter__(self) -> SharedStatistics:
@@ -63,20 +67,20 @@ class SharedStatistics:
         if self._stats is None:
             self._stats = self._collect()
         stats = self._stats
-        return ((tap, _loaded(stats[tap.values])) for tap in taps)
+        return ((tap, _loaded(stats[tap.sources])) for tap in taps)
 
-    def _collect(self) -> dict[tuple[str, ...], Stats | Path]:
+    def _collect(self) -> dict[Sources, Stats | Path]:
         model = clone(self._source)
-        taps: dict[tuple[str, ...], Tap] = {}
+        taps: dict[Sources, Tap] = {}
         for recipe in self._recipes:
             for tap in find_taps(model, recipe)[0]:
-                taps.setdefault(tap.values, tap)
-        collected: dict[tuple[str, ...], Stats | Path] = {}
+                taps.setdefault(tap.sources, tap)
+        collected: dict[Sources, Stats | Path] = {}
         held = 0
         for tap, stats in collect(model, self._recipes[0], list(taps.values()), self.batches, self._means):
             if stats is not None:
                 held += stats.gram.nbytes
-                collected[tap.values] = (
+                collected[tap.sources] = (
                     self._spill(stats) if self._means.scarce or held > self._means.memory.window else stats
                 )
         return collected

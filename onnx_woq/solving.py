@@ -100,7 +100,7 @@ def known_as(recipe: Recipe, tap: Tap) -> tuple[object, ...] | None:
     """Equal for taps of one model that become the same; None where that depends on what has been put in before."""
     if recipe.true_sequential or folding(recipe):
         return None
-    return (recipe.method, *recipe.options.items(), tap.spec, tap.values, *(site.name for site in tap.sites))
+    return (recipe.method, *recipe.options.items(), tap.spec, tap.sources, *(site.name for site in tap.sites))
 
 
 def folding(recipe: Recipe) -> bool:

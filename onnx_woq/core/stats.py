@@ -53,8 +53,13 @@ class Stats:
             self._mirrored = True
         return self._gram
 
-    def update(self, x: NDArray[Any]) -> None:
+    def update(self, x: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """Adds the tokens of `x [..., K]`, any float dtype.
+
+        Args:
+            x: the tokens.
+            weights: one per token, what its `x·xᵀ` is multiplied by; not negative. Mean and largest magnitude are of
+                all tokens alike.
 
         Raises:
             FloatingPointError: x is NaN or infinite, or too large for its square to be held in float32;
@@ -63,6 +68,7 @@ class Stats:
         from scipy.linalg.blas import ssyrk
 
         x = np.asarray(x).reshape(-1, len(self.abs_max))
+        roots = None if weights is None else np.sqrt(weights, dtype=np.float32).reshape(len(x), 1)
         step = max(1, CHUNK // max(1, x.shape[1]))
         for start in range(0, len(x), step):
             with np.errstate(over="ignore", invalid="ignore"):  # looked at just below
@@ -74,6 +80,8 @@ class Stats:
                 self.abs_max = np.maximum(self.abs_max, largest)
                 self.tokens += len(chunk)
                 self.abs_mean += (size.sum(axis=0, dtype=np.float64) - len(chunk) * self.abs_mean) / self.tokens
+                if roots is not None:
+                    chunk = chunk * roots[start : start + step]
                 # chunk.T is column-ordered, so x·xᵀ is added to the upper triangle without a copy of either.
                 self._gram = ssyrk(1.0, chunk.T, beta=1.0, c=self._gram, overwrite_c=1)
             self._mirrored = False

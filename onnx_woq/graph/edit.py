@@ -62,7 +62,7 @@ def add_node(
     *,
     end_of: ir.Graph | None = None,
     before: ir.Node | None = None,
-    **attributes: int | ir.TensorProtocol,
+    **attributes: int | Sequence[int] | ir.TensorProtocol,
 ) -> ir.Value:
     """Adds a node of the default domain and returns its only output; both are called `name` if nothing else is."""
     graph = graph_of(before) if before is not None else end_of

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.errors import ModelError
+from onnx_woq.graph.attention import FIRST_TOKEN, attended
 from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.shapes import Ranks
@@ -123,6 +124,7 @@ class Tap:
     Attributes:
         name: of its first site; unique.
         values: names of the activations, several only where sites share a weight.
+        attention: what weights the tokens of each of `values` in calibration, see `graph.attention`; "" for nothing.
         sites: in graph order.
         spec: the grid of all of them.
         k: input channels.
@@ -137,6 +139,17 @@ class Tap:
     k: int
     n: int
     weight_bytes: int
+    attention: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """(activation, what weights its tokens): equal for taps with the same statistics."""
+        return tuple(zip(self.values, self.attention, strict=True))
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of all values that its statistics are made of."""
+        return {name for source in self.sources for name in source if name and name != FIRST_TOKEN}
 
     def weight(self) -> np.ndarray:
         """The distinct weights side by side, [K, n] in float32, a copy.
@@ -208,6 +221,8 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
     With `recipe.lm_head` off, the MatMul that makes the model's first float output is left out: the one found by
     walking back from that output through elementwise and reshaping nodes (into both branches of an If). A model
     without one, such as an encoder that ends in a norm, leaves out the last site of its main graph.
+
+    With `recipe.attention_weighted`, what makes keys and values is a tap of its own beside the queries'.
     """
     ranks = Ranks(model)
     sites: list[Site] = []
@@ -229,7 +244,7 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
             skipped.append(_skip(site.node, reason))
         else:
             chosen.append((site, spec))
-    return _group(chosen), skipped
+    return _group(chosen, attended(model) if recipe.attention_weighted else {}), skipped
 
 
 def shared_copy_bytes(model: Model, taps: Iterable[Tap]) -> dict[str, int]:
@@ -338,8 +353,8 @@ def _heads(graph: ir.Graph, sites: Sequence[Site]) -> set[ir.Node]:
     return found or set(last[-1:])
 
 
-def _group(chosen: Sequence[tuple[Site, Spec]]) -> list[Tap]:
-    """Joins sites that read the same value or the same weight, of one spec each; keeps their order."""
+def _group(chosen: Sequence[tuple[Site, Spec]], attention: Mapping[ir.Node, str]) -> list[Tap]:
+    """Joins sites that read the same value, its tokens weighted alike, or the same weight; of one spec, in order."""
     leaders: dict[int, int] = {}
 
     def leader(i: int) -> int:
@@ -351,21 +366,23 @@ def _group(chosen: Sequence[tuple[Site, Spec]]) -> list[Tap]:
     first: dict[object, int] = {}
     for i, (site, spec) in enumerate(chosen):
         leaders[i] = i
-        for mark in (("value", id(site.node.inputs[0]), spec), ("weight", *site.key(), spec)):
+        read = ("value", id(site.node.inputs[0]), attention.get(site.node, ""), spec)
+        for mark in (read, ("weight", *site.key(), spec)):
             other = leader(first.setdefault(mark, i))
             low, high = sorted((other, leader(i)))
             leaders[high] = low
     groups: dict[int, list[Site]] = {}
     for i, (site, _) in enumerate(chosen):
         groups.setdefault(leader(i), []).append(site)
-    return [_tap(tuple(sites), chosen[i][1]) for i, sites in groups.items()]
+    return [_tap(tuple(sites), chosen[i][1], attention) for i, sites in groups.items()]
 
 
-def _tap(sites: tuple[Site, ...], spec: Spec) -> Tap:
-    values = tuple(dict.fromkeys(v.name or "" for s in sites if (v := s.node.inputs[0]) is not None))
+def _tap(sites: tuple[Site, ...], spec: Spec, attention: Mapping[ir.Node, str]) -> Tap:
+    sources = {v.name or "": attention.get(s.node, "") for s in sites if (v := s.node.inputs[0]) is not None}
+    values = tuple(sources)
     n = sum({site.key(): site.n for site in sites}.values())
     size = sum({site.root: site.constant().tensor.nbytes for site in sites}.values())
-    return Tap(sites[0].name, values, sites, spec, sites[0].k, n, size)
+    return Tap(sites[0].name, values, sites, spec, sites[0].k, n, size, tuple(sources.values()))
 
 
 def _int(node: ir.Node, name: str, default: int) -> int:

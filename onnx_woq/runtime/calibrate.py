@@ -21,6 +21,7 @@ import numpy as np
 from onnx_woq.core.cpu import one_blas_thread
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError
+from onnx_woq.graph.attention import FIRST_TOKEN
 from onnx_woq.graph.blocks import cuts, taps_by_block
 from onnx_woq.graph.branches import conditions, take, untaken
 from onnx_woq.graph.model import Model, clone
@@ -30,12 +31,16 @@ from onnx_woq.runtime.inputs import MASKS
 from onnx_woq.runtime.replay import Replay
 from onnx_woq.runtime.session import thread_count
 from onnx_woq.runtime.structure import Structure, contents
+from onnx_woq.runtime.token_weights import token_weights
 from onnx_woq.runtime.windows import Needs, prepacks
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all); a step is one sample in one window."""
+
+Sources = tuple[tuple[str, str], ...]
+"""Of a tap: activations, each with what weights its tokens."""
 
 Sequential = Literal["off", "block", "tap"]
 """What is quantized already when a tap's statistics are collected: nothing, earlier blocks, all earlier taps."""
@@ -199,7 +204,7 @@ def _tap_by_tap(walk: _Walk) -> Iterator[tuple[Tap, Stats]]:
 
 
 def _values(taps: Iterable[Tap]) -> set[str]:
-    return {value for tap in taps for value in tap.values}
+    return {value for tap in taps for value in tap.reads}
 
 
 def _independent(model: Model, taps: list[Tap]) -> list[Tap]:
@@ -207,7 +212,7 @@ def _independent(model: Model, taps: list[Tap]) -> list[Tap]:
     group = taps[:1]
     structure = Structure(model)
     for tap in taps[1:]:
-        if structure.depends(tap.values, [site.name for earlier in group for site in earlier.sites]):
+        if structure.depends(tap.reads, [site.name for earlier in group for site in earlier.sites]):
             break
         group.append(tap)
     return group
@@ -216,7 +221,7 @@ def _independent(model: Model, taps: list[Tap]) -> list[Tap]:
 def _inputs(model: Model, taps: list[Tap]) -> dict[str, tuple[str, ...]]:
     """What the inputs of each tap are computed from."""
     digests = contents(model) if taps else {}
-    return {tap.name: tuple(digests.get(value, "") for value in tap.values) for tap in taps}
+    return {tap.name: tuple(digests.get(value, "") for value in sorted(tap.reads)) for tap in taps}
 
 
 def _collect(
@@ -231,32 +236,65 @@ def _collect(
     entrance: Collection[str] = (),
 ) -> dict[str, Stats]:
     """The statistics of `taps` over all samples by tap name; taps with the same inputs get the same object."""
-    stats = {tap.values: Stats.empty(tap.k) for tap in taps}
-    values = [value for value in dict.fromkeys(v for names in stats for v in names) if value not in replay.absent]
+    stats = {tap.sources: Stats.empty(tap.k) for tap in taps}
+    values = [
+        value for value in dict.fromkeys(v for tap in taps for v in sorted(tap.reads)) if value not in replay.absent
+    ]
+    attention = _shown(model, stats)
+    values = [value for value in values if value in attention or not _only_weighs(value, stats)]
     running: list[Future[None]] = []
     with one_blas_thread():
-        parts = replay.run(model, values, later, keep_used=keep_used, frozen=frozen, entrance=entrance)
+        parts = replay.run(
+            model, values, later, keep_used=keep_used, frozen=frozen, entrance=entrance, attention=attention
+        )
         for number, arrays in enumerate(parts):
             _finish(running, taps)
             mask = _padding(replay.batches[number])
             running = [
-                replay.pool.submit(partial(_add, one, {n: arrays[n] for n in names if n in arrays}, mask, number))
-                for names, one in stats.items()
+                replay.pool.submit(partial(_add, one, _needed(arrays, sources), sources, mask, number))
+                for sources, one in stats.items()
             ]
             del arrays
             report.step()
         _finish(running, taps)
-    for names, one in stats.items():
+    for sources, one in stats.items():
         if not one.tokens:
-            logger.warning("no sample reaches %s: there is nothing to calibrate it on", ", ".join(names))
-    return {tap.name: stats[tap.values] for tap in taps}
+            names = ", ".join(name for name, _ in sources)
+            logger.warning("no sample reaches %s: there is nothing to calibrate it on", names)
+    return {tap.name: stats[tap.sources] for tap in taps}
 
 
-def _add(stats: Stats, arrays: dict[str, np.ndarray], mask: np.ndarray | None, number: int) -> None:
+def _shown(model: Model, sources: Iterable[Sources]) -> set[str]:
+    """Names of the attention probabilities that can be looked at: those that are not inside a body."""
+    wanted = {name for source in sources for _, name in source if name not in ("", FIRST_TOKEN)}
+    if not wanted:
+        return wanted
+    shown = wanted.intersection(value.name or "" for node in model.ir.graph for value in node.outputs)
+    if hidden := sorted(wanted - shown):
+        logger.warning("attention %s is inside a body and cannot be looked at: its tokens count alike", hidden[0])
+    return shown
+
+
+def _only_weighs(value: str, sources: Iterable[Sources]) -> bool:
+    return not any(value == name for source in sources for name, _ in source)
+
+
+def _needed(arrays: dict[str, np.ndarray], sources: Sources) -> dict[str, np.ndarray]:
+    return {name: arrays[name] for source in sources for name in source if name in arrays}
+
+
+def _add(stats: Stats, arrays: dict[str, np.ndarray], sources: Sources, mask: np.ndarray | None, number: int) -> None:
     """Adds a sample's activations `[..., K]` to the statistics of one tap."""
-    for name, array in arrays.items():
+    for name, attention in sources:
+        array = arrays.get(name)
+        if array is None:
+            continue
         try:
-            stats.update(_unpadded(array, mask))
+            if attention == FIRST_TOKEN or attention in arrays:
+                weights = token_weights(array, arrays.get(attention), mask)
+                stats.update(_unpadded(array, mask), _unpadded(weights, mask))
+            else:
+                stats.update(_unpadded(array, mask))
         except FloatingPointError as error:
             raise _NotFiniteError(f"{error} (value {name!r}, sample {number + 1})") from error
 
@@ -290,7 +328,7 @@ def _unpadded(array: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
         return array
     if array.ndim == 3 and array.shape[:2] == mask.shape:
         return array[mask]
-    return array[mask.reshape(-1)] if array.ndim == 2 and len(array) == mask.size else array
+    return array[mask.reshape(-1)] if array.ndim <= 2 and len(array) == mask.size else array
 
 
 class _Steps:

@@ -25,6 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from onnx_woq.graph.attention import HEADS_AXIS, sum_over_heads
 from onnx_woq.graph.blocks import cuts
 from onnx_woq.graph.branches import conditions, take
 from onnx_woq.graph.expose import expose
@@ -89,6 +90,7 @@ class Replay:
         frozen: bool = False,
         keep_saved: bool = False,
         entrance: Collection[str] = (),
+        attention: Collection[str] = (),
     ) -> Iterator[Feed]:
         """For each sample, the arrays of `values` by name; those computed in a body are `[tokens, K]`.
 
@@ -101,6 +103,8 @@ class Replay:
             keep_used: keep what this part started from as well, for the case that an edit spoils what it computes.
             frozen: nobody edits `model`: what was found out about it holds.
             keep_saved: a look in passing: what is remembered stays as it is.
+            attention: names among `values` of attention probabilities; what is given are their squares, summed over
+                heads.
             entrance: names of values to remember as well where they were costly: what comes below them will be edited.
 
         Raises:
@@ -111,7 +115,7 @@ class Replay:
         fresh = {name for name, key in self._keys.items() if keys.get(name) == key}
         kinds = {name: array.dtype for name, array in self._saved[0].items() if name in fresh}
         crossing = structure.crossing(values, later, self.side, entrance)
-        part = _plan(model, structure, values, crossing, kinds, set(self.batches[0]), keep_used)
+        part = _plan(model, structure, values, crossing, kinds, set(self.batches[0]), keep_used, attention)
         threads = max(1, thread_count() // self.lanes)
         session = self._session(part.model, threads) if part.model else None
         running: deque[Future[Feed]] = deque()
@@ -133,7 +137,10 @@ class Replay:
                 stored = shelf.add(remembered)
                 kept[-1] = stored if mode == "disk" else kept[-1]
             del remembered
-            yield {name: known[output] for name, output in part.names.items()}
+            yield {
+                name: squares(known[name]) if name == output and name in attention else known[output]
+                for name, output in part.names.items()
+            }
             del known
         if keep_saved:
             return
@@ -235,6 +242,11 @@ class _Memo:
         return self.keys, self.structure
 
 
+def squares(probabilities: np.ndarray) -> np.ndarray:
+    """What `sum_over_heads` lets a session compute."""
+    return np.square(probabilities, dtype=np.float32).sum(axis=HEADS_AXIS)
+
+
 def _array(value: np.ndarray | Stored) -> np.ndarray:
     return value.read() if isinstance(value, Stored) else value
 
@@ -278,6 +290,7 @@ def _plan(
     kinds: dict[str, np.dtype],
     fed: set[str],
     keep_used: bool,
+    attention: Collection[str],
 ) -> _Part:
     """The smallest part that gives `values` from the model's inputs in `fed` and the remembered values in `kinds`."""
     exposed, names = model, {value: value for value in values}
@@ -289,6 +302,10 @@ def _plan(
     if not outputs:
         return _Part(None, (), (), names, tuple(n for n in remembered if n in kinds))
     part, inputs = cut_out(exposed, structure, have, outputs, kinds)
+    shown = [n for n in attention if n not in remembered]  # what is remembered leaves as it is
+    if squared := sum_over_heads(part, shown):
+        outputs = tuple(squared.get(n, n) for n in outputs)
+        names |= squared
     used = tuple(n for n in inputs if n in kinds and keep_used and n not in remembered)
     return _Part(part, inputs, outputs, names, (*(n for n in remembered if n not in fed), *used))
 

@@ -95,10 +95,12 @@ class Needs:
         tokens = max(map(token_count, self.batches), default=0)
         held = min(thread_count(), len(self.batches)) + 1  # samples: those being run, and the one being summed up
         inputs = {value: tap.k for tap in taps for value in tap.values}
-        grams = {tap.values: 4 * tap.k * tap.k for tap in taps}
+        weighted = {name for tap in taps for name in tap.reads.difference(tap.values)}
+        grams = {tap.sources: 4 * tap.k * tap.k for tap in taps}
         on_the_way = min(self.step, self._reach(taps[0]) - self._reach(before))
         weights = self.copies * (on_the_way + self._reach(taps[-1]) - self._reach(taps[0]))
-        return sum(4 * k * tokens * held for k in inputs.values()) + sum(grams.values()) + weights
+        widths = sum(inputs.values()) + tokens * len(weighted)
+        return 4 * tokens * held * widths + sum(grams.values()) + weights
 
     def least(self) -> int:
         """The smallest budget that holds every window."""
