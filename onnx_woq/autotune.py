@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from onnx_woq.core import racing
 from onnx_woq.core.methods import METHODS
 from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
 from onnx_woq.executors import leaves_process
@@ -31,7 +32,10 @@ from onnx_woq.trials import Run, drop, each_trial, made_again
 logger = logging.getLogger(__name__)
 
 HELD_OUT = 8
-"""Samples held out for the built-in judge at most; a third of what there is when the data is short."""
+"""Samples held out for the built-in judge at least; a third of what there is when the data is short."""
+
+MOST_HELD_OUT = racing.STAGES[-1]
+"""Samples that are held out where the data has them to spare: they are looked at only where it is close."""
 
 Objective = Literal["first", "smallest", "best"]
 
@@ -129,6 +133,7 @@ def tune(
             )
         else:
             judge = built_in_judge(source, held_out, judge_limit)
+            run.race = objective == "best"
         with SharedStatistics(source, list(recipes.values()), calibration, with_means) as shared:
             trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
             best = _choose(trials, judge, objective)
@@ -239,7 +244,7 @@ def _split(
     wanted = max(recipe.nsamples for recipe in recipes.values())
     if not judged:
         return read_data(source, path, data, first, wanted, tokenizer, at_most=not exact), []
-    batches = read_data(source, path, data, first, wanted + HELD_OUT, tokenizer, at_most=True)
+    batches = read_data(source, path, data, first, wanted + MOST_HELD_OUT, tokenizer, at_most=True)
     if exact and len(batches) < wanted:
         raise DataError(
             f"{wanted} samples are asked for and the data has {len(batches)}: give more data or fewer samples"
@@ -250,10 +255,14 @@ def _split(
             "a shorter --seqlen, or an evaluation function of your own (--eval)"
         )
     spare = len(batches) - wanted
-    held = min(HELD_OUT, spare) if exact and spare > 0 else min(HELD_OUT, max(spare, len(batches) // 3, 1))
+    held = min(MOST_HELD_OUT, spare) if spare >= HELD_OUT or (exact and spare > 0) else _least_held_out(batches)
     if exact and spare < held:
         logger.warning("%d of the %d samples are held out for judging", held, len(batches))
     return batches[:-held], batches[-held:]
+
+
+def _least_held_out(batches: list[Feed]) -> int:
+    return min(HELD_OUT, max(len(batches) // 3, 1))
 
 
 def _try_all(
@@ -269,10 +278,10 @@ def _try_all(
     wanted = dict(islice(recipes.items(), max_trials))
     with closing(each_trial(run, wanted, judge, shared)) as finished:
         for trial in finished:
-            trials.append(trial)
+            trials = [run.leader if run.leader and one.name == run.leader.name else one for one in trials] + [trial]
             if trial.met and objective == "first":
                 return trials, "met"
-            best = _choose(trials, judge, objective)
+            best = run.leader = _choose(trials, judge, objective)
             trials = [one if one is best else drop(one) for one in trials]  # no other models stay on the disk
     if len(trials) < len(wanted):
         return trials, "timeout"
@@ -281,7 +290,7 @@ def _try_all(
 
 def _choose(trials: Sequence[Trial], judge: Judge, objective: Objective) -> Trial | None:
     """The trial to return: within the limit by the objective, otherwise the best metric so far."""
-    done = [trial for trial in trials if trial.metric is not None]
+    done = [trial for trial in trials if trial.metric is not None and not trial.dropped]
     met = [trial for trial in done if trial.met]
     if met and objective == "first":
         return met[0]

@@ -1,4 +1,8 @@
-"""How a tuning trial is judged: by the user's own evaluation, or by divergence from the float model."""
+"""How a tuning trial is judged: by the user's own evaluation, or by divergence from the float model.
+
+The built-in judge is a race (`onnx_woq.core.racing`): every model is seen on the same samples, few where that is clear,
+more where it is close; what stays too close to call is called undecided.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,18 @@ import logging
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from onnx_woq import journal
+from onnx_woq.core import racing
 from onnx_woq.errors import DataError, OnnxWoqError
 from onnx_woq.graph.model import Model
 
@@ -29,8 +35,32 @@ SQNR_LIMIT = 15.0
 Report = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
-Score = Callable[[Path, Report | None], float]
-"""Gives a model's metric."""
+Pair = tuple[float, float]
+"""Of one sample: what is summed up over samples and divided to give a metric, see `racing.estimate`."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model in a race: where it is, if it is kept, and how it did on the first samples."""
+
+    path: Path | None
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the built-in judge gives: the metric, the samples it is from, and the leader's, which may be more by now."""
+
+    metric: float
+    pairs: tuple[Pair, ...]
+    leader: tuple[Pair, ...] = ()
+    dropped: bool = False
+
+
+Score = Callable[..., "float | Measured"]
+"""`(path, report)` gives a model's metric; the built-in one takes the `Runner` to beat as well."""
+
+Outcome = Literal["within", "outside", "undecided"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +74,7 @@ class Judge:
         baseline: the float model's metric.
         limit: the last value that is accepted.
         reads: files that `score` reads beside the model that is judged.
+        races: whether `score` gives `Measured` and takes a leader.
     """
 
     name: str
@@ -53,10 +84,22 @@ class Judge:
     limit: float
     higher_is_better: bool
     reads: tuple[Path, ...] = ()
+    races: bool = False
 
     def met(self, metric: float) -> bool:
         """Whether a metric is within the limit."""
         return metric >= self.limit if self.higher_is_better else metric <= self.limit
+
+    def metric(self, pairs: Sequence[Pair]) -> float:
+        """The metric that samples of a race add up to."""
+        return _metric(self.name, pairs)
+
+    def outcome(self, metric: float, pairs: Sequence[Pair] = ()) -> Outcome:
+        """Whether a model is within the limit, as far as the samples `pairs` can tell."""
+        if not pairs:
+            return "within" if self.met(metric) else "outside"
+        side = racing.side(np.array(pairs), _ratio(self.name, self.limit))
+        return {"below": "within", "above": "outside", "undecided": "undecided"}[side]  # type: ignore[return-value]
 
     def rank(self, metric: float) -> float:
         """A sort key: smaller is better."""
@@ -65,18 +108,25 @@ class Judge:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of judging a model: a metric, or NaN and the error; and the seconds that it took."""
+    """What became of judging a model: a metric, or NaN and the error; and the seconds that it took.
+
+    `measured` holds what a race gave.
+    """
 
     metric: float
     seconds: float
     error: str = ""
+    measured: Measured | None = None
 
 
-def judged(path: Path, score: Score, report: Report | None) -> Verdict:
+def judged(path: Path, score: Score, report: Report | None, leader: Runner | None = None) -> Verdict:
     """The verdict on the model at `path`, an error being one too."""
     start = time.monotonic()
     try:
-        return Verdict(score(path, report), time.monotonic() - start)
+        found = score(path, report) if leader is None else score(path, report, leader)
+        measured = found if isinstance(found, Measured) else None
+        metric = found.metric if isinstance(found, Measured) else found
+        return Verdict(metric, time.monotonic() - start, measured=measured)
     except Exception as error:
         return Verdict(math.nan, time.monotonic() - start, f"{type(error).__name__}: {error}")
 
@@ -91,26 +141,27 @@ def looks(files: Iterable[Path]) -> Looks:
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
 
 
-def judged_there(path: Path, score: bytes, files: Looks) -> Verdict:
+def judged_there(path: Path, score: bytes, files: Looks, leader: Runner | None = None) -> Verdict:
     """`judged` in a worker, of a pickled score. Whatever goes wrong comes back as an error: what is raised is printed.
 
     Args:
         path: of the model, absolute.
         score: from `pickled`.
         files: what is read, and how that looks to the process that asks.
+        leader: of the race, if there is one.
     """
 
-    def unpickled(path: Path, report: Report | None) -> float:
+    def unpickled(path: Path, *rest: Any) -> float | Measured:
         if looks(files) != files:
             raise FileNotFoundError(f"the worker sees another file than this process at {path}")
         try:
-            metric: float = pickle.loads(score)(path, report)  # noqa: S301  the asking process has pickled it
+            metric: float | Measured = pickle.loads(score)(path, *rest)  # noqa: S301  the asking process pickled it
         except SystemExit as end:  # would take the worker of a cluster along
             raise RuntimeError(f"it ends the program: {end}") from end
         return metric
 
     with _quiet():
-        return judged(path, unpickled, None)
+        return judged(path, unpickled, None, leader)
 
 
 @contextmanager
@@ -163,14 +214,16 @@ def built_in_judge(
     language = is_language_model(float_model, held_out[0])
     name, default, baseline = ("kl", KL_LIMIT, 0.0) if language else ("sqnr_db", SQNR_LIMIT, math.inf)
 
+    limit = default if limit is None else limit
     return Judge(
         name=name,
         key=f"{name}/{data_hash(held_out)}",
-        score=partial(_distance, float_model.path, held_out, name),
+        score=partial(_race, float_model.path, held_out, name, limit),
         baseline=baseline,
-        limit=default if limit is None else limit,
+        limit=limit,
         higher_is_better=not language,
         reads=float_model.files,
+        races=True,
     )
 
 
@@ -178,12 +231,51 @@ def _evaluated(eval_fn: Callable[[Path], Any], path: Path, _: Report | None) -> 
     return float(eval_fn(path))
 
 
-def _distance(
-    float_model: Path, held_out: list[dict[str, np.ndarray]], name: str, path: Path, report: Report | None
-) -> float:
-    from onnx_woq.runtime.evaluate import compare
+def _race(
+    float_model: Path,
+    held_out: list[dict[str, np.ndarray]],
+    name: str,
+    limit: float,
+    path: Path,
+    report: Report | None,
+    leader: Runner | None = None,
+) -> Measured:
+    """Sees the model at `path` on samples until it is clear what it is, beside the limit and beside the leader."""
+    from onnx_woq.runtime.evaluate import distances
 
-    return float(getattr(compare(path, float_model, held_out, progress=report), name))
+    own, best = list[Pair](), list(leader.pairs if leader else ())
+    each_own = distances(path, float_model, held_out)
+    each_best = (
+        iter(())
+        if leader is None or leader.path is None
+        else distances(leader.path, float_model, held_out[len(best) :])
+    )
+    dropped = False
+    for stage in [*(stage for stage in racing.STAGES if stage < len(held_out)), len(held_out)]:
+        for number, pair in enumerate(islice(each_own, stage - len(own)), len(own) + 1):
+            own.append(pair)
+            if report:
+                report(number, stage)
+        best += islice(each_best, max(0, stage - len(best)))
+        if not math.isfinite(racing.estimate(np.array(own))):
+            break
+        beside = racing.worse(np.array(own), np.array(best)) if leader else "below"
+        dropped = beside == "above"
+        if dropped or (beside == "below" and racing.side(np.array(own), _ratio(name, limit)) != "undecided"):
+            break
+    return Measured(_metric(name, own), tuple(own), tuple(best), dropped)
+
+
+def _metric(name: str, pairs: Sequence[Pair]) -> float:
+    from onnx_woq.runtime.evaluate import decibels
+
+    num, den = (sum(column) for column in zip(*pairs, strict=True))
+    return decibels(num, den) if name == "sqnr_db" else racing.estimate(np.array(pairs))
+
+
+def _ratio(name: str, limit: float) -> float:
+    """The limit as `racing` sums samples up: noise per signal instead of decibels."""
+    return float(10 ** (-limit / 10)) if name == "sqnr_db" else limit
 
 
 def _evaluate_float(eval_fn: Callable[[Path], Any], path: Path) -> float:

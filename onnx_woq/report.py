@@ -132,7 +132,10 @@ def _or_nan(value: float | None) -> float:
 def _verdict(trial: Trial) -> str:
     if trial.status != "ok":
         return "[red]failed[/red]" if trial.status == "failed" else "[red]no number[/red]"
-    return "[green]within[/green]" if trial.met else "[yellow]outside[/yellow]"
+    if trial.dropped:
+        return "dropped out"
+    colour = "green" if trial.met else "yellow"
+    return f"[{colour}]{trial.verdict}[/{colour}]"
 
 
 def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:

@@ -91,7 +91,13 @@ class Trial:
         name: of the configuration.
         status: "ok", "failed" (it raised) or "nan" (its metric is not a finite number).
         metric: what `eval_fn` or the judge gave; None unless status is "ok".
-        met: whether the metric is within the limit.
+        met: whether the metric is within the limit, as sure as its samples make it.
+        verdict: "within", "outside" or "undecided": too close to the limit for the samples there were. "" without a
+            metric.
+        standard_error: of the estimate behind the metric, over samples (of `kl`; of noise per signal for `sqnr_db`);
+            None where it is not known.
+        dropped: clearly worse than the best on the samples both had seen: it was not looked at any further.
+        pairs: what was measured on each sample.
         bytes: of the model file and its data; None when it was not written.
         seconds: quantizing and evaluating.
         error: what was raised.
@@ -110,6 +116,10 @@ class Trial:
     recipe: Recipe
     resumed: bool = False
     path: Path | None = None
+    verdict: Literal["within", "outside", "undecided", ""] = ""
+    standard_error: float | None = None
+    dropped: bool = False
+    pairs: tuple[tuple[float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -124,6 +134,10 @@ class Trial:
             "recipe": self.recipe.to_dict(),
             "resumed": self.resumed,
             "path": self.path and str(self.path),
+            "verdict": self.verdict,
+            "standard_error": self.standard_error,
+            "dropped": self.dropped,
+            "samples": len(self.pairs) or None,
         }
 
 

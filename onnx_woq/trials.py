@@ -13,13 +13,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from onnx_woq import journal
+from onnx_woq.core import racing
 from onnx_woq.errors import DiskError
 from onnx_woq.executors import pickled, result_of, submitted
 from onnx_woq.folder import Destination
 from onnx_woq.graph.model import Model, clone, load
 from onnx_woq.graph.taps import Tap
-from onnx_woq.judge import Judge, Looks, Verdict, judged, judged_there, looks
+from onnx_woq.judge import Judge, Looks, Runner, Verdict, judged, judged_there, looks
 from onnx_woq.making import Known, Means, make
 from onnx_woq.pipeline import metadata, plan
 from onnx_woq.recipe import Recipe
@@ -46,6 +49,8 @@ class Run:
         means: what the work is done with.
         elsewhere: where a model is judged while the next one is made; None to judge here and then go on.
         known: what a later configuration solves alike.
+        race: the configurations race for the best metric, so that the clearly worse drop out early.
+        leader: of the race so far, with all that has been measured of it.
     """
 
     source: Model
@@ -57,6 +62,8 @@ class Run:
     means: Means
     elsewhere: Executor | None = None
     known: Known = field(default_factory=dict)
+    race: bool = False
+    leader: Trial | None = None
 
     @property
     def key(self) -> str:
@@ -122,8 +129,15 @@ def each_trial(
         trials = (_judged_here(run, judge, one) if isinstance(one, _Candidate) else one for one in found)
     for trial in trials:
         if not trial.resumed:
-            journal.append(run.journal, {"key": run.trial_key(trial.recipe, judge)} | trial.to_dict())
+            entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs}
+            journal.append(run.journal, entry | trial.to_dict())
         yield trial
+
+
+def _runner(run: Run) -> Runner | None:
+    """Whom the next one has to beat."""
+    leader = run.leader
+    return Runner(leader.path, leader.pairs) if run.race and leader and leader.pairs else None
 
 
 def made_again(run: Run, trial: Trial, shared: SharedStatistics) -> Trial:
@@ -207,7 +221,10 @@ def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> Non
 
 
 def _judged_here(run: Run, judge: Judge, candidate: _Candidate) -> Trial:
-    return _trial(judge, candidate, judged(candidate.path, judge.score, lambda *at: run.say("evaluate", *at)))
+    runner = _runner(run)
+    return _trial(
+        run, judge, candidate, judged(candidate.path, judge.score, lambda *at: run.say("evaluate", *at), runner)
+    )
 
 
 def _to_send(judge: Judge, executor: Executor) -> bytes | None:
@@ -231,7 +248,10 @@ def _each_judged_there(
                 waiting = None
             if isinstance(one, _Candidate):
                 files = one.files | looks(judge.reads)
-                waiting = one, submitted(executor, judged_there, one.path.absolute(), score, files)
+                runner = _runner(run)
+                if runner and runner.path:
+                    files |= looks(load(runner.path).files)
+                waiting = one, submitted(executor, judged_there, one.path.absolute(), score, files, runner)
             else:
                 yield one
         if waiting:
@@ -250,24 +270,33 @@ def _settled(run: Run, judge: Judge, executor: Executor, candidate: _Candidate, 
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if not problem:
-        return _trial(judge, candidate, verdict)
+        return _trial(run, judge, candidate, verdict)
     logger.warning("%s was not judged by the executor (%s): it is judged here", candidate.name, problem)
     return _judged_here(run, judge, candidate)
 
 
-def _trial(judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
+def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
     """What a verdict makes of a candidate: the model of a trial that failed is removed."""
+    measured = verdict.measured
+    pairs = measured.pairs if measured else ()
+    if run.leader and measured and len(measured.leader) > len(run.leader.pairs):
+        run.leader = measured_further(judge, run.leader, measured.leader)
     ok = math.isfinite(verdict.metric)
     error = verdict.error or ("" if ok else f"the metric is {verdict.metric}")
     if verdict.error:
         logger.warning("%s failed: %s", candidate.name, error)
     if not ok:
         shutil.rmtree(candidate.path.parent, ignore_errors=True)
+    outcome = judge.outcome(verdict.metric, pairs) if ok else ""
     return Trial(
         name=candidate.name,
         status="ok" if ok else "failed" if verdict.error else "nan",
         metric=verdict.metric if ok else None,
-        met=ok and judge.met(verdict.metric),
+        met=outcome == "within",
+        verdict=outcome,
+        standard_error=racing.standard_error(np.array(pairs)) if ok and pairs else None,
+        dropped=ok and bool(measured and measured.dropped),
+        pairs=pairs if ok else (),
         bytes=sum(size for size, _ in candidate.files.values()),
         seconds=candidate.seconds + verdict.seconds,
         error=error,
@@ -276,15 +305,29 @@ def _trial(judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
     )
 
 
+def measured_further(judge: Judge, trial: Trial, pairs: tuple[tuple[float, float], ...]) -> Trial:
+    """The same trial, seen on more samples."""
+    metric = judge.metric(pairs)
+    outcome = judge.outcome(metric, pairs)
+    error = racing.standard_error(np.array(pairs))
+    return replace(trial, metric=metric, pairs=pairs, verdict=outcome, met=outcome == "within", standard_error=error)
+
+
 def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
     """A trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
     path = run.trial_path(name, recipe)
     metric = entry.get("metric")
+    pairs = tuple((float(num), float(den)) for num, den in entry.get("pairs", ()))
+    outcome = "" if metric is None else judge.outcome(metric, pairs)
     return Trial(
         name=name,
         status=entry["status"],
         metric=metric,
-        met=metric is not None and judge.met(metric),
+        met=outcome == "within",
+        verdict=outcome,
+        standard_error=racing.standard_error(np.array(pairs)) if pairs else None,
+        dropped=bool(entry.get("dropped", False)),
+        pairs=pairs,
         bytes=entry.get("bytes"),
         seconds=entry.get("seconds", 0.0),
         error=entry.get("error", ""),

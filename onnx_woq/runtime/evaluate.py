@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,8 +73,37 @@ def compare(
         DataError: there are no samples, or a model cannot be run on one.
         ModelError: a model cannot be run, or the two do not have the same outputs.
     """
-    if not feeds:
+    tally = None
+    for number, tally in enumerate(_tallies(model, reference, feeds)):  # noqa: B007
+        if progress:
+            progress(number + 1, len(feeds))
+    if tally is None:
         raise DataError("evaluation needs at least one sample")
+    return tally.metrics()
+
+
+def distances(model: str | Path, reference: str | Path, feeds: Sequence[Feed]) -> Iterator[tuple[float, float]]:
+    """The distance of `model` from the reference on each sample, as it is asked for.
+
+    A distance is a pair whose sums over samples make the metric: divergence (nats) and tokens for language models,
+    noise and signal for others.
+
+    Raises:
+        DataError, ModelError: as `compare`.
+    """
+    seen = 0
+    for tally in _tallies(model, reference, feeds):
+        new = tally.pairs[seen:]
+        seen = len(tally.pairs)
+        yield sum(pair[0] for pair in new), sum(pair[1] for pair in new)
+
+
+def _tallies(
+    model: str | Path, reference: str | Path, feeds: Sequence[Feed]
+) -> Iterator[_LanguageTally | _TensorTally]:
+    """The sums over the samples so far, after each of them."""
+    if not feeds:
+        return
     language = is_language_model(load(reference), feeds[0])
     pair = make_session(reference), make_session(model)
     tally = _LanguageTally() if language else _TensorTally(_float_outputs(pair))
@@ -83,9 +112,7 @@ def compare(
         expected, actual = (run(session, tally.outputs, _needed(session, feed, what), what) for session in pair)
         with np.errstate(all="ignore"):  # NaN and infinity are results here
             tally.add(expected, actual, feed)
-        if progress:
-            progress(number + 1, len(feeds))
-    return tally.metrics()
+        yield tally
 
 
 def is_language_model(model: Model, feed: Feed) -> bool:
@@ -132,6 +159,11 @@ class _LanguageTally:
     predicted: int = 0
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # reference, model; nats
     outputs: Sequence[str] = ("logits",)
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """Divergence and tokens of each sequence."""
+        return list(zip(self.divergences, map(float, self.counts), strict=True))
 
     def add(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], feed: Feed) -> None:
         """One sample: logits [B, T, V] of both models."""
@@ -189,21 +221,22 @@ class _TensorTally:
     """Sums over outputs for any other model."""
 
     outputs: Sequence[str]
-    signal: float = 0.0
-    noise: float = 0.0
+    pairs: list[tuple[float, float]] = field(default_factory=list)  # noise and signal of each sample
     cosines: float = 0.0
     rows: int = 0
 
     def add(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], feed: Feed) -> None:
         """One sample: the arrays of `outputs` of both models."""
+        signal = noise = 0.0
         for name, want, have in zip(self.outputs, expected, actual, strict=True):
             if want.shape != have.shape:
                 raise DataError(
                     f"output {name!r} has shape {list(want.shape)} in one model, {list(have.shape)} in the other"
                 )
             want, have = _counted(want, feed), _counted(have, feed)
-            self.signal += float(np.square(want).sum())
-            self.noise += float(np.square(want - have).sum())
+            signal += float(np.square(want).sum())
+            noise += float(np.square(want - have).sum())
+        self.pairs.append((noise, signal))
         a, b = _vectors(expected[0], feed), _vectors(actual[0], feed)
         size = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         same = (a == b).all(axis=-1)  # two equal vectors of zeros point the same way
@@ -212,10 +245,15 @@ class _TensorTally:
 
     def metrics(self) -> Metrics:
         """Over all samples."""
-        ratio = math.inf if self.noise == 0 else self.signal / self.noise
-        decibels = ratio if not math.isfinite(ratio) else 10 * math.log10(ratio) if ratio else -math.inf
+        noise, signal = (sum(column) for column in zip(*self.pairs, strict=True)) if self.pairs else (0.0, 0.0)
         cosine = self.cosines / self.rows if self.rows else None
-        return Metrics(kind="tensor", tokens=self.rows, sqnr_db=decibels, cosine=cosine)
+        return Metrics(kind="tensor", tokens=self.rows, sqnr_db=decibels(noise, signal), cosine=cosine)
+
+
+def decibels(noise: float, signal: float) -> float:
+    """The signal to noise ratio in dB: infinite without noise."""
+    ratio = math.inf if noise == 0 else signal / noise
+    return ratio if not math.isfinite(ratio) else 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

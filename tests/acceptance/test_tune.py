@@ -352,18 +352,18 @@ def test_the_built_in_judge_of_a_language_model(lm, lm_data, tmp_path, monkeypat
 
     calibrated: list[bytes] = []
     judged: list[bytes] = []
-    walk, compare = calibrate.walk, evaluate.compare
+    walk, distances = calibrate.walk, evaluate.distances
 
     def watched_walk(model: object, taps: object, batches: list, **options: object) -> object:
         calibrated.extend(feed["input_ids"].tobytes() for feed in batches)
         return walk(model, taps, batches, **options)
 
-    def watched_compare(model: object, reference: object, feeds: list, **options: object) -> object:
+    def watched_distances(model: object, reference: object, feeds: list) -> object:
         judged.extend(feed["input_ids"].tobytes() for feed in feeds)
-        return compare(model, reference, feeds, **options)
+        return distances(model, reference, feeds)
 
     monkeypatch.setattr(calibrate, "walk", watched_walk)
-    monkeypatch.setattr(evaluate, "compare", watched_compare)
+    monkeypatch.setattr(evaluate, "distances", watched_distances)
     result = tune(
         lm, None, (feed for feed in lm_data), configs=["RTN_G32ASYM", "GPTQ_G32ASYM"], judge_limit=0.0, workdir=tmp_path
     )

@@ -1,0 +1,75 @@
+"""Decide on few sequences what is clear on few, and look at more for the rest.
+
+A metric is a ratio of sums over sequences, `Σ num / Σ den`: divergence per token, noise per signal. Resampling whole
+sequences (Efron 1979; Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation") says how sure it
+is; two models that have seen the same sequences are compared sequence by sequence, which cancels what makes a text hard
+for both. The seed is fixed: the same numbers always give the same answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+F64 = NDArray[np.float64]
+Side = Literal["below", "above", "undecided"]
+
+STAGES = (8, 32, 128)
+"""Sequences after which a race stops to look whether more are needed."""
+
+RESAMPLES = 2000
+SURE = 0.95
+"""How sure a statement must be, of a model against a limit."""
+
+CLEARLY = 0.99
+"""How sure a model must be worse than another for it to drop out: there are many comparisons, and no way back."""
+
+SEED = 2026
+
+
+def estimate(pairs: NDArray[Any]) -> float:
+    """`Σ num / Σ den` of pairs [S, 2]; NaN where there is nothing to divide by."""
+    num, den = np.asarray(pairs, np.float64).reshape(-1, 2).sum(axis=0)
+    return float(num / den) if den else float("nan")
+
+
+def resampled(pairs: NDArray[Any]) -> F64:
+    """The estimates [RESAMPLES] of as many draws of S sequences, with replacement, from pairs [S, 2].
+
+    Equal numbers of sequences are drawn alike: differences between the results of two models are paired.
+    """
+    pairs = np.asarray(pairs, np.float64).reshape(-1, 2)
+    draws = np.random.default_rng(SEED).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    sums = pairs[draws].sum(axis=1)
+    out: F64 = sums[:, 0] / sums[:, 1]
+    return out
+
+
+def standard_error(pairs: NDArray[Any]) -> float | None:
+    """Of the estimate, over sequences; None for fewer than two."""
+    return float(resampled(pairs).std(ddof=1)) if len(pairs) > 1 else None
+
+
+def side(pairs: NDArray[Any], limit: float) -> Side:
+    """Whether the estimate is at most `limit`, or above it, as sure as `SURE`.
+
+    A single sequence says nothing of how sure it is: its estimate decides.
+    """
+    found = np.array([estimate(pairs)]) if len(pairs) < 2 else resampled(pairs)
+    above = float((found > limit).mean())
+    return "below" if above <= 1 - SURE else "above" if above >= SURE else "undecided"
+
+
+def worse(pairs: NDArray[Any], other: NDArray[Any]) -> Side:
+    """Where the estimate lies beside that of another model on the sequences that both have seen, first in both.
+
+    "above" says that it is clearly worse, "below" clearly better, each as sure as `CLEARLY`.
+    """
+    common = min(len(pairs), len(other))
+    if common < 2:
+        return "undecided"
+    difference = resampled(pairs[:common]) - resampled(other[:common])
+    above, below = float((difference > 0).mean()), float((difference < 0).mean())
+    return "above" if above >= CLEARLY else "below" if below >= CLEARLY else "undecided"
