@@ -23,7 +23,7 @@ from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
 from onnx_woq.making import Feed, Progress, means, write
 from onnx_woq.pipeline import calibrated_on, feeds_hash, plan, read_data, warn_of_old_runtime
-from onnx_woq.presets import PRESETS, preset
+from onnx_woq.presets import TUNED, preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Trial, TuneResult
 from onnx_woq.shared_statistics import SharedStatistics
@@ -74,7 +74,7 @@ def tune(
             divergence to the float model (language models, limit `KL_LIMIT`) or output SQNR (others, `SQNR_LIMIT`)
             on data held out from calibration.
         dataloader: calibration data, in any form that `quantize` takes.
-        configs: preset names or recipes, in tuning order; the five presets by default.
+        configs: preset names or recipes, in tuning order; the presets in `TUNED` by default.
         tolerance: how much worse than the float model's metric is accepted.
         criterion: the tolerance is a fraction of the float metric ("relative") or a difference ("absolute").
         higher_is_better: direction of `eval_fn`'s metric.
@@ -190,7 +190,7 @@ def _recipes(
     if isinstance(configs, str):
         configs = [configs]
     if configs is None:
-        configs = PRESETS
+        configs = TUNED
     if isinstance(configs, Mapping):
         named = dict(configs)
     else:
@@ -200,7 +200,7 @@ def _recipes(
             for config, recipe in found
         }
     if not named:
-        raise RecipeError("configs is empty: name at least one, or leave it out for the five presets")
+        raise RecipeError("configs is empty: name at least one, or leave it out for the default ones")
     return {name: calibrated_on(recipe, samples, seqlen) for name, recipe in named.items()}
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnx_woq.errors import OnnxWoqError, RecipeError, nearest
-from onnx_woq.presets import MEANINGS, PRESETS, preset
+from onnx_woq.presets import MEANINGS, PRESETS, TUNED, preset
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
     if auto and (given["config"] or given["recipe_file"]):
         raise RecipeError("--auto tries all predefined configurations: leave out --config and --recipe")
     if auto or given["evaluation"]:
-        recipes = dict(_named_recipe(given, name) for name in (PRESETS if auto else [None]))
+        recipes = dict(_named_recipe(given, name) for name in (TUNED if auto else [None]))
         result = _tune(model, output, calib, recipes, given)
         _print(as_json, result, report.tuning)
         if not result.met:

@@ -1,15 +1,41 @@
-"""The predefined configurations, in tuning order."""
+"""The predefined configurations: the five published ones, and a family named for what it gives."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from onnx_woq.errors import RecipeError, nearest
 from onnx_woq.recipe import Recipe, Spec
 
 _G32 = Spec(bits=4, group_size=32, symmetric=False)
 _G128 = Spec(bits=4, group_size=128, symmetric=False)
+_GRIDS = {4: _G32, 3: Spec(bits=3, group_size=64), 2: Spec(bits=2, group_size=32)}
+
+# Of the fewer levels there are, the more of a range may be given up for finer steps; and errors of 2 bits are so large
+# that feedback along directions that few tokens show does harm.
+_CLIP: Mapping[int, dict[str, Any]] = {
+    4: {"mse_range": (0.6, 1.0, 0.01)},
+    3: {"mse_range": (0.5, 1.0, 0.02)},
+    2: {"mse_range": (0.4, 1.0, 0.02), "percdamp": 0.05},
+}
+
+
+def _family(bits: int) -> dict[str, Recipe]:
+    """Three efforts on one grid."""
+    order: dict[str, Any] = {"group_order": True}
+    search = order | {"enable_mse_search": True} | _CLIP[bits]
+    return {
+        f"FAST_{bits}BIT": Recipe(
+            "gptq", _GRIDS[bits], options=order, attention_weighted=True, nsamples=16, pad_max_length=512
+        ),
+        f"BALANCED_{bits}BIT": Recipe(
+            "gptq", _GRIDS[bits], options=search, attention_weighted=True, nsamples=64, pad_max_length=512
+        ),
+        f"BEST_{bits}BIT": Recipe("gptq", _GRIDS[bits], options=search, attention_weighted=True, pad_max_length=1024),
+    }
+
 
 PRESETS: Mapping[str, Recipe] = MappingProxyType(
     {
@@ -18,8 +44,14 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         "GPTQ_G32ASYM_DISABLE_LAST_MATMUL": Recipe("gptq", _G32, lm_head=False),
         "GPTQ_G128ASYM": Recipe("gptq", _G128),
         "AWQ_G32ASYM": Recipe("awq", _G32),
+        **_family(4),
+        **_family(3),
+        **_family(2),
     }
 )
+
+TUNED = (*list(PRESETS)[:5], "BEST_4BIT")
+"""What `tune()` tries by default, in this order."""
 
 MEANINGS: Mapping[str, str] = MappingProxyType(
     {
@@ -28,6 +60,15 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "GPTQ_G32ASYM_DISABLE_LAST_MATMUL": "GPTQ as above, the last MatMul (language-model head) stays float",
         "GPTQ_G128ASYM": "GPTQ, 4 bits, groups of 128, asymmetric; fewer scales",
         "AWQ_G32ASYM": "AWQ, 4 bits, groups of 32, asymmetric",
+        "FAST_4BIT": "4 bits, groups of 32: GPTQ by attention and group order on 16 samples",
+        "BALANCED_4BIT": "4 bits, groups of 32: with a clip search, on 64 samples",
+        "BEST_4BIT": "4 bits, groups of 32: all that has proved worth it, on 128 samples",
+        "FAST_3BIT": "3 bits, groups of 64: as FAST_4BIT",
+        "BALANCED_3BIT": "3 bits, groups of 64: as BALANCED_4BIT",
+        "BEST_3BIT": "3 bits, groups of 64: as BEST_4BIT",
+        "FAST_2BIT": "2 bits, groups of 32: as FAST_4BIT",
+        "BALANCED_2BIT": "2 bits, groups of 32: as BALANCED_4BIT",
+        "BEST_2BIT": "2 bits, groups of 32: as BEST_4BIT",
     }
 )
 

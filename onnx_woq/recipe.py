@@ -108,7 +108,8 @@ class Recipe:
         object.__setattr__(self, "include", _expressions("include", self.include))
         object.__setattr__(self, "exclude", _expressions("exclude", self.exclude))
         _expressions("overrides", tuple(self.overrides))
-        object.__setattr__(self, "options", MappingProxyType(dict(sorted(self.options.items()))))
+        options = {name: tuple(v) if isinstance(v, list) else v for name, v in sorted(self.options.items())}
+        object.__setattr__(self, "options", MappingProxyType(options))
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
 
     def spec_for(self, *names: str) -> tuple[Spec | None, str]:

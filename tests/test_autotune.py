@@ -11,11 +11,12 @@ import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import PRESETS, Recipe, Spec, autotune, memory, partial, pipeline, solving, tune
+from onnx_woq import Recipe, Spec, autotune, memory, partial, pipeline, solving, tune
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DiskError, NothingToQuantize
 from onnx_woq.graph.model import model_hash
+from onnx_woq.presets import TUNED
 from onnx_woq.shared_statistics import SharedStatistics
 
 
@@ -30,7 +31,7 @@ def test_a_configuration_that_finds_nothing_is_a_failed_trial(one_matmul, tmp_pa
     data = [np.random.default_rng(i).standard_normal((8, 64)).astype(np.float32) for i in range(4)]
     result = tune(one_matmul, lambda _: 1.0, data, objective="best", workdir=tmp_path / "w")
     status = {trial.name: trial.status for trial in result.trials}
-    assert status == dict.fromkeys(PRESETS, "ok") | {"GPTQ_G32ASYM_DISABLE_LAST_MATMUL": "failed"}
+    assert status == dict.fromkeys(TUNED, "ok") | {"GPTQ_G32ASYM_DISABLE_LAST_MATMUL": "failed"}
     assert result.met
     with pytest.raises(NothingToQuantize):
         tune(one_matmul, lambda _: 1.0, data, configs=["GPTQ_G32ASYM_DISABLE_LAST_MATMUL"], workdir=tmp_path / "v")
@@ -123,7 +124,7 @@ def test_a_row_is_called_what_it_is(flags, label, one_matmul, tmp_path, monkeypa
     done = CliRunner().invoke(main, [*arguments, *flags])
     result = json.loads(done.stdout)
     assert result["best"] == label
-    assert len({trial["name"] for trial in result["trials"]}) == (len(PRESETS) if "--auto" in flags else 1)
+    assert len({trial["name"] for trial in result["trials"]}) == (len(TUNED) if "--auto" in flags else 1)
 
 
 def test_statistics_beyond_the_memory_budget_give_the_same_model(one_matmul, tmp_path, monkeypatch):
@@ -155,9 +156,9 @@ def test_what_two_configurations_have_in_common_is_solved_once(two_matmuls, tmp_
     monkeypatch.setattr(solving, "solve_task", lambda task, *way: (calls.append(task), solve_task(task, *way))[1])
     size = iter(range(99))
     result = tune(two_matmuls, lambda _: next(size), samples(3), objective="best", output=tmp_path / "best.onnx")
-    assert [trial.status for trial in result.trials] == ["ok"] * 5
-    assert len(calls) == 8
-    assert result.best.name == "AWQ_G32ASYM"
+    assert [trial.status for trial in result.trials] == ["ok"] * len(TUNED)
+    assert len(calls) == 10, "two MatMuls by five different configurations"
+    assert result.best.name == TUNED[-1]
     alone = tmp_path / "alone"
     alone.mkdir()
     less = "GPTQ_G32ASYM_DISABLE_LAST_MATMUL"

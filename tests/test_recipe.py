@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_woq.errors import RecipeError
-from onnx_woq.presets import MEANINGS, PRESETS, preset
+from onnx_woq.presets import MEANINGS, PRESETS, TUNED, preset
 from onnx_woq.recipe import Recipe, Spec
 
 SPECS = st.builds(
@@ -17,7 +17,7 @@ SPECS = st.builds(
 )
 
 
-def test_presets_are_the_published_five_in_tuning_order():
+def test_the_published_five_come_first_and_mean_what_they_always_did():
     table = {
         "RTN_G32ASYM": ("rtn", 32, True),
         "GPTQ_G32ASYM": ("gptq", 32, True),
@@ -25,10 +25,20 @@ def test_presets_are_the_published_five_in_tuning_order():
         "GPTQ_G128ASYM": ("gptq", 128, True),
         "AWQ_G32ASYM": ("awq", 32, True),
     }
-    assert list(PRESETS) == list(MEANINGS) == list(table)
+    assert list(PRESETS) == list(MEANINGS)
+    assert list(PRESETS)[:5] == list(TUNED)[:5] == list(table)
     for name, (method, group_size, lm_head) in table.items():
         recipe = preset(name.lower())
-        assert (recipe.method, recipe.spec, recipe.lm_head) == (method, Spec(4, group_size, False), lm_head)
+        assert recipe == Recipe(method, Spec(4, group_size, False), lm_head=lm_head)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_the_family_keeps_its_grid_and_takes_another_where_it_is_given(bits):
+    fast, balanced, best = (preset(f"{effort}_{bits}bit") for effort in ("fast", "balanced", "best"))
+    assert fast.spec == balanced.spec == best.spec
+    assert fast.spec.bits == bits
+    assert fast.nsamples < balanced.nsamples < best.nsamples
+    assert best.with_spec(group_size=128).options == best.options
 
 
 @given(
@@ -42,6 +52,11 @@ def test_json_round_trip_keeps_every_field_and_the_fingerprint(spec, method, exc
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
     assert again.to_dict() == recipe.to_dict()
     assert again.fingerprint() == recipe.fingerprint()
+
+
+def test_a_list_is_as_good_as_a_tuple():
+    one, other = (Recipe("gptq", options={"mse_range": kind((0.5, 1.0, 0.1))}) for kind in (list, tuple))
+    assert one == other
 
 
 def test_fingerprint_tells_any_two_presets_apart():

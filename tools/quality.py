@@ -1,70 +1,138 @@
-"""What each method costs in accuracy on a language model: prints one row per configuration.
+"""What each method costs in accuracy: prints one row per configuration, all on one calibration.
 
     python tools/quality.py build/models/smollm2-permuted/model.onnx --calib calib.txt --dev dev.txt
+    python tools/quality.py … --bits 2 --methods RTN GPTQ BEST_2BIT
+    python tools/quality.py build/models/minilm/model.onnx --calib calib.txt --dev dev.txt --samples 128 --seqlen 128
 
 Body MatMuls only (the head stays float) at accuracy level 0 unless said otherwise, so that nothing but the weights
-differs from the float model. The gap closed is `1 − KL / KL of RTN`.
+differs from the float model. The gap closed is `1 − distance / distance of RTN`, the distance being the mean KL
+divergence of language models and 1 − cosine of the embeddings of others. Calibration takes the first samples of its
+text and the judge the first rows of its own: nothing is drawn by chance, and the same command prints the same rows
+(of a rotation, the seed is in its name). Seconds are of solving and writing; `--alone` gives every row a calibration
+of its own and counts it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from onnx_woq import evaluate, quantize
-from onnx_woq.presets import preset
-from onnx_woq.recipe import Recipe
+from onnx_woq import PRESETS, Recipe, evaluate, quantize, tune
+from onnx_woq.runtime.evaluate import Metrics
 
-METHODS = {
+CLIP = {"enable_mse_search": True}
+ORDER = CLIP | {"group_order": True}
+METHODS: Mapping[str, Recipe] = {
     "RTN": Recipe("rtn"),
-    "RTN, clip search": Recipe("rtn", options={"enable_mse_search": True}),
+    "RTN, clip search": Recipe("rtn", options=CLIP),
     "GPTQ": Recipe("gptq"),
-    "GPTQ, clip search": Recipe("gptq", options={"enable_mse_search": True}),
+    "GPTQ, clip search": Recipe("gptq", options=CLIP),
     "GPTQ, act-order": Recipe("gptq", options={"actorder": True}),
-    "GPTQ, act-order, clip search": Recipe("gptq", options={"actorder": True, "enable_mse_search": True}),
+    "GPTQ, act-order, clip search": Recipe("gptq", options={"actorder": True} | CLIP),
+    "GPTQ, clip search, group order": Recipe("gptq", options=ORDER),
+    "GPTQ, clip search, attention": Recipe("gptq", options=CLIP, attention_weighted=True),
+    "GPTQ, clip search, group order, attention": Recipe("gptq", options=ORDER, attention_weighted=True),
     "AWQ": Recipe("awq"),
 }
 
 
-def rows(arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Quantizes and judges each method; dictionaries ready for JSON."""
-    out = []
-    chosen = {name: METHODS[name] for name in arguments.methods} if arguments.methods else METHODS
-    for name, base in chosen.items():
-        recipe = replace(
-            base,
-            spec=preset(arguments.config).spec if arguments.config else base.spec,
-            lm_head=arguments.head,
-            accuracy_level=arguments.accuracy_level,
-            nsamples=arguments.samples,
-            pad_max_length=arguments.seqlen,
-        )
+class Judge:
+    """`evaluate` as a metric for `tune`, remembering all that it measured."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.measured: dict[str, Metrics] = {}
+
+    def __call__(self, path: Path) -> float:
+        """The distance; 0 of the float model from itself."""
+        if Path(path) == self.arguments.model:
+            return 0.0
+        metrics = self.measured[Path(path).parent.name] = measure(self.arguments, path)
+        print(f"  {Path(path).parent.name}: {distance(metrics):.4f}", file=sys.stderr, flush=True)
+        return distance(metrics)
+
+
+def measure(arguments: argparse.Namespace, path: Path) -> Metrics:
+    """The distance of a written model from the float one."""
+    model = arguments.model
+    return evaluate(path, model, arguments.dev, samples=arguments.rows, seqlen=arguments.seqlen, tokenizer=model.parent)
+
+
+def distance(metrics: Metrics) -> float:
+    """What a gap is a share of."""
+    if metrics.kl is not None:
+        return metrics.kl
+    return 1 - (metrics.cosine or 0.0)
+
+
+def recipe_of(base: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """A configuration on the grid and the data that the command line names."""
+    grid = {name: getattr(arguments, name) for name in ("bits", "group_size") if getattr(arguments, name) is not None}
+    if arguments.symmetric:
+        grid["symmetric"] = True
+    return replace(
+        base.with_spec(**grid),
+        lm_head=arguments.head,
+        accuracy_level=arguments.accuracy_level,
+        nsamples=arguments.samples,
+        pad_max_length=arguments.seqlen,
+    )
+
+
+def show(name: str, metrics: Metrics, first: float, size: int, seconds: float, cpu: float | None) -> dict[str, object]:
+    """Prints a row; the same as a dictionary ready for JSON."""
+    far = distance(metrics)
+    if metrics.kl is not None:
+        what = f"KL {metrics.kl:.4f} ± {metrics.kl_se or 0:.4f}  top-1 {metrics.top1:.4f}  ppl {metrics.ppl:.3f}"
+    else:
+        what = f"1 − cosine {far:.4f}  SQNR {metrics.sqnr_db:.2f} dB"
+    used = f"{seconds:.1f} s" + ("" if cpu is None else f", CPU {cpu:.1f} s")
+    print(
+        f"{name:<48} closed {1 - far / first:6.3f}  ÷ RTN {far / first:5.3f}  {what}  {size / 1e6:.1f} MB  {used}",
+        flush=True,
+    )
+    row = {"method": name, "gap": 1 - far / first, "bytes": size, "seconds": seconds, "cpu": cpu}
+    return row | metrics.to_dict()
+
+
+def together(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[dict[str, object]]:
+    """One calibration for all; rows as soon as they are known."""
+    judge = Judge(arguments)
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        result = tune(
+            arguments.model, judge, arguments.calib, configs=recipes, higher_is_better=False, objective="best",
+            tolerance=1e9, criterion="absolute", workdir=folder, tokenizer=arguments.model.parent,
+        )  # fmt: skip
+    first = next((trial.metric for trial in result.trials if trial.metric), None) or 1.0
+    for trial in result.trials:
+        found = [m for name, m in judge.measured.items() if name.endswith(trial.recipe.fingerprint())]
+        if trial.status != "ok" or not found:
+            print(f"{trial.name:<48} {trial.status}: {trial.error}")
+            continue
+        rows.append(show(trial.name, found[0], first, trial.bytes or 0, trial.seconds, None))
+    return rows
+
+
+def alone(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[dict[str, object]]:
+    """A calibration for each."""
+    rows: list[dict[str, object]] = []
+    first = 0.0
+    for name, recipe in recipes.items():
         with tempfile.TemporaryDirectory() as folder:
             wall, cpu = time.monotonic(), time.process_time()
             report = quantize(arguments.model, Path(folder) / "model.onnx", recipe, arguments.calib)
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-            metrics = evaluate(
-                report.output,
-                arguments.model,
-                arguments.dev,
-                samples=arguments.rows,
-                seqlen=arguments.seqlen,
-                tokenizer=Path(arguments.model).parent,
-            )
-        out.append({"method": name, **metrics.to_dict(), "bytes": report.bytes_after, "seconds": wall, "cpu": cpu})
-        first = out[0]["kl"]
-        gap = 1 - metrics.kl / first  # type: ignore[operator]
-        print(
-            f"{name:<30} KL {metrics.kl:.4f} ± {metrics.kl_se:.4f}  closed {gap:5.2f}  top-1 {metrics.top1:.4f}  "
-            f"ppl {metrics.ppl:.3f} (float {metrics.ppl_ref:.3f})  {report.bytes_after / 1e6:.1f} MB  "
-            f"{wall:.1f} s, CPU {cpu:.1f} s",
-            flush=True,
-        )
-    return out
+            metrics = measure(arguments, report.output)
+        first = first or distance(metrics)
+        rows.append(show(name, metrics, first, report.bytes_after, wall, cpu))
+    return rows
 
 
 def main() -> None:
@@ -73,16 +141,21 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", required=True, help="calibration text")
     parser.add_argument("--dev", required=True, help="text to judge on, another than the calibration's")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8, help="sequences judged")
     parser.add_argument("--head", action="store_true", help="quantize the head as well")
     parser.add_argument("--accuracy-level", type=int, default=0)
-    parser.add_argument("--config", help="take the grid of this configuration")
-    parser.add_argument("--methods", nargs="*", choices=METHODS)
+    parser.add_argument("--bits", type=int, help="of every row")
+    parser.add_argument("--group-size", type=int, help="of every row")
+    parser.add_argument("--symmetric", action="store_true", help="every row on symmetric grids")
+    parser.add_argument("--methods", nargs="*", choices=[*METHODS, *PRESETS], metavar="NAME", help="rows; RTN first")
+    parser.add_argument("--alone", action="store_true", help="calibrate for each row, and count it")
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     arguments = parser.parse_args()
-    table = rows(arguments)
+    known = {**METHODS, **PRESETS}
+    recipes = {name: recipe_of(known[name], arguments) for name in arguments.methods or METHODS}
+    table = (alone if arguments.alone else together)(arguments, recipes)
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2))
 

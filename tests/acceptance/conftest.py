@@ -28,7 +28,11 @@ os.environ.setdefault("ONNX_WOQ_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CONFIGS = ("RTN_G32ASYM", "GPTQ_G32ASYM", "GPTQ_G32ASYM_DISABLE_LAST_MATMUL", "GPTQ_G128ASYM", "AWQ_G32ASYM")
+PUBLISHED = ("RTN_G32ASYM", "GPTQ_G32ASYM", "GPTQ_G32ASYM_DISABLE_LAST_MATMUL", "GPTQ_G128ASYM", "AWQ_G32ASYM")
+CONFIGS = (*PUBLISHED, "BEST_4BIT")
+"""What is tried by default, in this order."""
+
+FAMILY = tuple(f"{effort}_{bits}BIT" for bits in (4, 3, 2) for effort in ("FAST", "BALANCED", "BEST"))
 
 
 @pytest.fixture(scope="session")
