@@ -27,6 +27,7 @@ DEFAULTS = {
         "enable_mse_search": False,
         "mse_range": (0.805, 1.0, 0.005),
         "enable_full_range": False,
+        "descent_passes": 0,
     },
     "awq": {
         "enable_auto_scale": True,

@@ -80,7 +80,8 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
             _require(isinstance(value, bool), name, value, "true or false")
         elif isinstance(default, int):
             whole = isinstance(value, int) and not isinstance(value, bool)
-            _require(whole and value >= 1, name, value, "a whole number of at least 1")
+            least = min(default, 1)
+            _require(whole and value >= least, name, value, f"a whole number of at least {least}")
         elif isinstance(default, float):
             _require(_is_number(value) and value > 0, name, value, "a number above 0")
         else:

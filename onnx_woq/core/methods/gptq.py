@@ -21,6 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from onnx_woq.core.clip import fitter
 from onnx_woq.core.cpu import Each
+from onnx_woq.core.descent import descend
 from onnx_woq.core.grid import QuantizedTensor, quantize
 from onnx_woq.core.lapack import cholesky, invert_lower
 from onnx_woq.core.stats import Stats
@@ -54,6 +55,7 @@ def solve(
     enable_mse_search: bool = False,
     mse_range: Sequence[float] = (0.805, 1.0, 0.005),
     enable_full_range: bool = False,
+    descent_passes: int = 0,
 ) -> QuantizedTensor:
     """Quantizes `weight [K, N]` for the inputs whose Gram matrix `stats.gram [K, K]` holds.
 
@@ -80,6 +82,7 @@ def solve(
             all rows that sum is the loss: a weighting by the diagonal of the Gram matrix measures worse).
         mse_range: the shrink factors tried (start, stop, step).
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
+        descent_passes: passes of coordinate descent and scale refit over the result (`core.descent`).
 
     Raises:
         ValueError: no statistics, or of another number of inputs than `weight` has rows; two orders at once.
@@ -130,7 +133,11 @@ def solve(
 
     for _ in each(finish, column_tiles(k, n)):
         pass
-    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+    q = QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+    return descend(
+        weight, q, stats.gram, descent_passes,
+        damp=percdamp, tiles=column_tiles(k, n), dtype=dtype, scale_dtype=scale_dtype, each=each,
+    )  # fmt: skip
 
 
 def row_order(diagonal: NDArray[Any], group: int) -> NDArray[np.intp]:
