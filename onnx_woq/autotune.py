@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnx_woq.core import racing
-from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods import needs_data
 from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
 from onnx_woq.executors import leaves_process
 from onnx_woq.folder import destination, find_model, work_folder
@@ -112,7 +112,7 @@ def tune(
         source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
     taps = _all_taps(source, recipes.values())
-    heaviest = next((r for r in recipes.values() if METHODS[r.method].needs_data), next(iter(recipes.values())))
+    heaviest = next((r for r in recipes.values() if needs_data(r)), next(iter(recipes.values())))
     with (
         work_folder(workdir, keep=place is None) as folder,
         means(source, taps, heaviest, calibration, max_memory, executor, progress, announce) as with_means,
@@ -221,7 +221,8 @@ def _all_taps(source: Model, recipes: Iterable[Recipe]) -> list[Tap]:
     largest: dict[tuple[tuple[str, str], ...], Tap] = {}
     for recipe in recipes:
         for tap in find_taps(source, recipe)[0]:
-            if tap.n >= largest.setdefault(tap.sources, tap).n:
+            other = largest.setdefault(tap.sources, tap)
+            if (tap.n, tap.rank) >= (other.n, other.rank):
                 largest[tap.sources] = tap
     return list(largest.values())
 
@@ -237,7 +238,7 @@ def _split(
     exact: bool,
 ) -> tuple[list[Feed], list[Feed]]:
     """Calibration samples and, for the built-in judge, samples held out from them."""
-    needing = [recipe for recipe in recipes.values() if METHODS[recipe.method].needs_data]
+    needing = [recipe for recipe in recipes.values() if needs_data(recipe)]
     if not (judged or needing):
         return [], []
     first = (needing or list(recipes.values()))[0]

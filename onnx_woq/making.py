@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_woq.core.cpu import one_blas_thread
-from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods import needs_data
 from onnx_woq.errors import OutputError
 from onnx_woq.executors import built_in, workers_of
 from onnx_woq.folder import Destination, companions_copied, output_folder
 from onnx_woq.graph.blocks import blocks_of
 from onnx_woq.graph.fold import divide_input
-from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_runtime
+from onnx_woq.graph.lower.lowrank import lower_compensated, tap_bytes
+from onnx_woq.graph.lower.matmulnbits import required_runtime
 from onnx_woq.graph.model import Model, file_bytes, save
 from onnx_woq.graph.save import data_path, failure
 from onnx_woq.graph.taps import Tap, shared_copy_bytes
@@ -129,7 +130,7 @@ def make(
     Raises:
         OnnxWoqError: it cannot be done; nothing is left behind, but by a DiskError that says so.
     """
-    blocks = blocks_of(model, taps) if METHODS[recipe.method].needs_data else [[tap] for tap in taps]
+    blocks = blocks_of(model, taps) if needs_data(recipe) else [[tap] for tap in taps]
     _check_room(model, taps, place)
     with (
         output_folder(place.onnx.parent),
@@ -205,7 +206,8 @@ def put_in(model: Model, recipe: Recipe, tap: Tap, solved: Solved) -> TapReport:
     scaling = ""
     if solved.input_scale is not None:
         scaling = divide_input(tap, solved.input_scale, allow_mul=not folding(recipe))
-    lower_tap(model, tap, solved.packed, accuracy_level=recipe.accuracy_level)
+    level = recipe.accuracy_level
+    lower_compensated(model, tap, solved.packed, solved.factors, accuracy_level=level, bias=solved.bias)
     return report_of(tap, before, solved.error, scaling)
 
 
@@ -251,9 +253,10 @@ def report_of(tap: Tap, bytes_before: int, error: float | None = None, scaling: 
         k=tap.k,
         n=tap.n,
         bytes_before=bytes_before,
-        bytes_after=packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype),
+        bytes_after=tap_bytes(tap),
         error=error,
         scaling=scaling,
+        rank=tap.rank,
     )
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_woq.core.methods import METHODS, solve_bytes
+from onnx_woq.core import lowrank
+from onnx_woq.core.methods import needs_data, result_bytes, solve_bytes
 from onnx_woq.errors import MemoryLimit
 from onnx_woq.graph.blocks import cuts
-from onnx_woq.graph.lower.matmulnbits import packed_bytes
+from onnx_woq.graph.lower.lowrank import tap_bytes
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Tap
 from onnx_woq.partial import MAPS
@@ -74,8 +75,8 @@ def plan_memory(
     Raises:
         MemoryLimit: the largest tap does not fit; the message says how much is needed.
     """
-    needs = _needs(model, taps, batches) if METHODS[recipe.method].needs_data and batches else None
-    base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else sum(map(_result_bytes, taps)))
+    needs = _needs(model, taps, batches) if needs_data(recipe) and batches else None
+    base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else sum(map(tap_bytes, taps)))
     tasks = sorted((task_bytes(tap, recipe) for tap in taps), reverse=True)
     largest, solving = tasks[0], sum(tasks[:workers])
     least, between = (needs.least(), needs.between) if needs else (0, 0)
@@ -105,14 +106,14 @@ def _needs(model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> Needs:
 
 def task_bytes(tap: Tap, recipe: Recipe) -> int:
     """Bytes that solving a tap takes, its statistics and its result included."""
-    needs_data = METHODS[recipe.method].needs_data
-    stats = 4 * tap.k * tap.k if needs_data else 0
-    itemsize = 4 if needs_data else tap.weight_bytes // max(1, tap.k * tap.n)
-    return stats + itemsize * tap.k * tap.n + solve_bytes(recipe.method, tap.k, tap.n, tap.spec) + _result_bytes(tap)
-
-
-def _result_bytes(tap: Tap) -> int:
-    return packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype)
+    with_data = needs_data(recipe)
+    stats = 4 * tap.k * tap.k if with_data else 0
+    itemsize = 4 if with_data else tap.weight_bytes // max(1, tap.k * tap.n)
+    solving = solve_bytes(recipe.method, tap.k, tap.n, tap.spec)
+    if tap.rank:
+        held = result_bytes(tap.k, tap.n, tap.spec) + 4 * tap.k * tap.n + (stats if tap.corrected else 0)
+        solving = max(solving, held + lowrank.working_bytes(tap.k, tap.n, tap.rank))
+    return stats + itemsize * tap.k * tap.n + solving + tap_bytes(tap)
 
 
 def give_back_at_once() -> None:

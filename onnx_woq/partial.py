@@ -18,14 +18,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from onnx_woq.errors import DiskError, OutputError
-from onnx_woq.graph.lower.matmulnbits import Packed
 from onnx_woq.graph.save import Stored, data_path, failure
 from onnx_woq.graph.taps import Tap
 from onnx_woq.partial_journal import (
@@ -38,6 +37,7 @@ from onnx_woq.partial_journal import (
     most_bytes,
     raw,
     tap_line,
+    with_arrays,
 )
 from onnx_woq.private import clear, locked, own_file, own_folder, remove
 from onnx_woq.solving import Solved
@@ -117,7 +117,7 @@ class Partial:
             self._hold(array, place)
             kept.append(array)
         self._sync_sometimes()
-        return replace(solved, packed=_regrouped(solved.packed, kept))
+        return with_arrays(solved, kept)
 
     def map_data(self, size: int) -> None:
         """Maps the data file in one piece, for each map keeps a file open; until it is full there is a hole at its end.
@@ -300,14 +300,3 @@ def _write(file: FileIO, content: memoryview, place: int) -> None:
 def _read_all(file: FileIO) -> bytes:
     file.seek(0)
     return file.readall()
-
-
-def _regrouped(packed: Sequence[Packed], arrays: Sequence[np.ndarray]) -> tuple[Packed, ...]:
-    """The same weights with other arrays, given one after the other."""
-    out, start = [], 0
-    for one in packed:
-        count = len(one.arrays)
-        codes, scales, *zeros = arrays[start : start + count]
-        out.append(replace(one, codes=codes, scales=scales, zeros=zeros[0] if zeros else None))
-        start += count
-    return tuple(out)

@@ -1,9 +1,9 @@
 """The journal of an unfinished result (`onnx_woq.partial`): a line for each tap, and what of them still counts.
 
 Line 1 says what the result is of. Each further line has a tap's name, where its data end in the data file and their
-checksum, the arrays too small for that file, the input scale and the error. A line counts only if the data it speaks of
-are there, whatever order they reached the disk in. Shapes and places follow from the model alone: nothing that stands
-in a journal can lead to reading or writing anywhere else.
+checksum, the arrays too small for that file, the input scale, what is added to outputs, and the error. A line counts
+only if the data it speaks of are there, whatever order they reached the disk in. Shapes and places follow from model
+and recipe alone: nothing that stands in a journal can lead to reading or writing anywhere else.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from onnx_woq.core.lowrank import GRID
 from onnx_woq.graph.edit import LARGE
+from onnx_woq.graph.lower.lowrank import factor_shapes
 from onnx_woq.graph.lower.matmulnbits import packed_from, packed_shapes
 from onnx_woq.graph.save import next_place
-from onnx_woq.graph.taps import Part, Tap
+from onnx_woq.graph.taps import Tap
 from onnx_woq.solving import Solved
 
 _FORMAT = 1
@@ -63,7 +65,7 @@ def laid_out(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
 
 def most_bytes(taps: Iterable[Tap]) -> int:
     """No data file of these taps is longer, in whatever order they come."""
-    shapes = (shape for tap in taps for part in tap.parts() for shape in _shapes(tap, part))
+    shapes = (shape for tap in taps for shapes in _layouts(tap) for shape in shapes)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
     return sum(next_place(1, size) + size for size in sizes if size > LARGE)
 
@@ -91,6 +93,7 @@ def tap_line(tap: Tap, solved: Solved, end: int) -> bytes:
             "check": check,
             "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
             "input_scale": None if solved.input_scale is None else _text(solved.input_scale),
+            "bias": [_text(bias) for bias in solved.bias],
             "error": solved.error,
         }
     )
@@ -144,7 +147,18 @@ def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
 
 def arrays_of(solved: Solved) -> list[np.ndarray]:
     """What there is to store of a tap, in order, each in one piece."""
-    return [np.ascontiguousarray(array) for packed in solved.packed for array in packed.arrays]
+    both = (*solved.packed, *solved.factors)
+    return [np.ascontiguousarray(array) for packed in both for array in packed.arrays]
+
+
+def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
+    """The same tap with other arrays, given as `arrays_of` gives them."""
+    left, out = list(arrays), []
+    for one in (*solved.packed, *solved.factors):
+        codes, scales, *zeros = (left.pop(0) for _ in one.arrays)
+        out.append(replace(one, codes=codes, scales=scales, zeros=zeros[0] if zeros else None))
+    weights = len(solved.packed)
+    return replace(solved, packed=tuple(out[:weights]), factors=tuple(out[weights:]))
 
 
 def raw(array: np.ndarray) -> memoryview:
@@ -156,28 +170,33 @@ def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Sol
     """A tap from its line and the data, which begin at `start`; None if anything is not as it should be."""
     packed, check, end = [], 0, start
     try:
-        small = list(said["small"])
-        for part in tap.parts():
+        small, parts = list(said["small"]), tap.parts()
+        stored = [(part.k, part.n, tap.spec) for part in parts] + [(k, n, GRID) for k, n in factor_shapes(tap)]
+        for (k, n, spec), shapes in zip(stored, _layouts(tap), strict=True):
             arrays = []
-            shapes = _shapes(tap, part)
             places, end = laid_out((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
             for (shape, dtype), place in zip(shapes, places, strict=True):
                 array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
                 check = zlib.crc32(raw(array), check)
                 arrays.append(array)
-            packed.append(packed_from(arrays, part.k, part.n, tap.spec))
+            packed.append(packed_from(arrays, k, n, spec))
         scale = said["input_scale"]
         input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(tap.k)
+        wanted = parts if tap.corrected else []
+        vectors = [_array(text, np.dtype(np.float32)) for text in said["bias"]]
+        bias = tuple(vector.reshape(part.n) for part, vector in zip(wanted, vectors, strict=True))
         error = None if said["error"] is None else float(said["error"])
         if (end, check) != (said["end"], said["check"]):
             return None
     except (ValueError, TypeError, KeyError, IndexError):
         return None
-    return Solved(tuple(packed), input_scale, error)
+    return Solved(tuple(packed[: len(parts)]), input_scale, error, tuple(packed[len(parts) :]), bias)
 
 
-def _shapes(tap: Tap, part: Part) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
-    return packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype)
+def _layouts(tap: Tap) -> list[tuple[tuple[tuple[int, ...], np.dtype], ...]]:
+    """Shape and type of each array of each weight of a tap, and of each factor."""
+    weights = [packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype) for part in tap.parts()]
+    return weights + [packed_shapes(k, n, GRID, tap.scale_dtype) for k, n in factor_shapes(tap)]
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

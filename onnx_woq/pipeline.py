@@ -13,7 +13,7 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods import METHODS, needs_data
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize
 from onnx_woq.folder import destination, find_model
 from onnx_woq.graph.model import Model, check_output, file_bytes, load, low_bit_nodes, model_hash
@@ -55,8 +55,9 @@ def quantize(
         model: an .onnx file, or a folder that holds one. It is never modified.
         output: an .onnx file, or a folder (then tokenizer and config files are copied along).
         recipe: what to do, or the name of a preset.
-        data: calibration data; needed by GPTQ and AWQ. An iterable of input dictionaries, of `(inputs, labels)`
-            or of arrays; the path of a .npz, .npy, .txt or .jsonl file, or of a folder of arrays; or "random".
+        data: calibration data; needed by GPTQ, AWQ, bias correction and low-rank compensation. An iterable of input
+            dictionaries, of `(inputs, labels)` or of arrays; the path of a .npz, .npy, .txt or .jsonl file, or of a
+            folder of arrays; or "random".
         samples: replaces the recipe's `nsamples`; an error then when there are fewer.
         seqlen: tokens per sample, replaces the recipe's `pad_max_length`.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
@@ -82,7 +83,7 @@ def quantize(
     taps, skipped = plan(source, recipe)
     before, copies = file_bytes(source), shared_copy_bytes(source, taps)
     batches: list[Feed] = []
-    if METHODS[recipe.method].needs_data:
+    if needs_data(recipe):
         batches = read_data(source, path, data, recipe, recipe.nsamples, tokenizer, at_most=samples is None)
     calibration = feeds_hash(batches)
     properties = metadata(recipe, model_hash(source), calibration)
@@ -162,9 +163,11 @@ def read_data(
     from onnx_woq.runtime.data import feeds, model_inputs
 
     if data is None:
+        needing = [recipe.method.upper() if METHODS[recipe.method].needs_data else ""]
+        needing += ["bias_correction" if recipe.bias_correction else "", "lowrank" if recipe.lowrank else ""]
         raise DataError(
-            f"{recipe.method.upper()} needs calibration data: give --calib FILE (text, JSONL, .npz, .npy or a folder "
-            "of arrays), in Python the `data` argument; RTN works without"
+            f"{' and '.join(filter(None, needing)) or 'the built-in judge'} needs calibration data: give --calib FILE "
+            "(text, JSONL, .npz, .npy or a folder of arrays), in Python the `data` argument; plain RTN works without"
         )
     return feeds(
         data,
@@ -222,7 +225,7 @@ def metadata(recipe: Recipe, source_hash: str, calibration: str) -> dict[str, st
     return {
         "onnx_woq.version": version(),
         "onnx_woq.recipe": json.dumps(recipe.to_dict(), sort_keys=True),
-        "onnx_woq.calibration": calibration if METHODS[recipe.method].needs_data else "",
+        "onnx_woq.calibration": calibration if needs_data(recipe) else "",
         "onnx_woq.source": source_hash,
     }
 

@@ -14,6 +14,7 @@ from onnx_woq.errors import RecipeError, nearest
 
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 SEQUENTIAL_UNITS = ("tap", "block")
+RANKS, MOST_RANK = 16, 1024  # of low-rank factors: the smallest block a kernel knows
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,10 @@ class Recipe:
         accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
         attention_weighted: what makes keys and values is calibrated with each token weighted by the attention it
             receives (see `onnx_woq.graph.attention`); needs a method with data.
+        bias_correction: add to each output what rounding has taken off its mean on the calibration data (see
+            `onnx_woq.core.bias`); every method then needs data.
+        lowrank: rank of the factors that make up for rounding errors (see `onnx_woq.core.lowrank`), a multiple of 16
+            or 0 for none; every method then needs data.
         true_sequential: collect each tap's statistics with what comes before it already quantized.
         sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
             `onnx_woq.graph.blocks`).
@@ -82,6 +87,8 @@ class Recipe:
     lm_head: bool = True
     accuracy_level: int = 4
     attention_weighted: bool = False
+    bias_correction: bool = False
+    lowrank: int = 0
     true_sequential: bool = False
     sequential_unit: str = "tap"
     nsamples: int = 128
@@ -100,9 +107,12 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("lm_head", "attention_weighted", "true_sequential", "use_max_length"):
+        for name in ("lm_head", "attention_weighted", "bias_correction", "true_sequential", "use_max_length"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
+        rank = self.lowrank
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank % RANKS or not 0 <= rank <= MOST_RANK:
+            raise RecipeError(f"lowrank={rank!r} must be 0 or a multiple of {RANKS} up to {MOST_RANK}: 16 is a start")
         if self.sequential_unit not in SEQUENTIAL_UNITS:
             raise RecipeError(f"unknown sequential_unit: {nearest(str(self.sequential_unit), SEQUENTIAL_UNITS)}")
         object.__setattr__(self, "include", _expressions("include", self.include))

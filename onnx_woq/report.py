@@ -15,7 +15,7 @@ from onnx_woq.recipe import Spec
 
 if TYPE_CHECKING:
     from onnx_woq.graph.taps import Skipped
-    from onnx_woq.results import Inspection, QuantizeReport, Trial, TuneResult
+    from onnx_woq.results import Inspection, QuantizeReport, TapReport, Trial, TuneResult
     from onnx_woq.runtime.evaluate import Metrics
 
 PLAIN_WIDTH = 10_000
@@ -40,6 +40,10 @@ def spec_name(spec: Spec) -> str:
     """A grid in short: `4 bit g32 asym`."""
     group = "per channel" if spec.group_size == -1 else f"g{spec.group_size}"
     return f"{spec.bits} bit {group} {'sym' if spec.symmetric else 'asym'}"
+
+
+def _grid(tap: TapReport) -> str:
+    return spec_name(tap.spec) + (f" + rank {tap.rank}" if tap.rank else "")
 
 
 def tuning(result: TuneResult) -> None:
@@ -80,7 +84,7 @@ def quantization(report: QuantizeReport) -> None:
         before, after = size(tap.bytes_before), size(tap.bytes_after)
         more = f" +{len(tap.sites) - 1}" if len(tap.sites) > 1 else ""
         name = escape(tap.sites[0] + more)
-        table.add_row(name, spec_name(tap.spec), str(tap.k), str(tap.n), before, after, error, tap.scaling)
+        table.add_row(name, _grid(tap), str(tap.k), str(tap.n), before, after, error, tap.scaling)
     _show(table)
     if len(report.taps) > len(rows):
         which = "with the largest error" if known else "first"
@@ -96,7 +100,7 @@ def inspection(found: Inspection) -> None:
     table = _table("MatMuls of one input", "grid", ">K", ">N", ">before", ">after")
     for tap in found.taps:
         before, after = size(tap.bytes_before), size(tap.bytes_after)
-        table.add_row(escape(", ".join(tap.sites)), spec_name(tap.spec), str(tap.k), str(tap.n), before, after)
+        table.add_row(escape(", ".join(tap.sites)), _grid(tap), str(tap.k), str(tap.n), before, after)
     _show(table)
     _show_skipped(found.skipped, every=True)
     for cut in found.cuts:

@@ -26,6 +26,7 @@ class TapReport:
         bytes_before, bytes_after: of these weights.
         error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most 256 of the output channels; None without data.
         scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
+        rank: of the factors that make up for rounding errors; 0 for none.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TapReport:
     bytes_after: int
     error: float | None
     scaling: str
+    rank: int = 0
 
 
 @dataclass(frozen=True)

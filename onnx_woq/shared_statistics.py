@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods import needs_data
 from onnx_woq.graph.model import Model, clone
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.making import Feed, Means
@@ -42,7 +42,7 @@ class SharedStatistics:
     ) -> None:
         self.batches = batches
         self._source, self._means = source, with_means
-        self._recipes = [r for r in recipes if METHODS[r.method].needs_data and not r.true_sequential]
+        self._recipes = [r for r in recipes if needs_data(r) and not r.true_sequential]
         self._stats: dict[Sources, Stats | Path] | None = None
         self._files = ExitStack()
 
@@ -60,7 +60,7 @@ class SharedStatistics:
 
         `true_sequential` needs those of the model as quantized so far, so it calibrates for itself.
         """
-        if not METHODS[recipe.method].needs_data:
+        if not needs_data(recipe):
             return collect(model, recipe, taps, [], self._means)
         if recipe.true_sequential or not self.batches:
             return collect(model, recipe, taps, self.batches, self._means, states)
@@ -88,7 +88,15 @@ class SharedStatistics:
     def _spill(self, stats: Stats) -> Path:
         folder = self._files.enter_context(tempfile.TemporaryDirectory(prefix="onnx-woq-"))
         file = Path(folder) / "stats.npz"
-        np.savez(file, gram=stats.gram, abs_mean=stats.abs_mean, abs_max=stats.abs_max, tokens=np.asarray(stats.tokens))
+        np.savez(
+            file,
+            gram=stats.gram,
+            abs_mean=stats.abs_mean,
+            abs_max=stats.abs_max,
+            tokens=np.asarray(stats.tokens),
+            mean=stats.mean,
+            weight=np.asarray(stats.weight),
+        )
         return file
 
 
@@ -98,4 +106,5 @@ def _loaded(stats: Stats | Path) -> Stats:
     from onnx_woq.core.stats import Stats
 
     with np.load(stats, allow_pickle=False) as file:
-        return Stats(file["gram"], file["abs_mean"], file["abs_max"], int(file["tokens"]))
+        sums = (file["gram"], file["abs_mean"], file["abs_max"], int(file["tokens"]))
+        return Stats(*sums, file["mean"], float(file["weight"]))

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
+from onnx_woq.core.bias import correction
 from onnx_woq.core.cpu import Each
+from onnx_woq.core.lowrank import Factors, compensate
 from onnx_woq.core.methods import METHODS
 from onnx_woq.core.stats import output_error
 from onnx_woq.errors import ModelError
@@ -49,6 +51,8 @@ class Task:
         scale_dtype: name of the type scales are stored in.
         weights: the distinct weights of the tap, in order.
         stats: of their input; None where the method needs no data.
+        rank: of the factors that make up for rounding; 0 for none.
+        corrected: whether the mean of the outputs is put right.
         moved: it has come from another process, where nobody has limited BLAS.
     """
 
@@ -59,11 +63,14 @@ class Task:
     scale_dtype: str
     weights: tuple[Part, ...]
     stats: Stats | None
+    rank: int = 0
+    corrected: bool = False
     moved: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         weights = tuple(replace(w, read=partial(_same, np.asarray(w.read()))) for w in self.weights)
-        return Task, (self.name, self.method, self.options, self.spec, self.scale_dtype, weights, self.stats, True)
+        what = (self.name, self.method, self.options, self.spec, self.scale_dtype, weights, self.stats)
+        return Task, (*what, self.rank, self.corrected, True)
 
 
 @dataclass(frozen=True)
@@ -73,13 +80,17 @@ class Solved:
     Attributes:
         packed: its distinct weights, in order.
         input_scale: float32 [K] that its input is to be divided by, or None.
-        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most `ERROR_CHANNELS` output channels; None
-            without data.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most `ERROR_CHANNELS` output channels and after all
+            that is added; None without data.
+        factors: that make up for rounding, [K, r] and for each weight [r, n]; empty at rank 0.
+        bias: float32 [n] to be added to the output of each weight; empty where nothing is to be.
     """
 
     packed: tuple[Packed, ...]
     input_scale: np.ndarray | None = None
     error: float | None = None
+    factors: tuple[Packed, ...] = ()
+    bias: tuple[np.ndarray, ...] = ()
 
 
 def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
@@ -88,19 +99,22 @@ def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
     if folding(recipe) and not can_fold(tap):
         options["enable_auto_scale"] = False
     scale_dtype = np.dtype(tap.scale_dtype).name
-    return Task(tap.name, recipe.method, tuple(options.items()), tap.spec, scale_dtype, tuple(tap.parts()), stats)
+    what = (recipe.method, tuple(options.items()), tap.spec, scale_dtype, tuple(tap.parts()), stats)
+    return Task(tap.name, *what, tap.rank, tap.corrected)
 
 
 def solves_alike(one: Recipe, other: Recipe) -> bool:
     """Whether a tap that both choose becomes the same by both, given the same statistics and no override."""
-    return (one.method, one.spec, one.options) == (other.method, other.spec, other.options)
+    made_of = ("method", "spec", "options", "lowrank", "bias_correction")
+    return all(getattr(one, name) == getattr(other, name) for name in made_of)
 
 
 def known_as(recipe: Recipe, tap: Tap) -> tuple[object, ...] | None:
     """Equal for taps of one model that become the same; None where that depends on what has been put in before."""
     if recipe.true_sequential or folding(recipe):
         return None
-    return (recipe.method, *recipe.options.items(), tap.spec, tap.sources, *(site.name for site in tap.sites))
+    added = (tap.rank, tap.corrected)
+    return (recipe.method, *recipe.options.items(), tap.spec, *added, tap.sources, *(site.name for site in tap.sites))
 
 
 def folding(recipe: Recipe) -> bool:
@@ -117,9 +131,12 @@ def solve_task(task: Task, each: Each = map) -> Solved:
 
     Raises:
         ModelError: a weight is not finite or cannot be read.
+        ValueError: something is to be added and there are no statistics.
     """
     if task.moved:
         keep_blas_to_one_thread()
+    if task.stats is None and (task.rank or task.corrected):
+        raise ValueError("low-rank compensation and bias correction need the statistics of the weight's inputs")
     return _alone(task, each) if task.stats is None else _together(task, task.stats, each)
 
 
@@ -132,11 +149,42 @@ def _together(task: Task, stats: Stats, each: Each) -> Solved:
     """All weights side by side, for they share their input, its statistics and its scale."""
     weight = _side_by_side(task)
     q = _solved(task, task.weights[0].name, weight, stats, each)
-    packed, start = [], 0
+    factors = _factors(task, weight, q, stats) if task.rank else None
+    packed, ups, bias, start = [], [], [], 0
     for part in task.weights:
-        packed.append(pack(q.columns(slice(start, start + part.n)), _type(task)))
+        columns = slice(start, start + part.n)
+        packed.append(pack(q.columns(columns), _type(task)))
+        if factors:
+            ups.append(pack(factors.up.columns(columns), _type(task)))
+        if task.corrected:
+            bias.append(_bias(weight[:, columns], q.columns(columns), factors and factors.columns(columns), stats))
         start += part.n
-    return Solved(tuple(packed), q.input_scale, _relative_error(weight, q, stats))
+    error = _relative_error(weight, q, factors, stats, corrected=task.corrected)
+    down = (pack(factors.down, _type(task)),) if factors else ()
+    return Solved(tuple(packed), q.input_scale, error, (*down, *ups), tuple(bias))
+
+
+def _factors(task: Task, weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> Factors:
+    """What makes up for the error of `q`; only for its deviation from the mean where a constant takes that."""
+    gram = stats.centred() if task.corrected else stats.gram
+    delta = q.effective()
+    np.subtract(weight, delta, out=delta)
+    return compensate(delta, gram, task.rank, input_scale=q.input_scale, scale_dtype=_type(task))
+
+
+def _bias(weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, stats: Stats) -> np.ndarray:
+    def error(columns: slice) -> np.ndarray:
+        return weight[:, columns] - _acting(q, factors, columns)
+
+    return correction(error, weight.shape[1], stats)
+
+
+def _acting(q: QuantizedTensor, factors: Factors | None, columns: slice) -> np.ndarray:
+    """Columns of the weight [K, n] that acts on the original input in the end."""
+    acting = q.columns(columns).effective()
+    if factors:
+        acting += factors.columns(columns).product()
+    return acting
 
 
 def _solved(task: Task, name: str, weight: np.ndarray, stats: Stats | None, each: Each) -> QuantizedTensor:
@@ -161,12 +209,17 @@ def _side_by_side(task: Task) -> np.ndarray:
     return out
 
 
-def _relative_error(weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> float:
+def _relative_error(
+    weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, stats: Stats, *, corrected: bool
+) -> float:
     step = -(-weight.shape[1] // ERROR_CHANNELS)
     every = slice(None, None, step)
     sample = np.ascontiguousarray(weight[:, every])
     energy = output_error(sample, stats.gram)
-    return output_error(q.columns(every).effective() - sample, stats.gram) / energy if energy else 0.0
+    if not energy:
+        return 0.0
+    gram = stats.centred() if corrected else stats.gram
+    return output_error(_acting(q, factors, every) - sample, gram) / energy
 
 
 def _not_finite(task: Task, weight: str) -> ModelError:

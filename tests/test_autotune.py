@@ -127,7 +127,8 @@ def test_a_row_is_called_what_it_is(flags, label, one_matmul, tmp_path, monkeypa
     assert len({trial["name"] for trial in result["trials"]}) == (len(TUNED) if "--auto" in flags else 1)
 
 
-def test_statistics_beyond_the_memory_budget_give_the_same_model(one_matmul, tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", ["GPTQ_G32ASYM", Recipe(lowrank=16, bias_correction=True)], ids=["plain", "added"])
+def test_statistics_beyond_the_memory_budget_give_the_same_model(config, one_matmul, tmp_path, monkeypatch):
     spilled = []
     spill = SharedStatistics._spill
     monkeypatch.setattr(SharedStatistics, "_spill", lambda *a: (spilled.append(file := spill(*a)), file)[1])
@@ -135,7 +136,7 @@ def test_statistics_beyond_the_memory_budget_give_the_same_model(one_matmul, tmp
     for budget in (1 << 30, 1):
         monkeypatch.setattr(memory, "WINDOW", budget)
         work = tmp_path / str(budget)
-        result = tune(one_matmul, lambda _: 1.0, samples(4), configs=["GPTQ_G32ASYM"], workdir=work)
+        result = tune(one_matmul, lambda _: 1.0, samples(4), configs=[config], workdir=work)
         written.append(result.path.read_bytes())
         assert len(spilled) == (budget == 1)
     assert written[0] == written[1]

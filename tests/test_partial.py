@@ -39,6 +39,8 @@ RECIPES = {
     "awq, tap by tap": Recipe("awq", true_sequential=True),
     "awq, block by block": Recipe("awq", true_sequential=True, sequential_unit="block"),
     "awq, folded": Recipe("awq", options={"folding": True}),
+    "awq, all that can be added": Recipe("awq", lowrank=16, bias_correction=True),
+    "folded, all that can be added": Recipe("awq", options={"folding": True}, lowrank=16, bias_correction=True),
     "3 bits": Recipe("rtn", Spec(3, -1, symmetric=True)),
 }
 

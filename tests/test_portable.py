@@ -66,7 +66,7 @@ def test_where_the_result_cannot_be_mapped_the_plan_counts_it(monkeypatch, tmp_p
     monkeypatch.setattr(memory, "resident", lambda: 1 << 20)
     mapped = memory.plan_memory(model, taps, [], recipe, None, 1).peak
     monkeypatch.setattr(memory, "MAPS", False)
-    assert memory.plan_memory(model, taps, [], recipe, None, 1).peak - mapped == sum(map(memory._result_bytes, taps))
+    assert memory.plan_memory(model, taps, [], recipe, None, 1).peak - mapped == sum(map(memory.tap_bytes, taps))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])

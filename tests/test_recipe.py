@@ -46,9 +46,11 @@ def test_the_family_keeps_its_grid_and_takes_another_where_it_is_given(bits):
     st.sampled_from(["rtn", "gptq", "awq"]),
     st.lists(st.sampled_from(["a", "^b$", "layers\\.3"]), unique=True),
     st.booleans(),
+    st.sampled_from([0, 16, 64]),
 )
-def test_json_round_trip_keeps_every_field_and_the_fingerprint(spec, method, exclude, lm_head):
-    recipe = Recipe(method, spec, exclude=tuple(exclude), lm_head=lm_head, overrides={"x": None, "y": Spec(8)})
+def test_json_round_trip_keeps_every_field_and_the_fingerprint(spec, method, exclude, lm_head, rank):
+    fields = {"lm_head": lm_head, "bias_correction": not lm_head, "lowrank": rank}
+    recipe = Recipe(method, spec, exclude=tuple(exclude), overrides={"x": None, "y": Spec(8)}, **fields)
     again = Recipe.from_dict(json.loads(json.dumps(recipe.to_dict())))
     assert again.to_dict() == recipe.to_dict()
     assert again.fingerprint() == recipe.fingerprint()
@@ -75,6 +77,8 @@ def test_fingerprint_tells_any_two_presets_apart():
         (lambda: Recipe("gptq", options={"act_order": True}), "actorder"),
         (lambda: Recipe(accuracy_level=5), "0 to 4"),
         (lambda: Recipe(nsamples=0), "nsamples"),
+        (lambda: Recipe(bias_correction=1), "bias_correction"),
+        (lambda: Recipe(lowrank=8), "multiple of 16"),
         (lambda: Recipe(exclude=("(",)), "regular expression"),
         (lambda: Recipe.from_dict({"metod": "rtn"}), "method"),
         (lambda: Recipe.from_dict({"spec": {"groupsize": 32}}), "group_size"),

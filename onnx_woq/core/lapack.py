@@ -1,4 +1,4 @@
-"""Cholesky factor and triangular inverse in place, without Python's lock.
+"""Cholesky factor, triangular inverse and leading eigenvectors in place, without Python's lock.
 
 scipy's own wrappers hold the lock while LAPACK works: threads would factorize one after another, and nothing else could
 begin meanwhile. The same routines, as scipy offers them to compiled code, are called through ctypes, which does not
@@ -39,6 +39,38 @@ def invert_lower(a: NDArray[Any]) -> bool:
     size, status = _int(len(a)), _int(0)
     _routine(f"{_letter(a)}trtri", 6)(b"L", b"N", size, _data(a), size, status)
     return status.contents.value == 0
+
+
+def leading_eigenvectors(a: NDArray[Any], count: int) -> NDArray[Any]:
+    """The eigenvectors of the `count` largest eigenvalues of `a [K, K]`, the largest first: [K, count], orthonormal.
+
+    Args:
+        a: float32 or float64, column order, symmetric; only its lower triangle is read. Its content is lost.
+        count: 1 to K.
+
+    Raises:
+        ArithmeticError: LAPACK gives up, as it does on numbers that are not finite.
+    """
+    k, dtype = len(a), a.dtype
+    routine, size = _routine(f"{_letter(a)}syevr", 21), _int(k)
+    values, vectors = np.empty(k, dtype), np.empty((k, count), dtype, order="F")
+    pairs, found, status = np.empty(2 * k, np.intc), _int(0), _int(0)
+    unused = np.zeros(1, dtype)
+    first, last = _int(k - count + 1), _int(k)
+
+    def call(work: NDArray[Any], integers: NDArray[np.intc], *, ask: bool = False) -> None:
+        sizes = (_int(-1), _int(-1)) if ask else (_int(len(work)), _int(len(integers)))
+        bounds = (_data(unused), _data(unused), first, last, _data(unused))
+        result = (found, _data(values), _data(vectors), size, _data(pairs))
+        space = (_data(work), sizes[0], _data(integers), sizes[1])
+        routine(b"V", b"I", b"L", size, _data(a), size, *bounds, *result, *space, status)
+
+    work, integers = np.empty(1, dtype), np.empty(1, np.intc)
+    call(work, integers, ask=True)
+    call(np.empty(int(work[0]), dtype), np.empty(int(integers[0]), np.intc))
+    if status.contents.value or found.contents.value != count:
+        raise ArithmeticError("no eigenvectors are found: the matrix holds numbers that are not finite")
+    return vectors[:, ::-1]
 
 
 @cache

@@ -18,6 +18,7 @@ F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 
 CHUNK = 1 << 21  # elements widened or rectified at a time: 8 MB of float32
+MIRRORED = 256  # rows and columns of a Gram matrix at a time
 ERROR_ROWS, ERROR_COLUMNS = 144, 512  # of a product that errors are taken from
 
 
@@ -28,20 +29,32 @@ class Stats:
         abs_mean: float64 [K], mean of |x| over tokens.
         abs_max: float32 [K].
         tokens: how many.
+        mean: float64 [K], mean of x, each token weighted as in the Gram matrix; NaN where it was not given.
+        weight: of all tokens together; as many as there are unless they were weighted.
     """
 
-    def __init__(self, gram: F32, abs_mean: NDArray[Any], abs_max: F32, tokens: int):
+    def __init__(
+        self,
+        gram: F32,
+        abs_mean: NDArray[Any],
+        abs_max: F32,
+        tokens: int,
+        mean: NDArray[Any] | None = None,
+        weight: float | None = None,
+    ):
         # Column order is what ssyrk adds to in place; of a symmetric matrix it is the same matrix.
         self._gram: F32 = np.array(gram, np.float32, order="F")
         self._mirrored = True
         self.abs_mean: F64 = np.array(abs_mean, np.float64)
         self.abs_max: F32 = np.array(abs_max, np.float32)
         self.tokens = int(tokens)
+        self.mean: F64 = np.full(len(self.abs_max), np.nan) if mean is None else np.array(mean, np.float64)
+        self.weight = float(tokens if weight is None else weight)
 
     @classmethod
     def empty(cls, k: int) -> Stats:
         """No tokens yet, `k` input channels."""
-        stats = cls(np.zeros((0, 0), np.float32), np.zeros(k), np.zeros(k, np.float32), 0)
+        stats = cls(np.zeros((0, 0), np.float32), np.zeros(k), np.zeros(k, np.float32), 0, np.zeros(k))
         stats._gram = np.zeros((k, k), np.float32, order="F")  # not copied: memory is taken as it is written to
         return stats
 
@@ -58,8 +71,8 @@ class Stats:
 
         Args:
             x: the tokens.
-            weights: one per token, what its `x·xᵀ` is multiplied by; not negative. Mean and largest magnitude are of
-                all tokens alike.
+            weights: one per token, what its `x·xᵀ` is multiplied by, and its x in the mean; not negative. Mean and
+                largest magnitude of |x| are of all tokens alike.
 
         Raises:
             FloatingPointError: x is NaN or infinite, or too large for its square to be held in float32;
@@ -80,6 +93,13 @@ class Stats:
                 self.abs_max = np.maximum(self.abs_max, largest)
                 self.tokens += len(chunk)
                 self.abs_mean += (size.sum(axis=0, dtype=np.float64) - len(chunk) * self.abs_mean) / self.tokens
+                if weights is None:
+                    share, total = chunk.sum(axis=0, dtype=np.float64), float(len(chunk))
+                else:
+                    some = np.asarray(weights, np.float64).reshape(-1)[start : start + step]
+                    share, total = some @ chunk, float(some.sum())
+                self.weight += total
+                self.mean += (share - total * self.mean) / (self.weight or 1)
                 if roots is not None:
                     chunk = chunk * roots[start : start + step]
                 # chunk.T is column-ordered, so x·xᵀ is added to the upper triangle without a copy of either.
@@ -97,10 +117,32 @@ class Stats:
             self.abs_mean + share * (other.abs_mean - self.abs_mean),
             np.maximum(self.abs_max, other.abs_max),
             tokens,
+            self.mean + other.weight / ((self.weight + other.weight) or 1) * (other.mean - self.mean),
+            self.weight + other.weight,
         )
 
+    def centred(self) -> F32:
+        """The Gram matrix of the inputs less their mean, `H − w·m·mᵀ`, float32 [K, K], w the weight of all tokens.
 
-def _mirror(gram: F32, block: int = 256) -> None:
+        What is left of a squared output error once its mean is taken away is `Σ ΔW ∘ (H_centred·ΔW)`.
+
+        Raises:
+            ValueError: the mean is not known.
+        """
+        root = self.known_mean() * np.sqrt(self.weight)
+        centred = np.array(self.gram, order="F")
+        for columns in (slice(c, c + MIRRORED) for c in range(0, len(centred), MIRRORED)):
+            centred[:, columns] -= np.outer(root, root[columns])
+        return centred
+
+    def known_mean(self) -> F64:
+        """`mean`; ValueError where it was not given."""
+        if np.isnan(self.mean).any():
+            raise ValueError("these statistics do not say what the mean of the inputs is")
+        return self.mean
+
+
+def _mirror(gram: F32, block: int = MIRRORED) -> None:
     """Copies the upper triangle over the lower one in place, block by block so that both stay in cache."""
     for i in range(0, len(gram), block):
         rows = slice(i, i + block)

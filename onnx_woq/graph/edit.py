@@ -77,6 +77,30 @@ def add_node(
     return node.outputs[0]
 
 
+def insert_after(
+    node: ir.Node, op: str, others: Sequence[ir.Value], suffix: str, **attributes: int | Sequence[int]
+) -> ir.Value:
+    """Inserts a node behind `node` that takes over its output: name, type, readers. Returns what `node` makes now.
+
+    Args:
+        node: its first output becomes the first input of the new node.
+        op: of the default domain.
+        others: the other inputs.
+        suffix: of the name that the value in between gets.
+        attributes: of the new node.
+    """
+    graph = graph_of(node)
+    product = node.outputs[0]
+    name = product.name or ""
+    result = ir.Value(type=product.type, shape=product.shape)
+    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=f"{node.name or name}_{op}")
+    graph.insert_after(node, new)
+    product.replace_all_uses_with(result, replace_graph_outputs=True)
+    new.replace_input_with(0, product)
+    product.name, result.name = fresh(graph, f"{name}_{suffix}"), name
+    return product
+
+
 def prune(value: ir.Value | None) -> None:
     """Removes a constant, and the nodes between it and its former reader, as far as nothing else reads them."""
     while value is not None and not value.uses() and not value.is_graph_output():

@@ -13,7 +13,7 @@ from onnx_woq.graph.attention import FIRST_TOKEN, attended
 from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.shapes import Ranks
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import RANKS, Recipe, Spec
 
 SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
 
@@ -130,6 +130,8 @@ class Tap:
         k: input channels.
         n: output channels, summed over distinct weights.
         weight_bytes: of the distinct weights as the model stores them.
+        rank: of the factors added to its weights; 0 for none.
+        corrected: whether a constant is added to its outputs.
     """
 
     name: str
@@ -140,6 +142,8 @@ class Tap:
     n: int
     weight_bytes: int
     attention: tuple[str, ...]
+    rank: int = 0
+    corrected: bool = False
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -244,7 +248,11 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
             skipped.append(_skip(site.node, reason))
         else:
             chosen.append((site, spec))
-    return _group(chosen, attended(model) if recipe.attention_weighted else {}), skipped
+    taps = _group(chosen, attended(model) if recipe.attention_weighted else {})
+    for tap in taps:
+        tap.rank = min(recipe.lowrank, -(-min(tap.k, tap.n) // RANKS) * RANKS)
+        tap.corrected = recipe.bias_correction
+    return taps, skipped
 
 
 def shared_copy_bytes(model: Model, taps: Iterable[Tap]) -> dict[str, int]:

@@ -31,6 +31,7 @@ RECIPES = {
     "gptq by tap": Recipe("gptq", true_sequential=True),
     "gptq by block": Recipe("gptq", true_sequential=True, sequential_unit="block"),
     "awq": Recipe("awq"),
+    "rtn, all added": Recipe("rtn", lowrank=16, bias_correction=True),
     "awq folding": Recipe("awq", options={"folding": True}),
 }
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from onnx_woq.core.lapack import cholesky, invert_lower
+from onnx_woq.core.lapack import cholesky, invert_lower, leading_eigenvectors
 
 
 def positive(k, dtype, seed=0):
@@ -28,6 +28,23 @@ def test_factor_and_inverse(k, dtype, tolerance):
     np.testing.assert_allclose(np.tril(a) @ lower, np.eye(k), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2e-4), (np.float64, 1e-10)])
+@pytest.mark.parametrize(("k", "count"), [(1, 1), (2, 1), (17, 17), (300, 5)])
+def test_leading_eigenvectors(k, count, dtype, tolerance):
+    a = positive(k, dtype)
+    given = a.astype(np.float64)
+    vectors = leading_eigenvectors(a, count)
+    assert vectors.dtype == dtype
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=tolerance)
+    largest = np.linalg.eigvalsh(given)[::-1][:count]
+    np.testing.assert_allclose(given @ vectors, vectors * largest, atol=tolerance * largest[0])
+
+
+def test_numbers_that_are_not_finite_have_no_eigenvectors():
+    with pytest.raises(ArithmeticError, match="finite"):
+        leading_eigenvectors(np.full((4, 4), np.nan, order="F"), 2)
+
+
 def test_what_is_not_positive_definite():
     assert not cholesky(np.asfortranarray(-np.eye(5)))
     assert not invert_lower(np.zeros((3, 3), order="F"))
@@ -37,6 +54,8 @@ def test_what_is_not_positive_definite():
 def test_what_it_does_not_take(a):
     with pytest.raises(ValueError, match="column order"):
         cholesky(a)
+    with pytest.raises(ValueError, match="column order"):
+        leading_eigenvectors(a, 1)
 
 
 def test_others_go_on_meanwhile():

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_woq.core.methods import METHODS, awq, check_options, gptq, rtn, solve_bytes
+from onnx_woq.core.methods import METHODS, awq, check_options, gptq, needs_data, rtn, solve_bytes
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError
 from onnx_woq.recipe import Recipe, Spec
@@ -43,6 +43,13 @@ def test_options_and_defaults_are_those_documented():
     assert {name: method.options for name, method in METHODS.items()} == DEFAULTS
     assert [name for name, method in METHODS.items() if method.needs_data] == ["gptq", "awq"]
     assert all(method.name == name for name, method in METHODS.items())
+
+
+def test_what_is_added_to_weights_needs_data_whatever_the_method():
+    assert not needs_data(Recipe("rtn"))
+    assert needs_data(Recipe("gptq"))
+    assert needs_data(Recipe("rtn", bias_correction=True))
+    assert needs_data(Recipe("rtn", lowrank=16))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -32,7 +32,10 @@ def assert_describes(stats, x):
     np.testing.assert_allclose(stats.gram, x.T @ x, rtol=1e-4, atol=1e-4 * len(x))
     np.testing.assert_allclose(stats.abs_mean, np.abs(x).mean(axis=0), rtol=1e-6)
     np.testing.assert_array_equal(stats.abs_max, np.abs(x).max(axis=0).astype(np.float32))
-    assert stats.tokens == len(x)
+    np.testing.assert_allclose(stats.mean, x.mean(axis=0), rtol=1e-6, atol=1e-6)
+    centred = x - x.mean(axis=0)
+    np.testing.assert_allclose(stats.centred(), centred.T @ centred, rtol=1e-4, atol=1e-4 * len(x))
+    assert stats.tokens == stats.weight == len(x)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (2, 3, 5), (2, 1, 4, 5), (5,), (400, 300)])
@@ -74,7 +77,7 @@ def test_merging_leaves_the_parts_alone():
 def test_made_from_arrays_it_goes_on_from_there():
     x = inputs(30, 4)
     half = collect(x[:10])
-    again = Stats(half.gram, half.abs_mean, half.abs_max, half.tokens)
+    again = Stats(half.gram, half.abs_mean, half.abs_max, half.tokens, half.mean)
     again.update(x[10:])
     assert_describes(again, x)
     assert_describes(half, x[:10])

@@ -15,7 +15,7 @@ from typing import Any
 
 from onnx_woq.core.methods import awq, gptq, rtn
 from onnx_woq.errors import RecipeError, nearest
-from onnx_woq.recipe import Spec
+from onnx_woq.recipe import Recipe, Spec
 
 _NOT_OPTIONS = ("scale_dtype", "each")  # arguments of a solver that the pipeline knows
 MOST_CANDIDATES = 1000  # of a range search: more is a slip of the step, and would run for hours
@@ -28,7 +28,7 @@ class Method:
     Attributes:
         name: what recipes call it.
         solve: the function; `stats` may be None when `needs_data` is false.
-        needs_data: whether it reads calibration statistics.
+        needs_data: whether it reads calibration statistics (see the function of that name for a whole recipe).
         working_bytes: `(k, n, spec)` -> about the most bytes that solving holds at once beyond weight, statistics and
             result.
     """
@@ -54,11 +54,20 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
+def needs_data(recipe: Recipe) -> bool:
+    """Whether carrying out `recipe` takes calibration data: for its method, or for what is added to the weights."""
+    return METHODS[recipe.method].needs_data or recipe.bias_correction or recipe.lowrank > 0
+
+
 @lru_cache(maxsize=256)
 def solve_bytes(method: str, k: int, n: int, spec: Spec) -> int:
     """About the most bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included."""
-    groups = -(-k // spec.resolved_group(k))
-    return METHODS[method].working_bytes(k, n, spec) + k * n + 5 * groups * n
+    return METHODS[method].working_bytes(k, n, spec) + result_bytes(k, n, spec)
+
+
+def result_bytes(k: int, n: int, spec: Spec) -> int:
+    """Bytes of the `QuantizedTensor` of a weight [k, n]."""
+    return k * n + 5 * -(-k // spec.resolved_group(k)) * n
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.graph.constants import resolve
-from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of, prune
+from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
 from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Site, Tap
@@ -135,32 +135,40 @@ def pack(q: QuantizedTensor, scale_dtype: type[np.floating]) -> Packed:
     return Packed(pack_codes(q.codes, container, block, shift), scales, zeros, k, n, container, block, q.bits)
 
 
-def lower_tap(model: Model, tap: Tap, packed: Sequence[Packed], *, accuracy_level: int) -> list[ir.Value]:
+def weight_places(tap: Tap) -> list[int]:
+    """Of each site of a tap that is not lowered yet, which of the tap's distinct weights it reads."""
+    places: dict[tuple[object, ...], int] = {}
+    return [places.setdefault(site.key(), len(places)) for site in tap.sites]
+
+
+def lower_tap(
+    model: Model, tap: Tap, packed: Sequence[Packed], *, accuracy_level: int, bias: Sequence[np.ndarray] = ()
+) -> list[ir.Value]:
     """Rewrites every site of `tap` in place as MatMulNBits reading `packed`.
 
     Nodes and outputs keep their names. Sites that share a weight share the new initializers. A Gemm's constant bias
-    becomes the bias input, any other C an Add. bfloat16, which has no CPU kernel, is computed in float32 between
-    Casts. Float weights go when nothing reads them any more.
+    becomes the bias input, together with what is to be added to the outputs; any other C becomes an Add. bfloat16,
+    which has no CPU kernel, is computed in float32 between Casts. Float weights go when nothing reads them any more.
 
     Args:
         model: the model `tap` was found in.
         tap: every site of it is rewritten.
         packed: its distinct weights, in order.
         accuracy_level: 4 computes with int8 activations, 0 in float.
+        bias: float32 [n] for each weight, added to what it makes; none if empty.
 
     Returns:
         The new initializers, weight by weight.
     """
     model.ir.opset_imports.setdefault(DOMAIN, 1)
     added: dict[int, tuple[ir.Value | None, ...]] = {}
-    places: dict[tuple[object, ...], int] = {}
-    keyed = [(site, places.setdefault(site.key(), len(places))) for site in tap.sites]  # before any weight goes
-    if len(places) != len(packed):
-        raise ValueError(f"{tap.name!r} has {len(places)} weights, not {len(packed)}")
-    for site, index in keyed:
+    places = weight_places(tap)  # before any weight goes
+    if max(places) + 1 != len(packed):
+        raise ValueError(f"{tap.name!r} has {max(places) + 1} weights, not {len(packed)}")
+    for site, index in zip(tap.sites, places, strict=True):
         if index not in added:
-            added[index] = _add(model, site, packed[index])
-        _rewrite(model, site, packed[index], added[index], accuracy_level)
+            added[index] = add_packed(model, f"{site.weight_name}_Q{packed[index].width}", packed[index])
+        _rewrite(model, site, packed[index], added[index], accuracy_level, bias[index] if bias else None)
     return [value for values in added.values() for value in values if value is not None]
 
 
@@ -192,28 +200,41 @@ def _text(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def _add(model: Model, site: Site, packed: Packed) -> tuple[ir.Value | None, ...]:
-    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None."""
+def add_packed(model: Model, name: str, packed: Packed) -> tuple[ir.Value | None, ...]:
+    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None; the codes get the name."""
     graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
-    codes = add_initializer(graph, f"{site.weight_name}_Q{packed.width}", packed.codes)
+    codes = add_initializer(graph, name, packed.codes)
     scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
     zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
     return codes, scales, zeros
 
 
+def attributes_of(packed: Packed, accuracy_level: int) -> dict[str, int]:
+    """The attributes of a MatMulNBits node that multiplies by `packed`."""
+    shape = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block}
+    return shape | {"accuracy_level": accuracy_level}
+
+
 def _rewrite(
-    model: Model, site: Site, packed: Packed, stored: tuple[ir.Value | None, ...], accuracy_level: int
+    model: Model,
+    site: Site,
+    packed: Packed,
+    stored: tuple[ir.Value | None, ...],
+    accuracy_level: int,
+    correction: np.ndarray | None,
 ) -> None:
     """Turns one node into MatMulNBits, and adds the nodes around it for what the float one did itself."""
     node = site.node
     old = list(node.inputs)
     activation = old[0]
     bias, addend = _bias(model, site)
+    if correction is not None:
+        bias = _corrected(model, site, bias, correction)
     if addend is not None:
-        _after(node, "Add", [addend], "product")
+        insert_after(node, "Add", [addend], "product")
     if site.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
         activation = add_node("Cast", [activation], f"{site.name}_input", before=node, to=ir.DataType.FLOAT)
-        product = _after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
+        product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
         product.type = ir.TensorType(ir.DataType.FLOAT)
     inputs = [activation, *stored, None, bias]
     while inputs[-1] is None:
@@ -223,11 +244,21 @@ def _rewrite(
         node.replace_input_with(index, value)
     node.domain, node.op_type, node.version = DOMAIN, "MatMulNBits", None
     node.attributes.clear()
-    numbers = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block}
-    for name, number in (numbers | {"accuracy_level": accuracy_level}).items():
+    for name, number in attributes_of(packed, accuracy_level).items():
         node.attributes.add(ir.AttrInt64(name, number))
     for value in old[1:]:
         prune(value)
+
+
+def _corrected(model: Model, site: Site, bias: ir.Value | None, correction: np.ndarray) -> ir.Value:
+    """A bias [N] with a correction [N] added to it."""
+    constant = None if bias is None else resolve(bias)
+    array = correction if constant is None else correction + constant.array()
+    dtype = ir.DataType.FLOAT if site.dtype == ir.DataType.BFLOAT16 else site.dtype
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype.numpy())
+    prune(bias)
+    return add_initializer(model.ir.graph, f"{site.name}_bias", stored, dtype)
 
 
 def _bias(model: Model, site: Site) -> tuple[ir.Value | None, ir.Value | None]:
@@ -256,17 +287,3 @@ def _bias(model: Model, site: Site) -> tuple[ir.Value | None, ir.Value | None]:
 def _scaled(model: Model, site: Site, c: ir.Value, beta: float) -> ir.Value:
     factor = add_initializer(model.ir.graph, f"{site.name}_beta", np.array(beta, site.dtype.numpy()), site.dtype)
     return add_node("Mul", [c, factor], f"{site.name}_addend", before=site.node)
-
-
-def _after(node: ir.Node, op: str, others: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
-    """Inserts a node behind `node` that takes over its output: name, type, readers. Returns what `node` makes now."""
-    graph = graph_of(node)
-    product = node.outputs[0]
-    name = product.name or ""
-    result = ir.Value(type=product.type, shape=product.shape)
-    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=f"{node.name or name}_{op}")
-    graph.insert_after(node, new)
-    product.replace_all_uses_with(result, replace_graph_outputs=True)
-    new.replace_input_with(0, product)
-    product.name, result.name = fresh(graph, f"{name}_{suffix}"), name
-    return product

@@ -1,0 +1,96 @@
+"""Low-rank factors beside a quantized weight: two thin MatMulNBits and an Add, `y = x·Ŵ + (x·A)·B`.
+
+A is of the activation and B of the weight: sites that read one activation share `x·A`, sites that share a weight B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.core.lowrank import GRID
+from onnx_woq.graph.edit import fresh, graph_of, insert_after
+from onnx_woq.graph.lower.matmulnbits import (
+    DOMAIN,
+    Packed,
+    add_packed,
+    attributes_of,
+    lower_tap,
+    packed_bytes,
+    weight_places,
+)
+from onnx_woq.graph.model import Model
+from onnx_woq.graph.taps import Tap
+
+
+def factor_shapes(tap: Tap) -> list[tuple[int, int]]:
+    """`[K, r]` of the first factor of a tap and `[r, n]` of the second for each distinct weight; none at rank 0."""
+    return [(tap.k, tap.rank), *((tap.rank, part.n) for part in tap.parts())] if tap.rank else []
+
+
+def tap_bytes(tap: Tap) -> int:
+    """Bytes that a tap takes once quantized: its weights, and what is added to them and to their outputs."""
+    factors = sum(packed_bytes(k, n, GRID, tap.scale_dtype) for k, n in factor_shapes(tap))
+    bias = tap.n * np.dtype(tap.scale_dtype).itemsize if tap.corrected else 0
+    return packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype) + factors + bias
+
+
+def lower_compensated(
+    model: Model,
+    tap: Tap,
+    packed: Sequence[Packed],
+    factors: Sequence[Packed],
+    *,
+    accuracy_level: int,
+    bias: Sequence[np.ndarray] = (),
+) -> None:
+    """Rewrites every site of `tap` as `lower_tap` does, and adds the product with the factors to what each makes.
+
+    The value that a site made keeps its name and is now that of the Add.
+
+    Args:
+        model: the model `tap` was found in.
+        tap: every site of it is rewritten.
+        packed: its distinct weights, in order.
+        factors: A, then B of each weight; none if empty.
+        accuracy_level: of all products.
+        bias: see `lower_tap`.
+    """
+    name, places = tap.sites[0].weight_name, weight_places(tap)
+    weights = [tap.sites[places.index(index)].weight_name for index in range(len(packed))]
+    lower_tap(model, tap, packed, accuracy_level=accuracy_level, bias=bias)
+    if not factors:
+        return
+    down, *ups = factors
+    first = add_packed(model, f"{name}_down_Q{down.width}", down)
+    second = [add_packed(model, f"{w}_up_Q{up.width}", up) for w, up in zip(weights, ups, strict=True)]
+    thin: dict[tuple[int, int], ir.Value] = {}
+    for site, index in zip(tap.sites, places, strict=True):
+        activation, graph = site.node.inputs[0], graph_of(site.node)
+        key = (id(activation), id(graph))  # what is computed in one branch of an If is not there in another
+        if key not in thin:
+            thin[key] = _product(site.node, activation, f"{site.name}_down", down, first, accuracy_level)
+        addend = _product(site.node, thin[key], f"{site.name}_up", ups[index], second[index], accuracy_level)
+        insert_after(site.node, "Add", [addend], "uncompensated")
+
+
+def _product(
+    before: ir.Node,
+    activation: ir.Value | None,
+    name: str,
+    packed: Packed,
+    stored: Sequence[ir.Value | None],
+    accuracy_level: int,
+) -> ir.Value:
+    """A new MatMulNBits of the activation with a factor, in front of a node that makes values of the same type."""
+    graph = graph_of(before)
+    out = ir.Value(name=fresh(graph, name), type=before.outputs[0].type)
+    inputs = [activation, *stored]
+    while inputs[-1] is None:
+        inputs.pop()
+    attributes = attributes_of(packed, accuracy_level)
+    node = ir.node("MatMulNBits", inputs, attributes=attributes, domain=DOMAIN, outputs=[out], name=out.name)
+    graph.insert_before(before, node)
+    return out
