@@ -33,7 +33,9 @@ def _family(bits: int) -> dict[str, Recipe]:
         f"BALANCED_{bits}BIT": Recipe(
             "gptq", _GRIDS[bits], options=search, attention_weighted=True, nsamples=64, pad_max_length=512
         ),
-        f"BEST_{bits}BIT": Recipe("gptq", _GRIDS[bits], options=search, attention_weighted=True, pad_max_length=1024),
+        f"BEST_{bits}BIT": Recipe(
+            "gptq", _GRIDS[bits], options=search | {"descent_passes": 2}, attention_weighted=True, pad_max_length=1024
+        ),
     }
 
 
