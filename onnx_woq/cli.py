@@ -41,7 +41,7 @@ class BadInput(click.ClickException):
 _SPEC_OPTIONS = (
     click.option("--config", "config", metavar="NAME", help="A predefined configuration: see `onnx-woq configs`."),
     click.option("--recipe", "recipe_file", metavar="FILE", type=click.Path(), help="A recipe in JSON or TOML."),
-    click.option("--algorithm", metavar="NAME", help="RTN, GPTQ or AWQ."),
+    click.option("--algorithm", metavar="NAME", help="RTN, GPTQ, AWQ, TEQ or HQQ."),
     click.option("--bits", type=int, help="Bits per weight, 1 to 8 (2, 4 and 8 are native)."),
     click.option("--group-size", type=int, help="Input channels per scale; -1 for one scale per output channel."),
     click.option("--scheme", metavar="sym|asym", help="Symmetric grid, or one zero point per group."),

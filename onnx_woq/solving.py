@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
 
 logger = logging.getLogger(__name__)
+
+UNSCALED: Mapping[str, Mapping[str, Any]] = {
+    "awq": {"enable_auto_scale": False},
+    "teq": {"enable_auto_scale": False},
+    "gptq": {"scaling": "none"},
+}
+"""What keeps a method from scaling the rows of a weight."""
 
 ERROR_CHANNELS = 256
 """Output channels, evenly spread, on which the reported error of a tap is measured: on all of them it would take
@@ -97,7 +104,7 @@ def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
     """The task of solving `tap` as `recipe` says."""
     options = dict(recipe.options)
     if folding(recipe) and not can_fold(tap):
-        options["enable_auto_scale"] = False
+        options |= UNSCALED[recipe.method]
     scale_dtype = np.dtype(tap.scale_dtype).name
     what = (recipe.method, tuple(options.items()), tap.spec, scale_dtype, tuple(tap.parts()), stats)
     return Task(tap.name, *what, tap.rank, tap.corrected)

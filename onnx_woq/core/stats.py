@@ -6,6 +6,7 @@ the Gram matrix `H = XᵀX` [K, K]. H knows nothing of bits, groups or schemes: 
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,6 +108,17 @@ class Stats:
             self._mirrored = False
             if not np.isfinite(self._gram.diagonal()).all():
                 raise FloatingPointError("the activations are too large: their squares overflow float32")
+
+    def scaled(self, factor: NDArray[Any]) -> Stats:
+        """Statistics of the same inputs, each multiplied by its `factor [K]`, positive."""
+        factor = np.asarray(factor, np.float32)
+        other = copy(self)
+        other._gram = np.array(self.gram, order="F")
+        other._gram *= factor[:, None]
+        other._gram *= factor
+        other.abs_mean, other.abs_max = self.abs_mean * factor, self.abs_max * factor
+        other.mean = self.mean * factor
+        return other
 
     def merge(self, other: Stats) -> Stats:
         """Statistics of the tokens of both."""

@@ -247,8 +247,8 @@ def test_choosing_on_a_sample_costs_at_most_one_percent(seed, outliers, bits, mo
 
 def test_few_columns_are_measured_before_all_are(monkeypatch):
     weight, stats = problem(96, 1500)
-    seen, loss_of = [], awq._loss
-    monkeypatch.setattr(awq, "_loss", lambda w, *rest, **kinds: seen.append(w.shape[1]) or loss_of(w, *rest, **kinds))
+    seen, loss_of = [], awq.loss_of
+    monkeypatch.setattr(awq, "loss_of", lambda w, *rest, **kinds: seen.append(w.shape[1]) or loss_of(w, *rest, **kinds))
     awq.solve(weight, stats, Spec(4, 32))
     assert sorted(seen)[:21] == [125] * 21
     assert sorted(seen)[21:] == [500] * (awq.FINALISTS + 1) + [1500]

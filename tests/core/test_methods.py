@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_woq.core.methods import METHODS, awq, check_options, gptq, needs_data, rtn, solve_bytes
+from onnx_woq.core.methods import METHODS, awq, check_options, gptq, hqq, needs_data, rtn, solve_bytes
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError
 from onnx_woq.recipe import Recipe, Spec
@@ -28,6 +28,8 @@ DEFAULTS = {
         "mse_range": (0.805, 1.0, 0.005),
         "enable_full_range": False,
         "descent_passes": 0,
+        "scaling": "none",
+        "folding": False,
     },
     "awq": {
         "enable_auto_scale": True,
@@ -36,12 +38,22 @@ DEFAULTS = {
         "folding": False,
         "enable_full_range": False,
     },
+    "teq": {
+        "steps": 60,
+        "learning_rate": 0.05,
+        "enable_mse_search": True,
+        "mse_range": (0.91, 1.0, 0.01),
+        "enable_auto_scale": True,
+        "folding": False,
+        "enable_full_range": False,
+    },
+    "hqq": {"norm": 0.7, "beta": 10.0, "kappa": 1.01, "iterations": 20, "enable_full_range": False},
 }
 
 
 def test_options_and_defaults_are_those_documented():
     assert {name: method.options for name, method in METHODS.items()} == DEFAULTS
-    assert [name for name, method in METHODS.items() if method.needs_data] == ["gptq", "awq"]
+    assert [name for name, method in METHODS.items() if method.needs_data] == ["gptq", "awq", "teq"]
     assert all(method.name == name for name, method in METHODS.items())
 
 
@@ -86,6 +98,8 @@ def test_defaults_pass_their_own_check_and_survive_json(name):
         ("rtn", {"mse_range": (0.9, 1.0, "0.1")}, "three numbers"),
         ("awq", {"mse_range": [0.9, 1.0, float("nan")]}, "three numbers"),
         ("awq", {"mse_range": "abc"}, "three numbers"),
+        ("gptq", {"scaling": "akw"}, "did you mean awq"),
+        ("gptq", {"scaling": 1}, "none"),
         ("awq", {"mse_range": (0.1, 1.0, 1e-6)}, "1000 candidates"),
     ],
 )
@@ -179,10 +193,18 @@ def backwards(fn, pieces):
         return [future.result() for future in reversed(futures)]
 
 
-@pytest.mark.parametrize("options", [{}, {"enable_mse_search": True}], ids=["plain", "clipped"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, options)
+        for name, method in METHODS.items()
+        for options in ({}, {"enable_mse_search": True})
+        if options.keys() <= method.options.keys()
+    ],
+)
 def test_who_goes_through_the_pieces_and_when_is_of_no_account(name, options, monkeypatch):
     monkeypatch.setattr(rtn, "PIECE", 80 * 48)
+    monkeypatch.setattr(hqq, "PIECE", 80 * 48)
     monkeypatch.setattr(gptq, "TILE_BYTES", 80 * 64 * 8)
     monkeypatch.setattr(awq, "TILE", 48)
     rng = np.random.default_rng(3)
@@ -197,6 +219,6 @@ def test_who_goes_through_the_pieces_and_when_is_of_no_account(name, options, mo
     want = METHODS[name].solve(weight, stats, Spec(3, 32), **options)
     got = METHODS[name].solve(weight, stats, Spec(3, 32), each=counted, **options)
     # AWQ: exponents on a few columns, the best of them on more, then all tiles, with the scale and without
-    assert pieces[:4] == {"rtn": [5], "gptq": [4], "awq": [21, 5, 5, 5]}[name]
+    assert pieces[:4] == {"rtn": [5], "gptq": [4], "awq": [21, 5, 5, 5], "teq": [21, 5, 5, 5], "hqq": [5]}[name]
     for field in ("codes", "scales", "zeros"):
         np.testing.assert_array_equal(getattr(got, field), getattr(want, field))

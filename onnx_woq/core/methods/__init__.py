@@ -13,11 +13,14 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
-from onnx_woq.core.methods import awq, gptq, rtn
+from onnx_woq.core.methods import awq, gptq, hqq, rtn, teq
 from onnx_woq.errors import RecipeError, nearest
 from onnx_woq.recipe import Recipe, Spec
 
 _NOT_OPTIONS = ("scale_dtype", "each")  # arguments of a solver that the pipeline knows
+WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType({"scaling": gptq.SCALINGS})
+"""What an option may be whose value is a word."""
+
 MOST_CANDIDATES = 1000  # of a range search: more is a slip of the step, and would run for hours
 
 
@@ -50,6 +53,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "rtn": Method("rtn", rtn.solve, needs_data=False, working_bytes=rtn.working_bytes),
         "gptq": Method("gptq", gptq.solve, needs_data=True, working_bytes=gptq.working_bytes),
         "awq": Method("awq", awq.solve, needs_data=True, working_bytes=awq.working_bytes),
+        "teq": Method("teq", teq.solve, needs_data=True, working_bytes=teq.working_bytes),
+        "hqq": Method("hqq", hqq.solve, needs_data=False, working_bytes=hqq.working_bytes),
     }
 )
 
@@ -93,6 +98,10 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
             _require(whole and value >= least, name, value, f"a whole number of at least {least}")
         elif isinstance(default, float):
             _require(_is_number(value) and value > 0, name, value, "a number above 0")
+        elif isinstance(default, str):
+            choices = WORDS[name]
+            if value not in choices:
+                raise RecipeError(f"{name}={value!r}: {nearest(str(value), choices)}")
         else:
             wanted = "three numbers (start, stop, step), 0 < start <= stop <= 1, step > 0"
             _require(_is_range(value), name, value, wanted)

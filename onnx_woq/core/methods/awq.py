@@ -100,28 +100,28 @@ def solve(
         return search(tile, spec, mse_range, row_weights=row_weights, plain=before, **kinds)
 
     grids = [plain, clipped] if enable_mse_search else [plain]
-    scale = _best_scale(weight, stats, spec, [plain], scale_dtype, each) if enable_auto_scale else None
+    scale = best_scale(weight, stats, spec, [plain], scale_dtype, each) if enable_auto_scale else None
     if scale is not None:
-        scaled, loss = _quantize(weight, scale, stats.gram, spec, grids, each)
-        if loss < _loss(weight, None, stats.gram, spec, [plain], each=each):
+        scaled, loss = quantize_scaled(weight, scale, stats.gram, spec, grids, each)
+        if loss < loss_of(weight, None, stats.gram, spec, [plain], each=each):
             return scaled
-    return _quantize(weight, None, stats.gram, spec, grids, each)[0]
+    return quantize_scaled(weight, None, stats.gram, spec, grids, each)[0]
 
 
-def _best_scale(
+def best_scale(
     weight: NDArray[Any], stats: Stats, spec: Spec, grids: Sequence[GridOf], scale_dtype: DTypeLike, each: Each
 ) -> F32 | None:
     """The s [K] of least loss on a sample of output channels, None when that is no scale at all."""
-    sample, gram = _spread(weight, SAMPLE), stats.gram
-    few = _spread(weight, min(SCREEN, SAMPLE))
+    sample, gram = spread(weight, SAMPLE), stats.gram
+    few = spread(weight, min(SCREEN, SAMPLE))
     scales = list(candidates(stats.abs_mean, weight_share(weight, spec), scale_dtype))
     if few.shape != sample.shape:
-        screened = list(each(lambda scale: _loss(few, scale, gram, spec, grids, _estimated_errors), scales))
+        screened = list(each(lambda scale: loss_of(few, scale, gram, spec, grids, _estimated_errors), scales))
         scales = [scales[i] for i in np.argsort(screened, kind="stable")[:FINALISTS]]
     if not scales:
         return None
     tried = [None, *scales]  # no scale wins a tie
-    return tried[int(np.argmin(list(each(lambda scale: _loss(sample, scale, gram, spec, grids), tried))))]
+    return tried[int(np.argmin(list(each(lambda scale: loss_of(sample, scale, gram, spec, grids), tried))))]
 
 
 def _estimated_errors(delta: F32, gram: F32) -> NDArray[np.float64]:
@@ -138,7 +138,7 @@ def _estimated_errors(delta: F32, gram: F32) -> NDArray[np.float64]:
     return (diagonal @ np.square(delta)).astype(np.float64) + np.einsum("kn,kn->n", part, between @ part)
 
 
-def _spread(weight: NDArray[Any], most: int) -> F32:
+def spread(weight: NDArray[Any], most: int) -> F32:
     """At most `most` columns of `weight`, evenly spread, float32."""
     return np.array(weight[:, :: -(-weight.shape[1] // most)], np.float32, order="C")
 
@@ -170,7 +170,7 @@ def weight_share(weight: NDArray[Any], spec: Spec) -> NDArray[np.float64]:
     return share / n
 
 
-def _quantize(
+def quantize_scaled(
     weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], each: Each
 ) -> tuple[QuantizedTensor, float]:
     """`diag(scale) @ weight` rounded on the better of `grids` in each output channel, and the loss of that."""
@@ -189,7 +189,7 @@ def _quantize(
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale), loss
 
 
-def _loss(
+def loss_of(
     weight: NDArray[Any],
     scale: F32 | None,
     gram: F32,
@@ -198,6 +198,7 @@ def _loss(
     errors_of: ErrorsOf = column_errors,
     each: Each = map,
 ) -> float:
+    """The loss of `weight` [K, n] scaled by `scale` [K], each column rounded on the better of `grids`."""
     tiles = (weight[:, columns] for columns in _tiles(weight.shape[1]))
     return sum(each(lambda tile: _scored(tile, scale, gram, spec, grids, errors_of)[2], tiles))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_woq.core.clip import fitter
 from onnx_woq.core.cpu import Each
 from onnx_woq.core.descent import descend
-from onnx_woq.core.grid import QuantizedTensor, quantize
+from onnx_woq.core.grid import QuantizedTensor, fit, quantize
 from onnx_woq.core.lapack import cholesky, invert_lower
 from onnx_woq.core.stats import Stats
 from onnx_woq.recipe import Spec
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 Float = NDArray[np.floating[Any]]
 GridOf = Callable[..., "tuple[NDArray[np.float32], NDArray[np.uint8]]"]
 
+SCALINGS = ("none", "awq", "teq")
 LEAF = 16  # rows solved one by one before a matrix product pays
 TILE_BYTES = 32 << 20  # of working weights: columns are independent, so wide weights are solved a tile at a time
 EXACT_PRODUCTS = 1 << 28  # K²N up to which float64 costs nothing anyone would notice
@@ -56,6 +58,8 @@ def solve(
     mse_range: Sequence[float] = (0.805, 1.0, 0.005),
     enable_full_range: bool = False,
     descent_passes: int = 0,
+    scaling: str = "none",
+    folding: bool = False,  # noqa: ARG001 (acted on where the graph is known)
 ) -> QuantizedTensor:
     """Quantizes `weight [K, N]` for the inputs whose Gram matrix `stats.gram [K, K]` holds.
 
@@ -83,6 +87,8 @@ def solve(
         mse_range: the shrink factors tried (start, stop, step).
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
         descent_passes: passes of coordinate descent and scale refit over the result (`core.descent`).
+        scaling: first scale the rows, and divide the input, as "awq" or "teq" would; "none" leaves them.
+        folding: whether the pipeline must place the division inside an existing operation or do without; not used here.
 
     Raises:
         ValueError: no statistics, or of another number of inputs than `weight` has rows; two orders at once.
@@ -93,6 +99,9 @@ def solve(
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("gptq needs the statistics of the weight's inputs, as many of them as it has rows")
     k, n = weight.shape
+    scale = _input_scale(scaling, weight, stats, spec, enable_full_range, scale_dtype, each)
+    if scale is not None:
+        weight, stats = np.asarray(weight, np.float32) * scale[:, None], stats.scaled(1 / scale)
     grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
     diagonal = stats.gram.diagonal()
     g = spec.resolved_group(k)
@@ -101,7 +110,7 @@ def solve(
     if factors is None:
         reason = "no damping makes the Gram matrix positive definite" if diagonal.any() else "no input was ever nonzero"
         logger.warning("gptq, weight of %d rows: %s; rounding to nearest", k, reason)
-        return quantize(weight, *grid(weight, diagonal), spec)
+        return replace(quantize(weight, *grid(weight, diagonal), spec), input_scale=scale)
 
     static = g < k and (static_groups or actorder)
     group_of = order // g if static else np.arange(k) // g  # of the sweep, which counts groups as it meets them
@@ -133,11 +142,25 @@ def solve(
 
     for _ in each(finish, column_tiles(k, n)):
         pass
-    q = QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+    q = QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale)
     return descend(
         weight, q, stats.gram, descent_passes,
         damp=percdamp, tiles=column_tiles(k, n), dtype=dtype, scale_dtype=scale_dtype, each=each,
     )  # fmt: skip
+
+
+def _input_scale(
+    scaling: str, weight: Any, stats: Stats, spec: Spec, full_range: bool, scale_dtype: DTypeLike, each: Each
+) -> NDArray[np.float32] | None:
+    """The scale [K] of the rows that AWQ or TEQ would choose for rounding to nearest, None for none."""
+    from onnx_woq.core.methods import awq, teq
+
+    kinds: dict[str, Any] = {"full_range": full_range, "scale_dtype": scale_dtype}
+    if scaling == "none":
+        return None
+    if scaling == "teq":
+        return teq.trained_scale(weight, stats, spec, each=each, **kinds)
+    return awq.best_scale(weight, stats, spec, [lambda tile, *_: fit(tile, spec, **kinds)], scale_dtype, each)
 
 
 def row_order(diagonal: NDArray[Any], group: int) -> NDArray[np.intp]:

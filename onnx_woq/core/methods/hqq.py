@@ -1,0 +1,154 @@
+"""HQQ: find the zero point of each group that leaves sparse errors. Needs no data.
+
+Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). With the scale s of a group fixed,
+`min_z φ(w − s·(q − z))`, φ = |·|^p with p < 1, is split by W_e ≈ w − s·(q − z) and solved in turns (equations 5 to 7):
+
+    W_e = shrink(w − s·(q − z), β),  shrink(x, β) = sign(x)·max(|x| − |x|^(p−1) / β, 0)
+    z = mean over the group of q − (w − W_e) / s,  β = κ·β
+
+each group by itself until its error |w − ŵ| no longer falls. The best z is kept, not the last.
+
+The paper stores z as a float. No fast kernel takes one, so here it is rounded, the codes are taken anew, and the scale
+is fitted by least squares; a group keeps its plain grid where that is closer to its weights. What the float is worth
+is mostly lost by rounding: see docs/experiments.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from onnx_woq.core.cpu import Each
+from onnx_woq.core.grid import (
+    TILE_COLUMNS,
+    TILE_ROWS,
+    Float,
+    QuantizedTensor,
+    encode,
+    fit,
+    grouped,
+    scratch_of,
+    storable,
+    tiles,
+    widened,
+)
+from onnx_woq.core.stats import Stats
+from onnx_woq.recipe import Spec
+
+PIECE = 1 << 22  # weights that a thread takes at a time
+
+
+def solve(
+    weight: NDArray[Any],
+    stats: Stats | None,  # noqa: ARG001 (every method is called alike)
+    spec: Spec,
+    *,
+    scale_dtype: DTypeLike = np.float32,
+    each: Each = map,
+    norm: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.01,
+    iterations: int = 20,
+    enable_full_range: bool = False,
+) -> QuantizedTensor:
+    """Rounds `weight [K, N]` on grids whose zero points HQQ has chosen.
+
+    Symmetric grids have no zero point to choose: of them only the scales are fitted.
+
+    Args:
+        weight: any float dtype, in either memory order, mapped from a file or not: it is read tile by tile.
+        stats: not used.
+        spec: bits, group size and scheme.
+        scale_dtype: what the model stores scales in.
+        each: how to go through pieces of columns.
+        norm: the p of the error, below 1 for sparse ones.
+        beta: how much errors are to be like W_e at first.
+        kappa: by what that grows in each iteration.
+        iterations: at most.
+        enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
+
+    Raises:
+        FloatingPointError: the weight holds NaN or infinite numbers.
+    """
+    k, n = weight.shape
+    g, top = spec.resolved_group(k), 2**spec.bits - 1
+    scales, zeros = fit(weight, spec, full_range=enable_full_range, scale_dtype=scale_dtype)
+    codes = np.empty((k, n), np.uint8)
+
+    def put(columns: slice) -> None:
+        part = weight[:, columns]
+        scratch = scratch_of(part, g, whole=True)
+        for rows, groups, size, inside in tiles(k, part.shape[1], g, whole=True):
+            at = (groups, slice(columns.start + inside.start, columns.start + inside.stop))
+            w = grouped(np.array(widened(part[rows, inside], scratch)), size)
+            s, z = scales[at].astype(w.dtype), zeros[at].astype(w.dtype)
+            wanted = z if spec.symmetric else np.rint(zero_point(w, s, z, top, norm, beta, kappa, iterations))
+            found, moved = _fitted(w, s, np.clip(wanted, 0, top), top, scale_dtype)
+            better = _error(w, found, moved, top) < _error(w, s, z, top)
+            np.copyto(scales[at], found, where=better)
+            np.copyto(zeros[at], moved, where=better, casting="unsafe")
+        codes[:, columns] = encode(part, scales[:, columns], zeros[:, columns], spec.bits, g)
+
+    width = max(1, PIECE // max(1, k))
+    for _ in each(put, [slice(c, min(c + width, n)) for c in range(0, n, width)]):
+        pass
+    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
+
+
+def zero_point(
+    w: Float,
+    s: Float,
+    z: Float,
+    top: int,
+    norm: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.01,
+    iterations: int = 20,
+) -> Float:
+    """The best float zero points [groups, n] that the iteration meets, the given ones among them.
+
+    Args:
+        w: weights of whole groups, [groups, g, n].
+        s, z: scales and zero points to start from, [groups, n].
+        top: the largest code.
+        norm, beta, kappa, iterations: see `solve`.
+    """
+    scale, best = s[:, None], z.copy()
+    least = np.full(z.shape, np.inf, w.dtype)
+    running = np.ones(z.shape, bool)
+    for _ in range(iterations):
+        codes = np.clip(np.rint(w / scale + z[:, None]), 0, top)
+        error = w - (codes - z[:, None]) * scale
+        size = np.abs(error)
+        mean = size.mean(axis=1)
+        running &= mean < least
+        if not running.any():
+            break
+        least, best = np.where(running, mean, least), np.where(running, z, best)
+        with np.errstate(divide="ignore", over="ignore"):  # an error of zero stays zero
+            shrunk = np.sign(error) * np.maximum(size - size ** (norm - 1) / beta, 0)
+        z = np.where(running, (codes - (w - shrunk) / scale).mean(axis=1), z)
+        beta *= kappa
+    return best
+
+
+def _fitted(w: Float, s: Float, z: Float, top: int, scale_dtype: DTypeLike) -> tuple[Float, Float]:
+    """The least-squares scale for the levels that z leads to."""
+    level = np.clip(np.rint(w / s[:, None] + z[:, None]), 0, top) - z[:, None]
+    square = np.square(level).sum(axis=1)
+    scale = np.divide((level * w).sum(axis=1), square, out=s.copy(), where=square > 0)
+    return storable(np.where(scale == 0, s, scale), scale_dtype, np.maximum(z, top - z)).astype(w.dtype), z
+
+
+def _error(w: Float, s: Float, z: Float, top: int) -> Float:
+    codes = np.clip(np.rint(w / s[:, None] + z[:, None]), 0, top)
+    out: Float = np.square(w - (codes - z[:, None]) * s[:, None], dtype=np.float64).sum(axis=1)
+    return out
+
+
+def working_bytes(k: int, n: int, spec: Spec) -> int:
+    """About the most that `solve` holds at once beyond the weight [k, n] and the result."""
+    tile = max(TILE_ROWS * TILE_COLUMNS, min(spec.resolved_group(k), k) * 64)
+    return 32 * min(tile, k * n)

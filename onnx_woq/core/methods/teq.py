@@ -1,0 +1,164 @@
+"""TEQ: train the scale of the input channels that AWQ takes from a formula.
+
+Cheng et al., "TEQ: Trainable Equivalent Transformation for Quantization of LLMs" (2023): the scale α [K] of
+`x @ W = (x / α) @ (diag(α) @ W)` is a parameter. The paper trains all of them end to end on a label loss. Here each is
+trained by itself on the error of its own output, `L = Σ ΔW ∘ (H·ΔW)` with `ΔW = Q(diag(α)·W) / α − W`: a local loss,
+which needs no labels and no backward pass through the model, and does not see what later layers make of an error.
+
+With `E = ΔW ∘ (H·ΔW)`, rounding passed straight through (∂round(u)/∂u = 1), and group ranges that move with the rows
+that span them,
+
+    ∂L / ∂log α_k = −2 Σ_n E_kn + 2 Σ_n [k spans its group] · |α_k·W_kn| / range_gn · Σ_{j in g} E_jn.
+
+The gradient is centred (a factor common to all rows changes nothing), brought to unit size, and followed with momentum
+for a while from AWQ's scale. The best scale met is kept, and no scale at all where that is better: on the calibration
+data the result is never worse than rounding to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from onnx_woq.core.clip import search
+from onnx_woq.core.cpu import Each
+from onnx_woq.core.grid import QuantizedTensor, fit, project
+from onnx_woq.core.methods import awq
+from onnx_woq.core.methods.awq import F32, LARGEST, LEAST, Grid
+from onnx_woq.core.stats import Stats, column_errors
+from onnx_woq.recipe import Spec
+
+MOMENTUM = 0.9
+SAMPLE = 256  # output channels, evenly spread, that the scale is trained on
+
+
+def solve(
+    weight: NDArray[Any],
+    stats: Stats | None,
+    spec: Spec,
+    *,
+    scale_dtype: DTypeLike = np.float32,
+    each: Each = map,
+    steps: int = 60,
+    learning_rate: float = 0.05,
+    enable_mse_search: bool = True,
+    mse_range: Sequence[float] = (0.91, 1.0, 0.01),
+    enable_auto_scale: bool = True,
+    folding: bool = False,  # noqa: ARG001 (acted on where the graph is known)
+    enable_full_range: bool = False,
+) -> QuantizedTensor:
+    """Quantizes `weight [K, N]` after scaling its rows by a trained α; the result's `input_scale` is α, or None.
+
+    Args:
+        weight: any float dtype, in either memory order, mapped from a file or not: read some columns at a time.
+        stats: of the input of every column of `weight`.
+        spec: bits, group size and scheme.
+        scale_dtype: what the model stores scales in; α is rounded to it as well.
+        each: how to go through candidates, and through tiles of columns.
+        steps: of training.
+        learning_rate: of log α, per step of unit root mean square; falls to zero over the steps.
+        enable_mse_search: as in AWQ.
+        mse_range: the shrink factors tried (start, stop, step).
+        enable_auto_scale: train at all.
+        folding: whether the pipeline must place 1/α inside an existing operation or do without; not used here.
+        enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
+
+    Raises:
+        ValueError: no statistics, or of another number of inputs than `weight` has rows.
+        FloatingPointError: the weight holds NaN or infinite numbers.
+    """
+    if stats is None or stats.gram.shape != (len(weight), len(weight)):
+        raise ValueError("teq needs the statistics of the weight's inputs, as many of them as it has rows")
+    kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
+
+    def plain(tile: F32, _: NDArray[Any], __: Grid | None) -> Grid:
+        return fit(tile, spec, **kinds)
+
+    def clipped(tile: F32, row_weights: NDArray[Any], before: Grid | None) -> Grid:
+        return search(tile, spec, mse_range, row_weights=row_weights, plain=before, **kinds)
+
+    grids = [plain, clipped] if enable_mse_search else [plain]
+    scale = None
+    if enable_auto_scale:
+        scale = trained_scale(weight, stats, spec, steps, learning_rate, each=each, **kinds)
+    if scale is not None:
+        scaled, loss = awq.quantize_scaled(weight, scale, stats.gram, spec, grids, each)
+        if loss < awq.loss_of(weight, None, stats.gram, spec, [plain], each=each):
+            return scaled
+    return awq.quantize_scaled(weight, None, stats.gram, spec, grids, each)[0]
+
+
+def trained_scale(
+    weight: NDArray[Any],
+    stats: Stats,
+    spec: Spec,
+    steps: int = 60,
+    learning_rate: float = 0.05,
+    *,
+    full_range: bool = False,
+    scale_dtype: DTypeLike = np.float32,
+    each: Each = map,
+) -> F32 | None:
+    """The α [K] of least loss met in training on a sample of output channels, None where no scale is better."""
+    kinds: dict[str, Any] = {"full_range": full_range, "scale_dtype": scale_dtype}
+
+    def plain(tile: F32, _: NDArray[Any], __: Grid | None) -> Grid:
+        return fit(tile, spec, **kinds)
+
+    start = awq.best_scale(weight, stats, spec, [plain], scale_dtype, each)
+    sample = awq.spread(weight, SAMPLE)
+    log = np.zeros(len(sample)) if start is None else np.log(start.astype(np.float64))
+    velocity = np.zeros(len(sample))
+    best, least = None, np.inf
+    for step in range(steps + 1):
+        scale = np.clip(np.exp(log), LEAST, LARGEST).astype(scale_dtype).astype(np.float32)
+        loss, gradient = loss_and_gradient(sample, scale, stats.gram, spec, **kinds)
+        if loss < least:
+            best, least = scale, loss
+        gradient -= gradient.mean()
+        size = float(np.sqrt(np.square(gradient).mean()))
+        if step == steps or not 0 < size < np.inf:
+            break
+        velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size
+        log -= learning_rate * (1 - step / steps) * velocity
+    unscaled = awq.loss_of(sample, None, stats.gram, spec, [plain])
+    return best if least < unscaled else None
+
+
+def loss_and_gradient(
+    weight: F32,
+    scale: F32,
+    gram: F32,
+    spec: Spec,
+    *,
+    full_range: bool = False,
+    scale_dtype: DTypeLike = np.float32,
+) -> tuple[float, NDArray[np.float64]]:
+    """L of `weight [K, n]` scaled by `scale [K]` and rounded to nearest, and ∂L/∂log α [K] as in the first lines."""
+    k, g = len(weight), spec.resolved_group(len(weight))
+    scaled = weight * scale[:, None]
+    grid = fit(scaled, spec, full_range=full_range, scale_dtype=scale_dtype)
+    delta = project(scaled, *grid, spec.bits, g)
+    delta /= scale[:, None]
+    delta -= weight
+    errors = delta * (gram @ delta)
+    gradient = -2 * errors.sum(axis=1, dtype=np.float64)
+    for start in range(0, k, g):
+        rows = slice(start, min(k, start + g))
+        part, size = scaled[rows], np.abs(scaled[rows])
+        lo, hi = np.minimum(part.min(axis=0), 0), np.maximum(part.max(axis=0), 0)
+        if spec.symmetric or spec.bits == 1:
+            span, spans = size.max(axis=0), size == size.max(axis=0)
+        else:
+            span, spans = hi - lo, (part == lo) | (part == hi)
+        share = np.divide(size, span, out=np.zeros_like(size), where=spans & (span > 0))
+        gradient[rows] += 2 * (share * errors[rows].sum(axis=0)).sum(axis=1, dtype=np.float64)
+    return float(column_errors(delta, gram).sum()), gradient
+
+
+def working_bytes(k: int, n: int, spec: Spec) -> int:
+    """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
+    return max(awq.working_bytes(k, n, spec), 4 * (7 * k * min(SAMPLE, n) + 10 * k))
