@@ -28,6 +28,13 @@ from onnx_woq.runtime.evaluate import Metrics
 
 CLIP = {"enable_mse_search": True}
 ORDER = CLIP | {"group_order": True}
+BALANCED = PRESETS["BALANCED_4BIT"]
+
+
+def _with(option: str, value: object) -> Recipe:
+    return replace(BALANCED, options={**BALANCED.options, option: value})
+
+
 METHODS: Mapping[str, Recipe] = {
     "RTN": Recipe("rtn"),
     "RTN, clip search": Recipe("rtn", options=CLIP),
@@ -39,6 +46,15 @@ METHODS: Mapping[str, Recipe] = {
     "GPTQ, clip search, attention": Recipe("gptq", options=CLIP, attention_weighted=True),
     "GPTQ, clip search, group order, attention": Recipe("gptq", options=ORDER, attention_weighted=True),
     "AWQ": Recipe("awq"),
+    "TEQ": Recipe("teq"),
+    "HQQ": Recipe("hqq"),
+    "BALANCED_4BIT, scaled by AWQ": _with("scaling", "awq"),
+    "BALANCED_4BIT, scaled by TEQ": _with("scaling", "teq"),
+    "BALANCED_4BIT, 1 descent": _with("descent_passes", 1),
+    "BALANCED_4BIT, 2 descents": _with("descent_passes", 2),
+    "BALANCED_4BIT, bias correction": replace(BALANCED, bias_correction=True),
+    "BALANCED_4BIT, rank 16": replace(BALANCED, lowrank=16),
+    "BALANCED_4BIT, true sequential": replace(BALANCED, true_sequential=True, sequential_unit="block"),
 }
 
 
