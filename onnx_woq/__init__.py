@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from onnx_woq.autotune import tune
     from onnx_woq.errors import OnnxWoqError
     from onnx_woq.examine import evaluate, inspect
+    from onnx_woq.page import write_report
     from onnx_woq.pipeline import quantize
     from onnx_woq.presets import PRESETS
     from onnx_woq.recipe import Recipe, Spec
@@ -25,9 +26,21 @@ _HOMES = {
     "inspect": "examine",
     "quantize": "pipeline",
     "tune": "autotune",
+    "write_report": "page",
 }
 
-__all__ = ["PRESETS", "OnnxWoqError", "Recipe", "Spec", "TuneResult", "evaluate", "inspect", "quantize", "tune"]
+__all__ = [
+    "PRESETS",
+    "OnnxWoqError",
+    "Recipe",
+    "Spec",
+    "TuneResult",
+    "evaluate",
+    "inspect",
+    "quantize",
+    "tune",
+    "write_report",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -134,6 +135,7 @@ def main() -> None:
 @click.option("--timeout", type=float, metavar="SECONDS", help="No trial starts later.")
 @click.option("--workdir", type=click.Path(), metavar="DIR", help="Journal and trial models; a killed run resumes.")
 @run_options
+@click.option("--report", "report_file", type=click.Path(), metavar="FILE", help="A page (.html) or JSON of the run.")
 @click.option("--resume", is_flag=True, help="Continue what a killed or interrupted run, or one out of disk, has left.")
 @json_option
 @_named_errors
@@ -147,11 +149,16 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
     """
     from onnx_woq import report
 
+    if given["report_file"]:
+        from onnx_woq.page import check_report
+
+        check_report(Path(given["report_file"]))
     if auto and (given["config"] or given["recipe_file"]):
         raise RecipeError("--auto tries all predefined configurations: leave out --config and --recipe")
     if auto or given["evaluation"]:
         recipes = dict(_named_recipe(given, name) for name in (TUNED if auto else [None]))
         result = _tune(model, output, calib, recipes, given)
+        _write_report(given, result, model)
         _print(as_json, result, report.tuning)
         if not result.met:
             sys.exit(TOLERANCE_NOT_MET)
@@ -173,6 +180,7 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
             progress=progress,
             announce=_announce,
         )
+    _write_report(given, done, model)
     _print(as_json, done, report.quantization)
 
 
@@ -227,6 +235,15 @@ def configs(as_json: bool) -> None:
     width = max(map(len, PRESETS))
     for name in PRESETS:
         click.echo(f"{name:<{width}}  {MEANINGS[name]}")
+
+
+def _write_report(given: dict[str, Any], result: Any, model: str) -> None:
+    """Writes the report that --report asks for, if there is a model to report on."""
+    if given["report_file"]:
+        from onnx_woq.page import write_report
+
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        _announce(f"report: {write_report(result, given['report_file'], model=model, command=command)}")
 
 
 def _named_recipe(given: dict[str, Any], name: str | None) -> tuple[str, Recipe]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
@@ -141,7 +142,7 @@ def make(
         reports = [put_in(model, recipe, tap, partial.finished[tap.name]) for tap in taps if tap not in left]
         reports += solve(model, recipe, drawn, partial, with_means, blocks, known, (len(reports), len(taps)))
         runtime = required_runtime(model)
-        properties = {**properties, "onnx_woq.minimum_onnxruntime": runtime}
+        properties = {**properties, "onnx_woq.minimum_onnxruntime": runtime, "onnx_woq.layers": _layers(reports)}
         files = write(model, place, properties, companions_from, partial)
     return Made(reports, sum(file.stat().st_size for file in files), runtime)
 
@@ -209,6 +210,26 @@ def put_in(model: Model, recipe: Recipe, tap: Tap, solved: Solved) -> TapReport:
     level = recipe.accuracy_level
     lower_compensated(model, tap, solved.packed, solved.factors, accuracy_level=level, bias=solved.bias)
     return report_of(tap, before, solved.error, scaling)
+
+
+def _layers(reports: Sequence[TapReport]) -> str:
+    """What a written model says of each of its weights, in JSON."""
+    rows = [
+        {
+            "name": report.name,
+            "sites": report.sites,
+            "bits": report.spec.bits,
+            "group_size": report.spec.group_size,
+            "symmetric": report.spec.symmetric,
+            "k": report.k,
+            "n": report.n,
+            "bytes": report.bytes_after,
+            "error": report.error,
+            "scaling": report.scaling,
+        }
+        for report in reports
+    ]
+    return json.dumps(rows)
 
 
 def _key(properties: Mapping[str, str]) -> dict[str, str]:
