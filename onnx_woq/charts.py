@@ -69,6 +69,10 @@ def frontier(found: dict[str, Any]) -> go.Figure:
     values = [trial["metric"] for trial in trials]
     if values and min(values) > 0 and max(values) > 8 * min(values):
         figure.update_yaxes(type="log")
+    sizes = [trial["bytes"] / 1e6 for trial in trials]
+    if sizes:  # room for the names
+        room = 0.12 * (max(sizes) - min(sizes)) or 0.1 * max(sizes)
+        figure.update_xaxes(range=[min(sizes) - room, max(sizes) + room])
     figure.update_xaxes(title="MB on disk")
     figure.update_yaxes(title=f"{tuning['metric']}, {tuning['unit']}")
     return figure
@@ -95,7 +99,15 @@ def history(found: dict[str, Any]) -> go.Figure:
         figure.add_hline(tuning["limit"], line={"color": GREEN, "dash": "dash"}, annotation_text="limit")
     figure.update_layout(
         yaxis={"title": f"{tuning['metric']}, {tuning['unit']}"},
-        yaxis2={"title": "seconds", "overlaying": "y", "side": "right", "showgrid": False, "rangemode": "tozero"},
+        yaxis2={
+            "title": "seconds",
+            "overlaying": "y",
+            "side": "right",
+            "showgrid": False,
+            "rangemode": "tozero",
+            "nticks": 5,
+            "tickformat": ".3~g",
+        },
     )
     return figure
 

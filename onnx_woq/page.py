@@ -46,7 +46,8 @@ tr.chosen td { font-weight: 600; } .within { color: var(--good); } .outside, .fa
 code, pre { font: .85rem/1.45 ui-monospace, monospace; } pre { background: var(--card); border: 1px solid var(--line);
   border-radius: .6rem; padding: .8rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-@media print { .modebar { display: none !important; } h2 { break-after: avoid; } .chart { break-inside: avoid; } }
+.pair > figure { min-width: 0; }
+@media print { h2 { break-after: avoid; } .chart { break-inside: avoid; } }
 """
 
 
@@ -143,7 +144,7 @@ def _text(value: object) -> str:
 def _chart(figure: Any, name: str) -> str:
     title = figure.layout.meta or name
     drawn = figure.to_html(
-        full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
+        full_html=False, include_plotlyjs=False, div_id=name, config={"displayModeBar": False, "responsive": True}
     )
     return f'<figure class="chart wide" style="margin:0" role="img" aria-label="{_text(title)}">{drawn}</figure>'
 
