@@ -46,6 +46,8 @@ _SPEC_OPTIONS = (
     click.option("--bits", type=int, help="Bits per weight, 1 to 8 (2, 4 and 8 are native)."),
     click.option("--group-size", type=int, help="Input channels per scale; -1 for one scale per output channel."),
     click.option("--scheme", metavar="sym|asym", help="Symmetric grid, or one zero point per group."),
+    click.option("--embedding-bits", type=int, metavar="N", help="Quantize embeddings too: 2, 4 or 8 bits are native."),
+    click.option("--embedding-group", type=int, metavar="N", help="Columns of an embedding per scale."),
     click.option("--option", "options", multiple=True, metavar="NAME=VALUE", help="An option of the algorithm."),
     click.option("--include", multiple=True, metavar="REGEX", help="Quantize only what this finds. Repeatable."),
     click.option("--exclude", multiple=True, metavar="REGEX", help="Leave float what this finds. Repeatable."),
@@ -282,10 +284,20 @@ def _recipe(given: dict[str, Any], name: str | None = None) -> Recipe:
     return Recipe.from_dict(
         base.to_dict()
         | {"method": method, "options": options | _assignments(given["options"])}
-        | {"spec": base.to_dict()["spec"] | grid}
+        | {"spec": base.to_dict()["spec"] | grid, "embedding": _embedding(given, base, grid)}
         | {"include": [*base.include, *given["include"]], "exclude": [*base.exclude, *given["exclude"]]}
         | level
     )
+
+
+def _embedding(given: dict[str, Any], base: Recipe, grid: dict[str, Any]) -> dict[str, Any] | None:
+    """The grid of embeddings: what the recipe says of them, else what it says of everything, and the flags."""
+    flags = {"bits": given["embedding_bits"], "group_size": given["embedding_group"]}
+    flags = {name: value for name, value in flags.items() if value is not None}
+    if base.embedding is None and not flags:
+        return None
+    told = base.to_dict()["embedding"] or base.to_dict()["spec"] | grid
+    return told | {name: value for name, value in grid.items() if name == "symmetric"} | flags
 
 
 def _read_recipe(path: Path) -> Recipe:

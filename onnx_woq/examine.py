@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnx_woq.embedding import table_report
 from onnx_woq.folder import find_model
 from onnx_woq.graph.blocks import cuts
+from onnx_woq.graph.embeddings import find_embeddings
 from onnx_woq.graph.model import file_bytes, load
 from onnx_woq.graph.taps import find_taps, shared_copy_bytes
 from onnx_woq.making import Progress, report_of
@@ -27,11 +29,14 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
     path = find_model(model)
     source = load(path)
     taps, skipped = find_taps(source, recipe)
-    rows = tuple(report_of(tap, tap.weight_bytes) for tap in taps)
-    copies = shared_copy_bytes(source, taps)
+    embeddings, left_float = find_embeddings(source, recipe, taps)
+    rows, tables = tuple(report_of(tap, tap.weight_bytes) for tap in taps), tuple(map(table_report, embeddings))
+    copies = shared_copy_bytes(source, taps, embeddings)
     before = file_bytes(source)
     saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())
-    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved, tuple(cuts(source)))
+    saved += sum(table.bytes_before - table.bytes_after for table in tables)
+    skipped += left_float
+    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved, tuple(cuts(source)), tables)
 
 
 def evaluate(

@@ -16,11 +16,14 @@ import numpy as np
 
 from onnx_woq.core.cpu import one_blas_thread
 from onnx_woq.core.methods import needs_data
+from onnx_woq.embedding import own, put_in_table, solve_tables, table_report
 from onnx_woq.errors import OutputError
 from onnx_woq.executors import built_in, workers_of
 from onnx_woq.folder import Destination, companions_copied, output_folder
 from onnx_woq.graph.blocks import blocks_of
+from onnx_woq.graph.embeddings import Embedding
 from onnx_woq.graph.fold import divide_input
+from onnx_woq.graph.lower.gather import share_codes
 from onnx_woq.graph.lower.lowrank import lower_compensated, tap_bytes
 from onnx_woq.graph.lower.matmulnbits import required_runtime
 from onnx_woq.graph.model import Model, file_bytes, save
@@ -28,8 +31,9 @@ from onnx_woq.graph.save import data_path, failure
 from onnx_woq.graph.taps import Tap, shared_copy_bytes
 from onnx_woq.memory import MemoryPlan, give_back_at_once, plan_memory, task_bytes
 from onnx_woq.partial import Partial, partial_folder, unfinished
+from onnx_woq.partial_journal import Unit
 from onnx_woq.recipe import Recipe
-from onnx_woq.results import TapReport
+from onnx_woq.results import EmbeddingReport, TapReport
 from onnx_woq.solving import Solved, Task, folding, known_as, solve_all, task_of
 
 if TYPE_CHECKING:
@@ -69,6 +73,7 @@ def means(
     executor: Executor | None,
     progress: Progress | None,
     announce: Callable[[str], None] | None,
+    embeddings: Sequence[Embedding] = (),
 ) -> Iterator[Means]:
     """What `recipe` is carried out with; the built-in executor lives as long as the `with` block.
 
@@ -78,7 +83,7 @@ def means(
     with built_in() if executor is None else nullcontext(executor) as chosen:
         if max_memory is not None:
             give_back_at_once()
-        memory = plan_memory(model, taps, batches, recipe, max_memory, workers_of(chosen))
+        memory = plan_memory(model, taps, batches, recipe, max_memory, workers_of(chosen), own(embeddings))
         if announce:
             announce(memory.text)
         yield Means(chosen, memory, max_memory is not None, progress)
@@ -90,9 +95,10 @@ Known = dict[tuple[object, ...], Solved]
 
 @dataclass(frozen=True)
 class Made:
-    """What became of each tap, the bytes written, and the oldest onnxruntime that runs it."""
+    """What became of each tap and embedding, the bytes written, and the oldest onnxruntime that runs it."""
 
     taps: list[TapReport]
+    embeddings: list[EmbeddingReport]
     bytes: int
     runtime: str
 
@@ -113,6 +119,7 @@ def make(
     companions_from: Path,
     resume: str,
     known: Known | None = None,
+    embeddings: Sequence[Embedding] = (),
 ) -> Made:
     """Quantizes `model` in place and writes it, weights as they are made.
 
@@ -127,24 +134,30 @@ def make(
         companions_from: folder of the files that go along into a folder.
         resume: see `unfinished`.
         known: what has been solved for the same model and data by now; grows.
+        embeddings: of the model by the recipe.
 
     Raises:
         OnnxWoqError: it cannot be done; nothing is left behind, but by a DiskError that says so.
     """
     blocks = blocks_of(model, taps) if needs_data(recipe) else [[tap] for tap in taps]
-    _check_room(model, taps, place)
+    units: list[Unit] = [*taps, *own(embeddings)]
+    groups: list[Sequence[Unit]] = [*blocks, *([table] for table in own(embeddings))]
+    _check_room(model, taps, embeddings, place)
     with (
         output_folder(place.onnx.parent),
-        unfinished(place.onnx, _key(properties), taps, blocks, resume=resume) as partial,
+        unfinished(place.onnx, _key(properties), units, groups, resume=resume) as partial,
     ):
         left = [tap for tap in taps if tap.name not in partial.finished]
         drawn = collected(left, partial.states)  # before anything is put in: most recipes calibrate the float model
-        reports = [put_in(model, recipe, tap, partial.finished[tap.name]) for tap in taps if tap not in left]
-        reports += solve(model, recipe, drawn, partial, with_means, blocks, known, (len(reports), len(taps)))
+        done = [tap for tap in taps if tap not in left]
+        reports = [put_in(model, recipe, tap, partial.finished[tap.name], embeddings) for tap in done]
+        steps = len(reports), len(units)
+        reports += solve(model, recipe, drawn, partial, with_means, blocks, known, steps, embeddings)
+        tables = solve_embeddings(model, recipe, embeddings, partial, with_means, len(taps))
         runtime = required_runtime(model)
         properties = {**properties, "onnx_woq.minimum_onnxruntime": runtime, "onnx_woq.layers": _layers(reports)}
         files = write(model, place, properties, companions_from, partial)
-    return Made(reports, sum(file.stat().st_size for file in files), runtime)
+    return Made(reports, tables, sum(file.stat().st_size for file in files), runtime)
 
 
 def solve(
@@ -156,6 +169,7 @@ def solve(
     blocks: Sequence[Sequence[Tap]],
     known: Known | None,
     steps: tuple[int, int],
+    embeddings: Sequence[Embedding] = (),
 ) -> list[TapReport]:
     """Solves each tap and puts the result into `model`, in order; `collected` may still be running on it.
 
@@ -189,7 +203,7 @@ def solve(
             kept = partial.keep(tap, solved)
             if key := known_as(recipe, tap):
                 known[key] = kept
-            reports.append(put_in(model, recipe, tap, kept))
+            reports.append(put_in(model, recipe, tap, kept, embeddings))
             if with_means.progress:
                 with_means.progress("solve", steps[0] + len(reports), steps[1])
     return reports
@@ -201,14 +215,41 @@ def _known_or_task(known: Known, recipe: Recipe, tap: Tap, stats: Stats | None) 
     return found or task_of(recipe, tap, stats)
 
 
-def put_in(model: Model, recipe: Recipe, tap: Tap, solved: Solved) -> TapReport:
-    """Replaces the weights of `tap` in `model`."""
+def solve_embeddings(
+    model: Model,
+    recipe: Recipe,
+    embeddings: Sequence[Embedding],
+    partial: Partial,
+    with_means: Means,
+    steps: int,
+) -> list[EmbeddingReport]:
+    """Solves what has no head to share codes with, and puts it in; `steps` have been done before.
+
+    Not before all taps: they are calibrated on the float table, whatever the recipe says of their order.
+    """
+    left = [table for table in own(embeddings) if table.name not in partial.finished]
+    for table in own(embeddings):
+        if table not in left:
+            put_in_table(model, table, partial.finished[table.name])
+    solved_tables = solve_tables(recipe, left, with_means.executor, with_means.memory, helping=not with_means.scarce)
+    for number, (table, solved) in enumerate(solved_tables, 1):
+        put_in_table(model, table, partial.keep(table, solved))
+        if with_means.progress:
+            with_means.progress("solve", steps + number, steps + len(left))
+    return [table_report(table) for table in embeddings]
+
+
+def put_in(model: Model, recipe: Recipe, tap: Tap, solved: Solved, embeddings: Sequence[Embedding] = ()) -> TapReport:
+    """Replaces the weights of `tap` in `model`, and the tables among `embeddings` that share their codes."""
     before = tap.weight_bytes
     scaling = ""
     if solved.input_scale is not None:
         scaling = divide_input(tap, solved.input_scale, allow_mul=not folding(recipe))
     level = recipe.accuracy_level
     lower_compensated(model, tap, solved.packed, solved.factors, accuracy_level=level, bias=solved.bias)
+    for table in embeddings:
+        if table.shared and table.head in tap.sites:
+            share_codes(model, table, solved.input_scale)
     return report_of(tap, before, solved.error, scaling)
 
 
@@ -243,10 +284,11 @@ def _key(properties: Mapping[str, str]) -> dict[str, str]:
     return {name: properties[key] for name, key in names.items()}
 
 
-def _check_room(model: Model, taps: list[Tap], place: Destination) -> None:
+def _check_room(model: Model, taps: list[Tap], embeddings: Sequence[Embedding], place: Destination) -> None:
     """Asks for the disk space of the result before the work begins."""
     saved = sum(tap.weight_bytes - report_of(tap, tap.weight_bytes).bytes_after for tap in taps)
-    needed = file_bytes(model) - saved + sum(shared_copy_bytes(model, taps).values())
+    saved += sum(row.bytes_before - row.bytes_after for row in map(table_report, embeddings))
+    needed = file_bytes(model) - saved + sum(shared_copy_bytes(model, taps, embeddings).values())
     above = place.onnx.absolute().parent
     while not above.exists():
         above = above.parent

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING
 
 from onnx_woq.core import lowrank
 from onnx_woq.core.methods import needs_data, result_bytes, solve_bytes
+from onnx_woq.embedding import table_bytes
 from onnx_woq.errors import MemoryLimit
 from onnx_woq.graph.blocks import cuts
+from onnx_woq.graph.embeddings import Embedding
+from onnx_woq.graph.lower.gather import embedding_bytes
 from onnx_woq.graph.lower.lowrank import tap_bytes
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Tap
@@ -60,7 +63,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Model, taps: Sequence[Tap], batches: Sequence[Feed], recipe: Recipe, max_memory: int | None, workers: int
+    model: Model,
+    taps: Sequence[Tap],
+    batches: Sequence[Feed],
+    recipe: Recipe,
+    max_memory: int | None,
+    workers: int,
+    tables: Sequence[Embedding] = (),
 ) -> MemoryPlan:
     """What quantizing `taps` takes, within `max_memory` bytes for the whole process if that is given.
 
@@ -71,13 +80,16 @@ def plan_memory(
         recipe: tells the method.
         max_memory: bytes; None takes what makes it fast.
         workers: of the executor.
+        tables: embeddings to solve.
 
     Raises:
         MemoryLimit: the largest tap does not fit; the message says how much is needed.
     """
     needs = _needs(model, taps, batches) if needs_data(recipe) and batches else None
-    base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else sum(map(tap_bytes, taps)))
-    tasks = sorted((task_bytes(tap, recipe) for tap in taps), reverse=True)
+    results = sum(map(tap_bytes, taps)) + sum(embedding_bytes(table, table.spec, None) for table in tables)
+    base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else results)
+    tasks = [task_bytes(tap, recipe) for tap in taps] + [table_bytes(table, workers) for table in tables]
+    tasks.sort(reverse=True)
     largest, solving = tasks[0], sum(tasks[:workers])
     least, between = (needs.least(), needs.between) if needs else (0, 0)
     window = WINDOW

@@ -26,8 +26,8 @@ import numpy as np
 
 from onnx_woq.errors import DiskError, OutputError
 from onnx_woq.graph.save import Stored, data_path, failure
-from onnx_woq.graph.taps import Tap
 from onnx_woq.partial_journal import (
+    Unit,
     arrays_of,
     difference,
     finished,
@@ -92,7 +92,7 @@ class Partial:
         self._data.close()
         return Stored(self.folder, self.places, self.end)
 
-    def keep(self, tap: Tap, solved: Solved) -> Solved:
+    def keep(self, tap: Unit, solved: Solved) -> Solved:
         """Stores a solved tap; gives it back with its large arrays read from the data file.
 
         Raises:
@@ -101,7 +101,7 @@ class Partial:
         with _named_errors(self.out):
             return self._keep(tap, solved)
 
-    def _keep(self, tap: Tap, solved: Solved) -> Solved:
+    def _keep(self, tap: Unit, solved: Solved) -> Solved:
         arrays = arrays_of(solved)
         places, end = laid_out((array.nbytes for array in arrays), self.end)
         for array, place in zip(arrays, places, strict=True):
@@ -172,7 +172,7 @@ class Partial:
                 self._data.truncate(self.end)
             self.sync()
 
-    def take_over(self, taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]]) -> None:
+    def take_over(self, taps: Sequence[Unit], blocks: Sequence[Sequence[Unit]]) -> None:
         """Continues with the taps of all blocks that are finished, and forgets what comes after them."""
         entries, position = finished(_read_all(self._journal), taps, blocks, self.read)
         for entry in entries:
@@ -190,7 +190,7 @@ class Partial:
 
 @contextmanager
 def unfinished(
-    out: Path, key: Mapping[str, str], taps: Sequence[Tap], blocks: Sequence[Sequence[Tap]], *, resume: str = ""
+    out: Path, key: Mapping[str, str], taps: Sequence[Unit], blocks: Sequence[Sequence[Unit]], *, resume: str = ""
 ) -> Iterator[Partial]:
     """The unfinished result of `out`, new or continued; removed at the end of the `with` block.
 
@@ -241,8 +241,8 @@ def _opened(
     files: ExitStack,
     out: Path,
     key: Mapping[str, str],
-    taps: Sequence[Tap],
-    blocks: Sequence[Sequence[Tap]],
+    taps: Sequence[Unit],
+    blocks: Sequence[Sequence[Unit]],
     resume: str,
 ) -> Partial:
     """What is in a locked folder, continued where that is asked for and possible, else empty."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from onnx_woq.core.lowrank import GRID
 from onnx_woq.graph.edit import LARGE
+from onnx_woq.graph.embeddings import Embedding
 from onnx_woq.graph.lower.lowrank import factor_shapes
 from onnx_woq.graph.lower.matmulnbits import packed_from, packed_shapes
 from onnx_woq.graph.save import next_place
@@ -28,6 +29,9 @@ from onnx_woq.graph.taps import Tap
 from onnx_woq.solving import Solved
 
 _FORMAT = 1
+
+Unit = Tap | Embedding
+"""What is solved by itself; called a tap below, of which there are more."""
 
 Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
 """Gives the array of a shape and type at a place of the data file; ValueError where the file ends before."""
@@ -63,7 +67,7 @@ def laid_out(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
     return places, end
 
 
-def most_bytes(taps: Iterable[Tap]) -> int:
+def most_bytes(taps: Iterable[Unit]) -> int:
     """No data file of these taps is longer, in whatever order they come."""
     shapes = (shape for tap in taps for shapes in _layouts(tap) for shape in shapes)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
@@ -80,7 +84,7 @@ def first_line(journal: bytes) -> bytes:
     return journal[: journal.find(b"\n") + 1]
 
 
-def tap_line(tap: Tap, solved: Solved, end: int) -> bytes:
+def tap_line(tap: Unit, solved: Solved, end: int) -> bytes:
     """The line of a solved tap whose data end at `end`."""
     arrays = arrays_of(solved)
     check = 0
@@ -100,7 +104,7 @@ def tap_line(tap: Tap, solved: Solved, end: int) -> bytes:
 
 
 def finished(
-    journal: bytes, taps: Iterable[Tap], blocks: Sequence[Sequence[Tap]], read: Read
+    journal: bytes, taps: Iterable[Unit], blocks: Sequence[Sequence[Unit]], read: Read
 ) -> tuple[list[Entry], int]:
     """The taps of all blocks that are finished, in order, as far as the data bear out what the journal says.
 
@@ -166,12 +170,12 @@ def raw(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Solved | None:
+def _read_back(said: Mapping[str, Any], tap: Unit, start: int, read: Read) -> Solved | None:
     """A tap from its line and the data, which begin at `start`; None if anything is not as it should be."""
     packed, check, end = [], 0, start
     try:
         small, parts = list(said["small"]), tap.parts()
-        stored = [(part.k, part.n, tap.spec) for part in parts] + [(k, n, GRID) for k, n in factor_shapes(tap)]
+        stored = [(part.k, part.n, tap.spec) for part in parts] + [(k, n, GRID) for k, n in _factors(tap)]
         for (k, n, spec), shapes in zip(stored, _layouts(tap), strict=True):
             arrays = []
             places, end = laid_out((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
@@ -182,7 +186,7 @@ def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Sol
             packed.append(packed_from(arrays, k, n, spec))
         scale = said["input_scale"]
         input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(tap.k)
-        wanted = parts if tap.corrected else []
+        wanted = parts if isinstance(tap, Tap) and tap.corrected else []
         vectors = [_array(text, np.dtype(np.float32)) for text in said["bias"]]
         bias = tuple(vector.reshape(part.n) for part, vector in zip(wanted, vectors, strict=True))
         error = None if said["error"] is None else float(said["error"])
@@ -193,10 +197,14 @@ def _read_back(said: Mapping[str, Any], tap: Tap, start: int, read: Read) -> Sol
     return Solved(tuple(packed[: len(parts)]), input_scale, error, tuple(packed[len(parts) :]), bias)
 
 
-def _layouts(tap: Tap) -> list[tuple[tuple[tuple[int, ...], np.dtype], ...]]:
+def _layouts(tap: Unit) -> list[tuple[tuple[tuple[int, ...], np.dtype], ...]]:
     """Shape and type of each array of each weight of a tap, and of each factor."""
     weights = [packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype) for part in tap.parts()]
-    return weights + [packed_shapes(k, n, GRID, tap.scale_dtype) for k, n in factor_shapes(tap)]
+    return weights + [packed_shapes(k, n, GRID, tap.scale_dtype) for k, n in _factors(tap)]
+
+
+def _factors(tap: Unit) -> list[tuple[int, int]]:
+    return factor_shapes(tap) if isinstance(tap, Tap) else []
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

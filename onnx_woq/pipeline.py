@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from onnx_woq.core.methods import METHODS, needs_data
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize
 from onnx_woq.folder import destination, find_model
+from onnx_woq.graph.embeddings import find_embeddings
 from onnx_woq.graph.model import Model, check_output, file_bytes, load, low_bit_nodes, model_hash
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
 from onnx_woq.making import Feed, Means, Progress, make, means
@@ -81,13 +82,14 @@ def quantize(
     if place.onnx.parent.is_dir():
         check_output(source, place.onnx)
     taps, skipped = plan(source, recipe)
-    before, copies = file_bytes(source), shared_copy_bytes(source, taps)
+    embeddings, left_float = find_embeddings(source, recipe, taps)
+    before, copies = file_bytes(source), shared_copy_bytes(source, taps, embeddings)
     batches: list[Feed] = []
     if needs_data(recipe):
         batches = read_data(source, path, data, recipe, recipe.nsamples, tokenizer, at_most=samples is None)
     calibration = feeds_hash(batches)
     properties = metadata(recipe, model_hash(source), calibration)
-    with means(source, taps, recipe, batches, max_memory, executor, progress, announce) as with_means:
+    with means(source, taps, recipe, batches, max_memory, executor, progress, announce, embeddings) as with_means:
         made = make(
             source,
             place,
@@ -98,6 +100,7 @@ def quantize(
             properties=properties,
             companions_from=path.parent,
             resume="same" if resume else "",
+            embeddings=embeddings,
         )
     warn_of_old_runtime(made.runtime)
     return QuantizeReport(
@@ -105,12 +108,13 @@ def quantize(
         output=place.onnx,
         recipe=recipe,
         taps=tuple(made.taps),
-        skipped=tuple(skipped),
+        skipped=(*skipped, *left_float),
         copies=copies,
         bytes_before=before,
         bytes_after=made.bytes,
         calibration=calibration,
         seconds=time.monotonic() - start,
+        embeddings=tuple(made.embeddings),
     )
 
 

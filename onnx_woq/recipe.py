@@ -62,6 +62,9 @@ class Recipe:
         exclude: regular expressions; sites where one is found stay float.
             All expressions are searched in the node name, output value name and weight name of a site.
         overrides: expression -> Spec for the sites it finds, or None to leave them float; the last match wins.
+        embedding: grid of the tables that Gather reads rows of (see `onnx_woq.graph.embeddings`), along their columns;
+            None leaves them float. `include`, `exclude` and `overrides` hold for them as well. A head that is the same
+            table on the same grid shares its codes.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
         accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
         attention_weighted: what makes keys and values is calibrated with each token weighted by the attention it
@@ -84,6 +87,7 @@ class Recipe:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: Mapping[str, Spec | None] = field(default_factory=dict)
+    embedding: Spec | None = None
     lm_head: bool = True
     accuracy_level: int = 4
     attention_weighted: bool = False
@@ -101,6 +105,8 @@ class Recipe:
         if self.method not in METHODS:
             raise RecipeError(f"unknown method {self.method!r}: {nearest(str(self.method), METHODS)}")
         check_options(METHODS[self.method], self.options)
+        if not isinstance(self.embedding, Spec | None):
+            raise RecipeError(f"embedding={self.embedding!r} must be a Spec, or None to leave embeddings float")
         if self.accuracy_level not in ACCURACY_LEVELS:
             raise RecipeError(f"accuracy_level={self.accuracy_level!r} is out of range: choose 0 to 4")
         for name in ("nsamples", "pad_max_length"):
@@ -122,14 +128,15 @@ class Recipe:
         object.__setattr__(self, "options", MappingProxyType(options))
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
 
-    def spec_for(self, *names: str) -> tuple[Spec | None, str]:
-        """The spec of a site known by `names`, or None with the reason why it stays float."""
+    def spec_for(self, *names: str, default: Spec | None = None) -> tuple[Spec | None, str]:
+        """The spec of what is known by `names` (`default`, or `spec`, where no override names it), or None with the
+        reason why it stays float."""
         found = lambda expression: any(re.search(expression, name) for name in names if name)  # noqa: E731
         if self.include and not any(map(found, self.include)):
             return None, "not named by --include"
         if hit := next(filter(found, self.exclude), None):
             return None, f"excluded by {hit!r}"
-        spec: Spec | None = self.spec
+        spec: Spec | None = default or self.spec
         for expression, override in self.overrides.items():
             if found(expression):
                 spec = override
@@ -140,6 +147,7 @@ class Recipe:
         out = {f.name: getattr(self, f.name) for f in fields(self)}
         return out | {
             "spec": asdict(self.spec),
+            "embedding": self.embedding and asdict(self.embedding),
             "options": dict(self.options),
             "include": list(self.include),
             "exclude": list(self.exclude),
@@ -161,6 +169,8 @@ class Recipe:
             raise RecipeError(f"unknown recipe field {unknown!r}: {nearest(unknown, sorted(known | {'options'}))}")
         if "spec" in data:
             data["spec"] = _spec(data["spec"])
+        if data.get("embedding") is not None:
+            data["embedding"] = _spec(data["embedding"], "embedding")
         if "overrides" in data:
             data["overrides"] = {k: v and _spec(v) for k, v in _table("overrides", data["overrides"]).items()}
         return cls(**data, options=options)
@@ -175,12 +185,12 @@ class Recipe:
         return replace(self, spec=replace(self.spec, **changes))
 
 
-def _spec(data: Any) -> Spec:
+def _spec(data: Any, name: str = "spec") -> Spec:
     if isinstance(data, Spec):
         return data
     known = [f.name for f in fields(Spec)]
-    if unknown := next((name for name in _table("spec", data) if name not in known), None):
-        raise RecipeError(f"unknown spec field {unknown!r}: {nearest(unknown, known)}")
+    if unknown := next((name for name in _table(name, data) if name not in known), None):
+        raise RecipeError(f"unknown {name} field {unknown!r}: {nearest(unknown, known)}")
     return Spec(**data)
 
 

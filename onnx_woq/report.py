@@ -15,7 +15,7 @@ from onnx_woq.recipe import Spec
 
 if TYPE_CHECKING:
     from onnx_woq.graph.taps import Skipped
-    from onnx_woq.results import Inspection, QuantizeReport, TapReport, Trial, TuneResult
+    from onnx_woq.results import EmbeddingReport, Inspection, QuantizeReport, TapReport, Trial, TuneResult
     from onnx_woq.runtime.evaluate import Metrics
 
 PLAIN_WIDTH = 10_000
@@ -89,6 +89,7 @@ def quantization(report: QuantizeReport) -> None:
     if len(report.taps) > len(rows):
         which = "with the largest error" if known else "first"
         _show(f"the {len(rows)} {which} of {len(report.taps)} are shown")
+    _show_embeddings(report.embeddings)
     _show_skipped(report.skipped)
     _show_bytes(report.bytes_before, report.bytes_after, report.copies)
     _show(f"{report.output} in {report.seconds:.1f} s")
@@ -102,6 +103,7 @@ def inspection(found: Inspection) -> None:
         before, after = size(tap.bytes_before), size(tap.bytes_after)
         table.add_row(escape(", ".join(tap.sites)), _grid(tap), str(tap.k), str(tap.n), before, after)
     _show(table)
+    _show_embeddings(found.embeddings)
     _show_skipped(found.skipped, every=True)
     for cut in found.cuts:
         _show(f"calibration{f', {cut.graph}' if cut.graph else ''}: {cut.reason}")
@@ -140,6 +142,18 @@ def _verdict(trial: Trial) -> str:
         return "dropped out"
     colour = "green" if trial.met else "yellow"
     return f"[{colour}]{trial.verdict}[/{colour}]"
+
+
+def _show_embeddings(embeddings: Sequence[EmbeddingReport]) -> None:
+    if not embeddings:
+        return
+    table = _table("embeddings", "grid", ">rows", ">columns", ">before", ">after", "codes")
+    for row in embeddings:
+        shared = f"those of {row.shared_with}" if row.shared_with else "its own"
+        before, after = (size(count) if count else "" for count in (row.bytes_before, row.bytes_after))
+        name, grid = escape(row.weight_name), spec_name(row.spec)
+        table.add_row(name, grid, str(row.rows), str(row.columns), before, after, escape(shared))
+    _show(table)
 
 
 def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:

@@ -42,6 +42,31 @@ class TapReport:
 
 
 @dataclass(frozen=True)
+class EmbeddingReport:
+    """What happened to one table whose rows are gathered.
+
+    Attributes:
+        name: of the first Gather, by its output value.
+        gathers: output value names of the nodes that were replaced.
+        weight_name: of the table.
+        spec, rows, columns: the grid, along the columns, and the shape of the table.
+        bytes_before: of the table; 0 where a tap counts it among its weights.
+        bytes_after: of its codes; 0 where they are those of a head.
+        shared_with: the site that lends its codes, "" for none.
+    """
+
+    name: str
+    gathers: tuple[str, ...]
+    weight_name: str
+    spec: Spec
+    rows: int
+    columns: int
+    bytes_before: int
+    bytes_after: int
+    shared_with: str
+
+
+@dataclass(frozen=True)
 class QuantizeReport:
     """What `quantize` did. Bytes are of files on disk; `copies` are float weights that others still read."""
 
@@ -55,6 +80,7 @@ class QuantizeReport:
     bytes_after: int
     calibration: str
     seconds: float
+    embeddings: tuple[EmbeddingReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -79,6 +105,7 @@ class Inspection:
     bytes_before: int
     bytes_after: int
     cuts: tuple[Cut, ...]
+    embeddings: tuple[EmbeddingReport, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -199,6 +226,7 @@ def _plan(result: QuantizeReport | Inspection) -> dict[str, Any]:
     return {
         "model": str(result.model),
         "taps": [asdict(tap) for tap in result.taps],
+        "embeddings": [asdict(embedding) for embedding in result.embeddings],
         "skipped": [asdict(skipped) for skipped in result.skipped],
         "copies": dict(result.copies),
         "bytes_before": result.bytes_before,

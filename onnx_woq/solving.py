@@ -20,11 +20,12 @@ from onnx_woq.core.bias import correction
 from onnx_woq.core.cpu import Each
 from onnx_woq.core.lowrank import Factors, compensate
 from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods.rtn import PIECE
 from onnx_woq.core.stats import output_error
 from onnx_woq.errors import ModelError
 from onnx_woq.executors import helped, keep_blas_to_one_thread, result_of, submitted, wait_for_any
 from onnx_woq.graph.fold import can_fold
-from onnx_woq.graph.lower.matmulnbits import Packed, pack
+from onnx_woq.graph.lower.matmulnbits import Packed, pack, packed_from, packed_shapes
 from onnx_woq.graph.taps import Part, Tap
 from onnx_woq.recipe import Recipe, Spec
 
@@ -149,7 +150,25 @@ def solve_task(task: Task, each: Each = map) -> Solved:
 
 def _alone(task: Task, each: Each) -> Solved:
     """Each weight by itself, as it is stored: nothing is widened or put side by side."""
-    return Solved(tuple(pack(_solved(task, w.name, w.read(), None, each), _type(task)) for w in task.weights))
+    return Solved(tuple(_in_pieces(task, weight, each) for weight in task.weights))
+
+
+def _in_pieces(task: Task, weight: Part, each: Each) -> Packed:
+    """A weight, a few of its output channels at a time: codes that are not packed yet, and mapped rows, are let go."""
+    width = max(1, PIECE // max(1, weight.k))
+    if weight.n <= width:
+        return pack(_solved(task, weight.name, weight.read(), None, each), _type(task))
+    shapes = packed_shapes(weight.k, weight.n, task.spec, _type(task))
+    arrays = [np.empty(shape, dtype) for shape, dtype in shapes]
+
+    def put(columns: slice) -> None:
+        piece = pack(_solved(task, weight.name, weight.read()[:, columns], None, map), _type(task))
+        for whole, part in zip(arrays, piece.arrays, strict=True):
+            whole[columns] = part
+
+    for _ in each(put, [slice(c, c + width) for c in range(0, weight.n, width)]):
+        pass
+    return packed_from(arrays, weight.k, weight.n, task.spec)
 
 
 def _together(task: Task, stats: Stats, each: Each) -> Solved:

@@ -20,6 +20,7 @@ from onnx_woq.core import racing
 from onnx_woq.errors import DiskError
 from onnx_woq.executors import pickled, result_of, submitted
 from onnx_woq.folder import Destination
+from onnx_woq.graph.embeddings import find_embeddings
 from onnx_woq.graph.model import Model, clone, load
 from onnx_woq.graph.taps import Tap
 from onnx_woq.judge import Judge, Looks, Runner, Verdict, judged, judged_there, looks
@@ -217,6 +218,7 @@ def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> Non
         companions_from=run.source.path.parent,
         resume="any",
         known=run.known,
+        embeddings=find_embeddings(model, recipe, taps)[0],
     )
 
 

@@ -46,11 +46,17 @@ def graph_of(item: ir.Node | ir.Value) -> ir.Graph:
     return graph
 
 
-def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
-    """A new initializer of `graph`, called `name` if nothing else is."""
+def add_initializer(
+    graph: ir.Graph,
+    name: str,
+    array: np.ndarray,
+    dtype: ir.DataType | None = None,
+    shape: Sequence[int] | None = None,
+) -> ir.Value:
+    """A new initializer of `graph`, called `name` if nothing else is; `shape` is another one for the same bytes."""
     name = fresh(graph, name)
-    tensor = ir.Tensor(array, dtype=dtype, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    tensor = ir.Tensor(array, dtype=dtype, name=name, shape=None if shape is None else ir.Shape(shape))
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
     graph.register_initializer(value)
     return value
 

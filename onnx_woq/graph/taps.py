@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
@@ -14,6 +15,9 @@ from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.shapes import Ranks
 from onnx_woq.recipe import RANKS, Recipe, Spec
+
+if TYPE_CHECKING:
+    from onnx_woq.graph.embeddings import Embedding
 
 SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
 
@@ -255,21 +259,21 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
     return taps, skipped
 
 
-def shared_copy_bytes(model: Model, taps: Iterable[Tap]) -> dict[str, int]:
-    """Bytes of float weights that stay in the model although all `taps` are quantized, by weight name.
+def shared_copy_bytes(model: Model, taps: Iterable[Tap], embeddings: Iterable[Embedding] = ()) -> dict[str, int]:
+    """Bytes of float weights that stay in the model although all `taps` and `embeddings` are quantized, by name.
 
     They stay because something else reads them: the Gather of a tied embedding, a skipped site, a graph output.
     The answer is the same before and after lowering.
     """
     sites = [site for tap in taps for site in tap.sites]
-    quantized = {site.node for site in sites}
+    quantized = {(site.node, 1) for site in sites} | {(node, 0) for one in embeddings for node in one.nodes}
     present = {value for graph in model.ir.graphs() for value in graph.initializers.values()}
     copies: dict[str, int] = {}
     for root in dict.fromkeys(site.root for site in sites):
         constant = resolve(root)
         if constant is None or (root.producer() is None and root not in present):
             continue  # already removed
-        if root.is_graph_output() or any(node not in quantized or index != 1 for node, index in readers(root)):
+        if root.is_graph_output() or any(reader not in quantized for reader in readers(root)):
             copies[root.name or ""] = constant.tensor.nbytes
     return copies
 

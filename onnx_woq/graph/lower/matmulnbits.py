@@ -28,6 +28,8 @@ DOMAIN = "com.microsoft"
 _BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
 _OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
 _BODIES = (1, 29)  # before, int8 products with zero points in bodies are silently wrong: constants lie outside
+_GATHERS = {2: (1, 27), 4: (1, 23), 8: (1, 23)}  # of GatherBlockQuantized on uint8, each tried
+_RAGGED = (1, 27)  # before, its zero points are silently wrong where those of a row do not fill whole bytes
 _SCALE_BYTES = 4
 
 
@@ -66,12 +68,15 @@ def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.
 
 
 def required_runtime(model: Model) -> str:
-    """The oldest onnxruntime whose CPU kernels run every MatMulNBits in `model`, "" if it has none."""
+    """The oldest onnxruntime whose CPU kernels run every MatMulNBits and GatherBlockQuantized in `model`, "" if it has
+    none."""
+    nodes = list(model.ir.graph.all_nodes())
     found = [
         _oldest_of(n, in_body=n.graph is not model.ir.graph)
-        for n in model.ir.graph.all_nodes()
+        for n in nodes
         if n.op_type == "MatMulNBits" and "accuracy_level" in n.attributes
     ]
+    found += [_oldest_gather(n) for n in nodes if n.op_type == "GatherBlockQuantized"]
     return _text(max(found)) if found else ""
 
 
@@ -190,6 +195,14 @@ def _oldest_of(node: ir.Node, *, in_body: bool) -> tuple[int, int]:
     if in_body and level == 4 and len(node.inputs) > 3 and node.inputs[3] is not None:
         return _BODIES
     return _oldest(node.attributes["bits"].as_int(), level, _is_half(node.inputs[2]))
+
+
+def _oldest_gather(node: ir.Node) -> tuple[int, int]:
+    bits = node.attributes["bits"].as_int()
+    scales, zeros = node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
+    blocks = scales.shape[1] if scales is not None and scales.shape is not None else 1
+    ragged = zeros is not None and (not isinstance(blocks, int) or blocks * bits % 8)
+    return _RAGGED if ragged else _GATHERS[bits]
 
 
 def _is_half(scales: ir.Value | None) -> bool:
