@@ -123,8 +123,9 @@ def task_bytes(tap: Tap, recipe: Recipe) -> int:
     itemsize = 4 if with_data else tap.weight_bytes // max(1, tap.k * tap.n)
     solving = solve_bytes(recipe.method, tap.k, tap.n, tap.spec)
     if tap.rank:
-        held = result_bytes(tap.k, tap.n, tap.spec) + 4 * tap.k * tap.n + (stats if tap.corrected else 0)
+        held = result_bytes(tap.k, tap.n, tap.spec) + 4 * tap.k * tap.n
         solving = max(solving, held + lowrank.working_bytes(tap.k, tap.n, tap.rank))
+    stats *= 2 if tap.corrected else 1  # those of the inputs less their mean as well
     return stats + itemsize * tap.k * tap.n + solving + tap_bytes(tap)
 
 

@@ -172,10 +172,14 @@ def _in_pieces(task: Task, weight: Part, each: Each) -> Packed:
 
 
 def _together(task: Task, stats: Stats, each: Each) -> Solved:
-    """All weights side by side, for they share their input, its statistics and its scale."""
+    """All weights side by side, for they share their input, its statistics and its scale.
+
+    Where a constant is going to take the mean of the error, all else is for what deviates from it.
+    """
     weight = _side_by_side(task)
-    q = _solved(task, task.weights[0].name, weight, stats, each)
-    factors = _factors(task, weight, q, stats) if task.rank else None
+    felt = stats.less_mean() if task.corrected else stats
+    q = _solved(task, task.weights[0].name, weight, felt, each)
+    factors = _factors(task, weight, q, felt) if task.rank else None
     packed, ups, bias, start = [], [], [], 0
     for part in task.weights:
         columns = slice(start, start + part.n)
@@ -185,17 +189,16 @@ def _together(task: Task, stats: Stats, each: Each) -> Solved:
         if task.corrected:
             bias.append(_bias(weight[:, columns], q.columns(columns), factors and factors.columns(columns), stats))
         start += part.n
-    error = _relative_error(weight, q, factors, stats, corrected=task.corrected)
+    error = _relative_error(weight, q, factors, felt, stats)
     down = (pack(factors.down, _type(task)),) if factors else ()
     return Solved(tuple(packed), q.input_scale, error, (*down, *ups), tuple(bias))
 
 
 def _factors(task: Task, weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> Factors:
-    """What makes up for the error of `q`; only for its deviation from the mean where a constant takes that."""
-    gram = stats.centred() if task.corrected else stats.gram
+    """What makes up for the error of `q`."""
     delta = q.effective()
     np.subtract(weight, delta, out=delta)
-    return compensate(delta, gram, task.rank, input_scale=q.input_scale, scale_dtype=_type(task))
+    return compensate(delta, stats.gram, task.rank, input_scale=q.input_scale, scale_dtype=_type(task))
 
 
 def _bias(weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, stats: Stats) -> np.ndarray:
@@ -236,16 +239,13 @@ def _side_by_side(task: Task) -> np.ndarray:
 
 
 def _relative_error(
-    weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, stats: Stats, *, corrected: bool
+    weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, felt: Stats, stats: Stats
 ) -> float:
     step = -(-weight.shape[1] // ERROR_CHANNELS)
     every = slice(None, None, step)
     sample = np.ascontiguousarray(weight[:, every])
     energy = output_error(sample, stats.gram)
-    if not energy:
-        return 0.0
-    gram = stats.centred() if corrected else stats.gram
-    return output_error(_acting(q, factors, every) - sample, gram) / energy
+    return output_error(_acting(q, factors, every) - sample, felt.gram) / energy if energy else 0.0
 
 
 def _not_finite(task: Task, weight: str) -> ModelError:

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from builders import FLOAT16, graph, node, random, value, write
+from builders import FLOAT16, graph, linear, node, random, value, write
 from click.testing import CliRunner
+from core.measure import peak_bytes
 
 from onnx_woq import Recipe, Spec, executors, quantize, solving
 from onnx_woq.cli import main
@@ -21,6 +22,7 @@ from onnx_woq.errors import ModelError, RecipeError
 from onnx_woq.executors import Serial, built_in, helped, workers_of
 from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import find_taps
+from onnx_woq.memory import task_bytes
 from onnx_woq.solving import Solved, solve_all, solve_task, task_of
 
 
@@ -58,6 +60,49 @@ def test_a_task_that_has_travelled_gives_the_same_bits(method, dtype, tmp_path):
         assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     assert [p.n for p in here.packed] == [40, 24]
+
+
+ADDED = Recipe("rtn", lowrank=16, bias_correction=True)
+
+
+def test_what_is_added_travels_too(tmp_path):
+    (tap,) = taps_of(tmp_path, recipe=ADDED)
+    task = task_of(ADDED, tap, stats_of(96))
+    here, there = solve_task(task), solve_task(pickle.loads(pickle.dumps(task)))
+    assert [(p.k, p.n) for p in here.factors] == [(96, 16), (16, 40), (16, 24)]
+    assert [b.shape for b in here.bias] == [(40,), (24,)]
+    one, other = (
+        [*(a for p in s.factors for a in p.arrays), *s.bias] for s in (here, pickle.loads(pickle.dumps(there)))
+    )
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_nothing_can_be_added_without_statistics(tmp_path):
+    (tap,) = taps_of(tmp_path, recipe=ADDED)
+    with pytest.raises(ValueError, match="statistics"):
+        solve_task(task_of(ADDED, tap, None))
+
+
+@pytest.mark.parametrize("field", [{"lowrank": 16}, {"bias_correction": True}, {"method": "gptq"}], ids=str)
+def test_what_is_solved_another_way_is_not_taken_for_the_same(field, tmp_path):
+    plain, other = Recipe(), Recipe(**field)
+    (tap,), (twin,) = (taps_of(tmp_path, recipe=recipe) for recipe in (plain, other))
+    assert solving.known_as(plain, tap) == solving.known_as(plain, taps_of(tmp_path, recipe=plain)[0])
+    assert solving.known_as(plain, tap) != solving.known_as(other, twin)
+    assert solving.solves_alike(plain, Recipe())
+    assert not solving.solves_alike(plain, other)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize(("k", "n"), [(700, 500), (300, 1200)])
+def test_what_is_added_takes_the_memory_that_was_planned(method, k, n, tmp_path):
+    recipe = Recipe(method, lowrank=32, bias_correction=True)
+    solve_task(task_of(recipe, taps_of(tmp_path, recipe=recipe)[0], stats_of(96)))  # libraries are loaded
+    (tap,) = find_taps(load(linear(tmp_path / "large.onnx", random(k, n), external=True)), recipe)[0]
+    task = task_of(recipe, tap, stats_of(k))
+    peak = peak_bytes(lambda: solve_task(task))
+    assert peak <= task_bytes(tap, recipe) - 4 * k * k <= 1.4 * peak  # the statistics are there already
 
 
 def test_half_precision_travels_as_it_is_stored(tmp_path):

@@ -133,19 +133,24 @@ class Stats:
             self.weight + other.weight,
         )
 
-    def centred(self) -> F32:
-        """The Gram matrix of the inputs less their mean, `H − w·m·mᵀ`, float32 [K, K], w the weight of all tokens.
+    def less_mean(self) -> Stats:
+        """The same with the Gram matrix of the inputs less their mean, `H − w·m·mᵀ`, w the weight of all tokens.
 
-        What is left of a squared output error once its mean is taken away is `Σ ΔW ∘ (H_centred·ΔW)`.
+        With it `Σ ΔW ∘ (H·ΔW)` is what is left of the squared output error once its mean is taken away. No tokens
+        may be added to the result.
 
         Raises:
             ValueError: the mean is not known.
         """
         root = self.known_mean() * np.sqrt(self.weight)
-        centred = np.array(self.gram, order="F")
-        for columns in (slice(c, c + MIRRORED) for c in range(0, len(centred), MIRRORED)):
-            centred[:, columns] -= np.outer(root, root[columns])
-        return centred
+        gram = np.array(self.gram, order="F")
+        for columns in (slice(c, c + MIRRORED) for c in range(0, len(gram), MIRRORED)):
+            gram[:, columns] -= np.outer(root, root[columns])
+        diagonal = np.einsum("kk->k", gram)
+        np.maximum(diagonal, 0, out=diagonal)  # of a constant input rounding may leave a hair below
+        less = copy(self)
+        less._gram, less.mean = gram, np.zeros_like(self.mean)
+        return less
 
     def known_mean(self) -> F64:
         """`mean`; ValueError where it was not given."""

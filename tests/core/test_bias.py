@@ -74,4 +74,4 @@ def test_statistics_without_a_mean_are_no_statistics_of_zero_mean():
     with pytest.raises(ValueError, match="mean"):
         corrected(np.ones((4, 2), np.float32), stats)
     with pytest.raises(ValueError, match="mean"):
-        stats.centred()
+        stats.less_mean()

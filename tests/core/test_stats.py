@@ -34,7 +34,11 @@ def assert_describes(stats, x):
     np.testing.assert_array_equal(stats.abs_max, np.abs(x).max(axis=0).astype(np.float32))
     np.testing.assert_allclose(stats.mean, x.mean(axis=0), rtol=1e-6, atol=1e-6)
     centred = x - x.mean(axis=0)
-    np.testing.assert_allclose(stats.centred(), centred.T @ centred, rtol=1e-4, atol=1e-4 * len(x))
+    less = stats.less_mean()
+    np.testing.assert_allclose(less.gram, centred.T @ centred, rtol=1e-4, atol=1e-4 * len(x))
+    assert less.gram.diagonal().min() >= 0
+    assert not less.mean.any()
+    np.testing.assert_array_equal(less.abs_mean, stats.abs_mean)
     assert stats.tokens == stats.weight == len(x)
 
 
