@@ -34,6 +34,10 @@ class MemoryLimit(OnnxWoqError):
     """The memory that the process may take is too little for the largest weight."""
 
 
+class RotationError(ModelError):
+    """The residual stream of a model cannot be rotated without changing what it computes."""
+
+
 class NothingToQuantize(ModelError):
     """No eligible MatMul or Gemm remains under this recipe."""
 

@@ -126,7 +126,9 @@ def task_bytes(tap: Tap, recipe: Recipe) -> int:
         held = result_bytes(tap.k, tap.n, tap.spec) + 4 * tap.k * tap.n
         solving = max(solving, held + lowrank.working_bytes(tap.k, tap.n, tap.rank))
     stats *= 2 if tap.corrected else 1  # those of the inputs less their mean as well
-    return stats + itemsize * tap.k * tap.n + solving + tap_bytes(tap)
+    # A rotated weight is not mapped from its file but computed, one at a time.
+    computed = max(4 * site.k * site.n for site in tap.sites) if recipe.rotation else 0
+    return stats + itemsize * tap.k * tap.n + max(solving, computed) + tap_bytes(tap)
 
 
 def give_back_at_once() -> None:

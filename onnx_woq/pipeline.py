@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_woq.core.methods import METHODS, needs_data
+from onnx_woq.embedding import own
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize
 from onnx_woq.folder import destination, find_model
-from onnx_woq.graph.embeddings import find_embeddings
+from onnx_woq.graph.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.model import Model, check_output, file_bytes, load, low_bit_nodes, model_hash
+from onnx_woq.graph.rotate import rotate
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
 from onnx_woq.making import Feed, Means, Progress, make, means
 from onnx_woq.presets import preset
@@ -26,6 +28,8 @@ from onnx_woq.results import QuantizeReport
 from onnx_woq.version import version
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from onnx_woq.core.stats import Stats
 
 logger = logging.getLogger(__name__)
@@ -84,6 +88,7 @@ def quantize(
     taps, skipped = plan(source, recipe)
     embeddings, left_float = find_embeddings(source, recipe, taps)
     before, copies = file_bytes(source), shared_copy_bytes(source, taps, embeddings)
+    prepare(source, recipe, taps, embeddings)
     batches: list[Feed] = []
     if needs_data(recipe):
         batches = read_data(source, path, data, recipe, recipe.nsamples, tokenizer, at_most=samples is None)
@@ -138,6 +143,27 @@ def plan(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
             + (f" ({'; '.join(reasons)}): see `onnx-woq inspect`" if reasons else ": it has none at all")
         )
     return taps, skipped
+
+
+def prepare(model: Model, recipe: Recipe, taps: Sequence[Tap], embeddings: Sequence[Embedding]) -> None:
+    """What `recipe` does to the float model before it is calibrated.
+
+    Taps and embeddings are those found before, and stay those of the model.
+
+    Raises:
+        RotationError: it is to be rotated and cannot be.
+    """
+    if recipe.rotation:
+        quantized = {site.node for tap in taps for site in tap.sites}
+        quantized.update(node for table in own(embeddings) for node in table.nodes)
+        rotate(model, quantized, sharing(embeddings))
+
+
+def sharing(embeddings: Sequence[Embedding]) -> dict[ir.Node, str]:
+    """The nodes that will read the codes of one table, heads and Gathers, and their names."""
+    shared = [table for table in embeddings if table.shared and table.head]
+    heads = {table.head.node: table.head.name for table in shared if table.head}
+    return heads | {node: node.outputs[0].name or "" for table in shared for node in table.nodes}
 
 
 def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:

@@ -73,6 +73,8 @@ class Recipe:
             `onnx_woq.core.bias`); every method then needs data.
         lowrank: rank of the factors that make up for rounding errors (see `onnx_woq.core.lowrank`), a multiple of 16
             or 0 for none; every method then needs data.
+        rotation: first rotate the residual stream of a model with RMSNorm, which leaves what it computes as it is and
+            spreads channels that stick out (see `onnx_woq.graph.rotate`).
         true_sequential: collect each tap's statistics with what comes before it already quantized.
         sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
             `onnx_woq.graph.blocks`).
@@ -93,6 +95,7 @@ class Recipe:
     attention_weighted: bool = False
     bias_correction: bool = False
     lowrank: int = 0
+    rotation: bool = False
     true_sequential: bool = False
     sequential_unit: str = "tap"
     nsamples: int = 128
@@ -113,7 +116,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in ("lm_head", "attention_weighted", "bias_correction", "true_sequential", "use_max_length"):
+        switches = ("lm_head", "attention_weighted", "bias_correction", "rotation", "true_sequential", "use_max_length")
+        for name in switches:
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
         rank = self.lowrank

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from onnx_woq.core.methods import needs_data
+from onnx_woq.graph.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.model import Model, clone
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.making import Feed, Means
-from onnx_woq.pipeline import collect
+from onnx_woq.pipeline import collect, prepare, sharing
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,14 +44,14 @@ class SharedStatistics:
         self.batches = batches
         self._source, self._means = source, with_means
         self._recipes = [r for r in recipes if needs_data(r) and not r.true_sequential]
-        self._stats: dict[Sources, Stats | Path] | None = None
+        self._stats: dict[tuple[str, ...], dict[Sources, Stats | Path]] = {}  # by what is done to the model first
         self._files = ExitStack()
 
     def __enter__(self) -> SharedStatistics:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stats = None
+        self._stats.clear()
         self._files.close()
 
     def of(
@@ -64,20 +65,32 @@ class SharedStatistics:
             return collect(model, recipe, taps, [], self._means)
         if recipe.true_sequential or not self.batches:
             return collect(model, recipe, taps, self.batches, self._means, states)
-        if self._stats is None:
-            self._stats = self._collect()
-        stats = self._stats
+        first = self._prepared(recipe)
+        if first not in self._stats:
+            self._stats[first] = self._collect([r for r in self._recipes if self._prepared(r) == first])
+        stats = self._stats[first]
         return ((tap, _loaded(stats[tap.sources])) for tap in taps)
 
-    def _collect(self) -> dict[Sources, Stats | Path]:
+    def _prepared(self, recipe: Recipe) -> tuple[str, ...]:
+        """Equal for recipes that do the same to the float model, so that its taps have the same statistics."""
+        if not recipe.rotation:
+            return ()
+        embeddings = find_embeddings(self._source, recipe, find_taps(self._source, recipe)[0])[0]
+        return ("rotated", *sharing(embeddings).values())
+
+    def _collect(self, recipes: list[Recipe]) -> dict[Sources, Stats | Path]:
         model = clone(self._source)
         taps: dict[Sources, Tap] = {}
-        for recipe in self._recipes:
-            for tap in find_taps(model, recipe)[0]:
+        embeddings: list[Embedding] = []
+        for recipe in recipes:
+            found = find_taps(model, recipe)[0]
+            embeddings += find_embeddings(model, recipe, found)[0] if recipe.rotation else []
+            for tap in found:
                 taps.setdefault(tap.sources, tap)
+        prepare(model, recipes[0], list(taps.values()), embeddings)
         collected: dict[Sources, Stats | Path] = {}
         held = 0
-        for tap, stats in collect(model, self._recipes[0], list(taps.values()), self.batches, self._means):
+        for tap, stats in collect(model, recipes[0], list(taps.values()), self.batches, self._means):
             if stats is not None:
                 held += stats.gram.nbytes
                 collected[tap.sources] = (

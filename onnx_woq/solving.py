@@ -113,7 +113,7 @@ def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
 
 def solves_alike(one: Recipe, other: Recipe) -> bool:
     """Whether a tap that both choose becomes the same by both, given the same statistics and no override."""
-    made_of = ("method", "spec", "options", "lowrank", "bias_correction")
+    made_of = ("method", "spec", "options", "lowrank", "bias_correction", "rotation")
     return all(getattr(one, name) == getattr(other, name) for name in made_of)
 
 
@@ -121,7 +121,7 @@ def known_as(recipe: Recipe, tap: Tap) -> tuple[object, ...] | None:
     """Equal for taps of one model that become the same; None where that depends on what has been put in before."""
     if recipe.true_sequential or folding(recipe):
         return None
-    added = (tap.rank, tap.corrected)
+    added = (tap.rank, tap.corrected, recipe.rotation, recipe.rotation and recipe.embedding)
     return (recipe.method, *recipe.options.items(), tap.spec, *added, tap.sources, *(site.name for site in tap.sites))
 
 

@@ -25,7 +25,7 @@ from onnx_woq.graph.model import Model, clone, load
 from onnx_woq.graph.taps import Tap
 from onnx_woq.judge import Judge, Looks, Runner, Verdict, judged, judged_there, looks
 from onnx_woq.making import Known, Means, make
-from onnx_woq.pipeline import metadata, plan
+from onnx_woq.pipeline import metadata, plan, prepare
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Trial
 from onnx_woq.shared_statistics import SharedStatistics
@@ -200,6 +200,8 @@ def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> Non
     """Quantizes the float model by `recipe` and writes it to `path`."""
     model = clone(run.source)
     taps, _ = plan(model, recipe)
+    embeddings = find_embeddings(model, recipe, taps)[0]
+    prepare(model, recipe, taps, embeddings)
 
     def while_time_lasts(left: list[Tap], states: Path) -> Iterator[tuple[Tap, Stats | None]]:
         for item in shared.of(model, recipe, left, states):
@@ -218,7 +220,7 @@ def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> Non
         companions_from=run.source.path.parent,
         resume="any",
         known=run.known,
-        embeddings=find_embeddings(model, recipe, taps)[0],
+        embeddings=embeddings,
     )
 
 

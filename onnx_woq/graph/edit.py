@@ -54,9 +54,14 @@ def add_initializer(
     shape: Sequence[int] | None = None,
 ) -> ir.Value:
     """A new initializer of `graph`, called `name` if nothing else is; `shape` is another one for the same bytes."""
-    name = fresh(graph, name)
-    tensor = ir.Tensor(array, dtype=dtype, name=name, shape=None if shape is None else ir.Shape(shape))
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    return add_constant(graph, name, ir.Tensor(array, dtype=dtype, shape=None if shape is None else ir.Shape(shape)))
+
+
+def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """As `add_initializer`, of a tensor, which is named as well."""
+    tensor.name = name = fresh(graph, name)
+    shape = ir.Shape(tensor.shape.numpy())
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     graph.register_initializer(value)
     return value
 

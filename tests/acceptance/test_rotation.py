@@ -1,0 +1,338 @@
+"""Rotation of the residual stream: nothing changes in float, and rounding costs less where channels stick out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnx_woq import Recipe, Spec, quantize, tune
+from onnx_woq.errors import RotationError
+from onnx_woq.graph.model import load, save
+from onnx_woq.graph.rotate import rotate
+from onnx_woq.graph.taps import find_taps
+
+from . import architectures as arch
+from . import measure, zoo
+
+DEMO = Path(__file__).resolve().parents[2] / "models" / "demo" / "model.onnx"
+
+
+def rotated(path: Path, out: Path, *, head: bool = True) -> Path:
+    """The float model with its stream rotated, for a recipe that quantizes the head or not."""
+    model = load(path)
+    rotate(model, {site.node for tap in find_taps(model, Recipe(lm_head=head))[0] for site in tap.sites})
+    save(model, out, metadata={})
+    return out
+
+
+def assert_same(before: Path, after: Path, feeds, bound: float = 3e-6) -> None:
+    for feed in feeds:
+        old, new = (measure.run(path, [feed]) for path in (before, after))
+        assert old.keys() == new.keys()
+        for name, wanted in old.items():
+            assert np.linalg.norm(new[name] - wanted) <= bound * np.linalg.norm(wanted), name
+
+
+def weights(path: Path) -> dict[str, np.ndarray]:
+    """Every large constant of a file."""
+    return {name: w for name, w in measure.tensors(onnx.load(path)).items() if w.size > 400}
+
+
+def sticking_out(path: Path, factor: float = 12.0, channels: tuple[int, ...] = (3, 17, 50)) -> Path:
+    """The same model with weights that make much of a few channels of the stream: groups of a wide range."""
+    model = onnx.load(path)
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(("q", "k", "v", "gate", "up", "head")):
+            array = numpy_helper.to_array(tensor).copy()
+            array[list(channels)] *= factor
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    onnx.save(model, path)
+    return path
+
+
+MODELS = {
+    "decoder": (arch.decoder, "decoder", {}),
+    "tied decoder": (lambda p: arch.decoder(p, tied=True), "decoder", {}),
+    "new operators": (lambda p: arch.decoder(p, opset=21), "decoder", {}),
+    "fused norms": (arch.fused_decoder, "fused", {}),
+    "merged branches": (arch.merged_decoder, "merged", {"layers": 3}),
+    "external data": (lambda p: arch.decoder(p, external="weights"), "decoder", {}),
+}
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head quantized", "head float"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_float_model_computes_the_same(name, head, tmp_path):
+    build, kind, options = MODELS[name]
+    before = build(tmp_path / "m.onnx")
+    after = rotated(before, tmp_path / "r.onnx", head=head)
+    onnx.checker.check_model(str(after)) if kind != "fused" else None
+    assert_same(before, after, arch.ragged(kind, **options))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_weight_that_touches_the_stream_is_rotated(name, tmp_path):
+    """By its own naive product: what writes is W·R for one R, what reads Rᵀ·diag(gamma)·W."""
+    build, _, _ = MODELS[name]
+    before = build(tmp_path / "m.onnx")
+    old, new = weights(before), weights(rotated(before, tmp_path / "r.onnx"))
+    r = np.linalg.lstsq(old["layer0.down.weight"], new["layer0.down.weight_rotated"], rcond=None)[0].astype(np.float64)
+    np.testing.assert_allclose(r @ r.T, np.eye(arch.D), atol=1e-4)
+    np.testing.assert_allclose(np.abs(r), arch.D**-0.5, atol=1e-4)  # Hadamard
+    gamma = np.linspace(0.5, 1.5, arch.D)[:, None]
+    for layer in range(3):
+        for kind in ("o", "down"):
+            w = f"layer{layer}.{kind}.weight"
+            np.testing.assert_allclose(new[f"{w}_rotated"], old[w] @ r, atol=1e-4)
+        for kind in ("q", "k", "v", "gate", "up"):
+            w = f"layer{layer}.{kind}.weight"
+            np.testing.assert_allclose(new[f"{w}_rotated"], r.T @ (gamma * old[w]), atol=1e-4)
+    assert not any(w in new for w in old if w.startswith("layer"))
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head quantized", "head float"])
+def test_a_language_model_with_positions(head, lm, tied_lm, lm_data, tmp_path):
+    for path in (lm, tied_lm):
+        assert_same(path, rotated(path, tmp_path / "r.onnx", head=head), lm_data)
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head quantized", "head float"])
+def test_the_demo_model(head, tmp_path):
+    ids = np.random.default_rng(0).integers(0, 1280, (2, 50))
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.tile(np.arange(50), (2, 1))}
+    for past in measure.session(DEMO).get_inputs():
+        if past.name not in feed:
+            feed[past.name] = np.zeros((2, past.shape[1], 0, past.shape[3]), np.float32)
+    after = rotated(DEMO, tmp_path / "r.onnx", head=head)
+    old, new = (measure.session(path).run(["logits"], feed)[0].astype(np.float64) for path in (DEMO, after))
+    assert np.linalg.norm(new - old) <= 3e-6 * np.linalg.norm(old)
+
+
+def test_a_float_input_that_is_the_stream(tmp_path):
+    model = arch.loop_between  # the Loop in the middle reads the stream
+    with pytest.raises(RotationError, match="Loop"):
+        rotate(load(model(tmp_path / "loop.onnx")))
+    net = arch.Layers()
+    h = "x"
+    for layer in range(3):
+        h = net.op("Add", h, net.gated(net.rms_norm(h, f"norm{layer}"), f"layer{layer}.", layer), out=f"h{layer}")
+    h = net.op("Add", h, net.linear("x", "straight", arch.D, arch.D, 77), out="sum")
+    net.linear(net.rms_norm(h, "final"), "y", arch.D, 48, 9)
+    path = net.save(tmp_path / "m.onnx", {"x": (arch.F32, ["b", "s", arch.D])}, {"y": (arch.F32, ["b", "s", 48])})
+    assert_same(path, rotated(path, tmp_path / "r.onnx"), [arch.float_feed(2, 7)])
+
+
+def test_half_precision_stays_close(tmp_path):
+    before = arch.decoder(tmp_path / "m.onnx", dtype=arch.F16)
+    assert_same(before, rotated(before, tmp_path / "r.onnx"), arch.ragged(dtype=arch.F16), bound=5e-3)
+
+
+def test_a_tied_float_head_costs_two_small_matrices_and_no_second_table(tmp_path):
+    before = arch.decoder(tmp_path / "m.onnx", tied=True)
+    after = rotated(before, tmp_path / "r.onnx", head=False)
+    added = sum(w.nbytes for w in weights(after).values()) - sum(w.nbytes for w in weights(before).values())
+    assert added == 2 * 4 * arch.D**2
+    model = onnx.load(after)
+    assert [n.op_type for n in model.graph.node if "embedding" in n.input] == ["Gather", "Transpose"]
+
+
+def test_an_untied_table_is_rotated_where_it_lies(tmp_path):
+    before = arch.decoder(tmp_path / "m.onnx")
+    after = rotated(before, tmp_path / "r.onnx", head=False)
+    sizes = [sum(w.nbytes for w in weights(p).values()) for p in (before, after)]
+    assert sizes[0] == sizes[1]
+    kinds = [[n.op_type for n in onnx.load(p).graph.node] for p in (before, after)]
+    assert kinds[0] == kinds[1]
+
+
+def test_weights_are_computed_when_they_are_read(tmp_path):
+    """Rotating holds none of them in memory."""
+    model = load(arch.decoder(tmp_path / "m.onnx", external="weights"))
+    rotate(model)
+    found = [v.const_value for n, v in model.ir.graph.initializers.items() if n.endswith("weight_rotated")]
+    assert found
+    assert {type(tensor).__name__ for tensor in found} == {"LazyTensor"}
+
+
+REFUSED = {
+    "LayerNorm": (arch.bert, "LayerNorm"),
+    "LayerNorm as an operator": (lambda p: arch.bert(p, fused=True), "LayerNorm"),
+    "decoder with LayerNorm": (arch.cross_decoder, "LayerNorm"),
+    "no norm at all": (arch.funnel, "no RMSNorm"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_others_are_refused_by_name(name, tmp_path):
+    build, reason = REFUSED[name]
+    with pytest.raises(RotationError, match=reason):
+        rotate(load(build(tmp_path / "m.onnx")))
+
+
+def another_reader(kind: str, value: str):
+    """A builder of a decoder in which something else looks at a value."""
+
+    def build(path: Path) -> Path:
+        arch.decoder(path)
+        model = onnx.load(path)
+        model.graph.node.append(onnx.helper.make_node(kind, [value], ["extra"], name="odd"))
+        model.graph.output.append(onnx.helper.make_tensor_value_info("extra", arch.F32, None))
+        onnx.save(model, path)
+        return path
+
+    return build
+
+
+@pytest.mark.parametrize("value", ["layer1.h1", "layer1.norm1", "layer1.norm1_unit"])
+@pytest.mark.parametrize("kind", ["Tanh", "Identity"])
+def test_a_reader_that_is_not_understood_is_named_and_nothing_is_changed(kind, value, tmp_path):
+    path = another_reader(kind, value)(tmp_path / "m.onnx")
+    model = load(path)
+    names = set(model.ir.graph.initializers)
+    with pytest.raises(RotationError, match="odd" if kind == "Tanh" else "extra"):
+        rotate(model)
+    assert set(model.ir.graph.initializers) == names
+    save(model, tmp_path / "s.onnx", metadata={})
+    assert_same(path, tmp_path / "s.onnx", arch.ragged(), bound=0)
+
+
+SPEC = Spec(4, 32)
+
+
+def error(model: Path, out: Path, recipe: Recipe, data) -> float:
+    """Quantizes; gives the squared error of the outputs, as a share of their squares."""
+    quantize(model, out, recipe, data)
+    before, after = measure.run(model, data)["logits"], measure.run(out, data)["logits"]
+    return float(np.square(after - before).sum() / np.square(before).sum())
+
+
+def recipe(method: str = "gptq", **fields) -> Recipe:
+    return Recipe(method, SPEC, accuracy_level=0, **fields)
+
+
+@pytest.fixture(scope="module")
+def outliers(tmp_path_factory) -> Path:
+    return sticking_out(zoo.language_model(tmp_path_factory.mktemp("outliers") / "m.onnx"))
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_rounding_costs_less_where_channels_stick_out(method, outliers, lm_data, tmp_path):
+    plain = error(outliers, tmp_path / "p.onnx", recipe(method), lm_data)
+    turned = error(outliers, tmp_path / "q.onnx", recipe(method, rotation=True), lm_data)
+    assert turned < 0.8 * plain
+
+
+def test_what_is_quantized_is_the_rotated_model(lm, lm_data, tmp_path):
+    """The same codes as those of the rotated float model written first and then quantized without."""
+    turned = rotated(lm, tmp_path / "r.onnx")
+    quantize(turned, tmp_path / "a.onnx", recipe(), lm_data)
+    quantize(lm, tmp_path / "b.onnx", recipe(rotation=True), lm_data)
+    a, b = (measure.decoded(tmp_path / f"{name}.onnx") for name in "ab")
+    assert a.keys() == b.keys()
+    for name, w in a.items():
+        np.testing.assert_array_equal(b[name], w)
+
+
+@pytest.mark.parametrize("fields", [{"lm_head": True}, {"lm_head": False}], ids=["head", "no head"])
+def test_tied_models(fields, tied_lm, lm_data, tmp_path):
+    """The small matrices stay float, and the head is quantized or not as the recipe says."""
+    quantize(tied_lm, tmp_path / "q.onnx", recipe(rotation=True, **fields), lm_data)
+    low = measure.low_bit(tmp_path / "q.onnx")
+    assert ("logits" in low) == fields["lm_head"]
+    assert not any("rotat" in name for name in low)
+    assert error(tied_lm, tmp_path / "q.onnx", recipe(rotation=True, **fields), lm_data) < 0.1
+
+
+def test_attention_to_half_precision_and_options_that_add(tmp_path):
+    model, data = arch.decoder(tmp_path / "m.onnx", dtype=arch.F16), arch.ragged(dtype=arch.F16)
+    what = recipe(rotation=True, attention_weighted=True, bias_correction=True, lowrank=16)
+    quantize(model, tmp_path / "q.onnx", what, data)
+    before, after = (measure.run(path, data[:1])["logits"] for path in (model, tmp_path / "q.onnx"))
+    assert np.linalg.norm(after - before) < 0.3 * np.linalg.norm(before)
+
+
+def test_folding_still_goes_into_the_norms(lm, lm_data, tmp_path):
+    report = quantize(lm, tmp_path / "q.onnx", recipe("awq", rotation=True), lm_data)
+    assert {tap.scaling for tap in report.taps} >= {"norm"}
+
+
+def test_little_memory_gives_the_same_bytes(lm, lm_data, tmp_path):
+    for name, limit in (("a", None), ("b", 1_000_000_000)):
+        quantize(lm, tmp_path / f"{name}.onnx", recipe(rotation=True), lm_data, max_memory=limit)
+    assert len({(tmp_path / f"{name}.onnx.data").read_bytes() for name in "ab"}) == 1
+
+
+def test_tuning_over_rotated_and_other_configurations(outliers, lm_data, tmp_path):
+    """Each on its own statistics: the same models as alone."""
+    configs = {"plain": recipe(), "turned": recipe(rotation=True), "head": recipe(rotation=True, lm_head=False)}
+    found: dict[str, dict[str, np.ndarray]] = {}
+
+    def judge(path: Path) -> float:
+        found[Path(path).parent.name.split("-")[0]] = measure.decoded(path) if "-" in Path(path).parent.name else {}
+        return 0.0
+
+    tune(outliers, judge, lm_data, configs=configs, higher_is_better=False, objective="best", workdir=tmp_path / "w")
+    for name, what in configs.items():
+        quantize(outliers, tmp_path / "q.onnx", what, lm_data)
+        alone = measure.decoded(tmp_path / "q.onnx")
+        assert found[name].keys() == alone.keys()
+        for site, w in alone.items():
+            np.testing.assert_array_equal(found[name][site], w)
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_and_nothing_is_written(enc, tmp_path, cli):
+    bert = arch.bert(tmp_path / "bert.onnx")
+    result = cli("quantize", bert, "-o", tmp_path / "out", "--config", "RTN_G32ASYM", "--option", "rotation=true")
+    assert result.exit_code == 2
+    assert "LayerNorm" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [4, 8], ids=["shared codes", "codes of its own"])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_with_low_bit_embeddings(method, bits, tied_lm, lm_data, tmp_path):
+    """A table on the head's grid shares its codes, rotated or not; another one is rotated as it is put in."""
+    what = recipe(method, embedding=Spec(bits, 32))
+    report = quantize(tied_lm, tmp_path / "p.onnx", what, lm_data)
+    turned = quantize(tied_lm, tmp_path / "q.onnx", replace(what, rotation=True), lm_data)
+    assert [t.shared_with for t in turned.embeddings] == [t.shared_with for t in report.embeddings]
+    plain, found = (error(tied_lm, tmp_path / "x.onnx", replace(what, rotation=r), lm_data) for r in (False, True))
+    assert found < 1.3 * plain
+    extra = turned.bytes_after - report.bytes_after
+    assert extra < 2 * 4 * zoo.HIDDEN**2 + 4000 if bits == 4 else extra < 4000
+
+
+def test_tuning_with_and_without_shared_codes(tied_lm, lm_data, tmp_path):
+    configs = {"none": recipe(rotation=True), "shared": recipe(rotation=True, embedding=SPEC)}
+    found: dict[str, dict[str, np.ndarray]] = {}
+
+    def judge(path: Path) -> float:
+        found[Path(path).parent.name.split("-")[0]] = measure.decoded(path) if "-" in Path(path).parent.name else {}
+        return 0.0
+
+    tune(tied_lm, judge, lm_data, configs=configs, higher_is_better=False, objective="best", workdir=tmp_path / "w")
+    for name, what in configs.items():
+        quantize(tied_lm, tmp_path / "q.onnx", what, lm_data)
+        for site, w in measure.decoded(tmp_path / "q.onnx").items():
+            np.testing.assert_array_equal(found[name][site], w)
+
+
+def test_a_weight_that_two_norms_would_turn_into_two_is_refused(tmp_path):
+    net = arch.Layers()
+    h, w = "x", net.const("both.weight", zoo.weight(1, arch.D, arch.D))
+    for layer in range(2):
+        x = net.rms_norm(h, f"norm{layer}")
+        h = net.op("Add", h, net.op("MatMul", x, w, out=f"product{layer}"), out=f"h{layer}")
+    net.const("norm1.gamma", np.ones(arch.D))
+    next(t for t in net.tensors if t.name == "norm1.gamma").CopyFrom(
+        numpy_helper.from_array(np.linspace(2, 3, arch.D).astype(np.float32), "norm1.gamma")
+    )
+    net.linear(net.rms_norm(h, "final"), "y", arch.D, 48, 9)
+    path = net.save(tmp_path / "m.onnx", {"x": (arch.F32, ["b", "s", arch.D])}, {"y": (arch.F32, ["b", "s", 48])})
+    with pytest.raises(RotationError, match="would have to become two"):
+        rotate(load(path))
