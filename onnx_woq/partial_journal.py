@@ -157,10 +157,8 @@ def arrays_of(solved: Solved) -> list[np.ndarray]:
 
 def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
     """The same tap with other arrays, given as `arrays_of` gives them."""
-    left, out = list(arrays), []
-    for one in (*solved.packed, *solved.factors):
-        codes, scales, *zeros = (left.pop(0) for _ in one.arrays)
-        out.append(replace(one, codes=codes, scales=scales, zeros=zeros[0] if zeros else None))
+    left = list(arrays)
+    out = [one.with_arrays([left.pop(0) for _ in one.arrays]) for one in (*solved.packed, *solved.factors)]
     weights = len(solved.packed)
     return replace(solved, packed=tuple(out[:weights]), factors=tuple(out[weights:]))
 
@@ -175,15 +173,16 @@ def _read_back(said: Mapping[str, Any], tap: Unit, start: int, read: Read) -> So
     packed, check, end = [], 0, start
     try:
         small, parts = list(said["small"]), tap.parts()
-        stored = [(part.k, part.n, tap.spec) for part in parts] + [(k, n, GRID) for k, n in _factors(tap)]
-        for (k, n, spec), shapes in zip(stored, _layouts(tap), strict=True):
+        stored = [(part.k, part.n, tap.spec, tap.dense) for part in parts]
+        stored += [(k, n, GRID, False) for k, n in _factors(tap)]
+        for (k, n, spec, dense), shapes in zip(stored, _layouts(tap), strict=True):
             arrays = []
             places, end = laid_out((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
             for (shape, dtype), place in zip(shapes, places, strict=True):
                 array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
                 check = zlib.crc32(raw(array), check)
                 arrays.append(array)
-            packed.append(packed_from(arrays, k, n, spec))
+            packed.append(packed_from(arrays, k, n, spec, dense=dense))
         scale = said["input_scale"]
         input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(tap.k)
         wanted = parts if isinstance(tap, Tap) and tap.corrected else []
@@ -199,7 +198,7 @@ def _read_back(said: Mapping[str, Any], tap: Unit, start: int, read: Read) -> So
 
 def _layouts(tap: Unit) -> list[tuple[tuple[tuple[int, ...], np.dtype], ...]]:
     """Shape and type of each array of each weight of a tap, and of each factor."""
-    weights = [packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype) for part in tap.parts()]
+    weights = [packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype, dense=tap.dense) for part in tap.parts()]
     return weights + [packed_shapes(k, n, GRID, tap.scale_dtype) for k, n in _factors(tap)]
 
 

@@ -22,7 +22,8 @@ class Spec:
     """The integer grid of one weight.
 
     Attributes:
-        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are stored in the next wider one, values unchanged.
+        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are run in the next wider one, values unchanged, and are
+            stored as that but for 3, which take 3 bits in the file (docs/storage.md).
         group_size: how many consecutive input channels (rows of `weight [K, N]`) share one scale;
             -1 for all of them (per output channel), otherwise a multiple of 16.
         symmetric: zero point fixed at `2**(bits-1)` instead of one per group.
@@ -67,6 +68,9 @@ class Recipe:
             table on the same grid shares its codes.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
         accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
+        half_scales: store scales in float16 also where the model computes in float32, which is what they are cast to
+            when the model is loaded: 16 bits less for each group. They are rounded before codes are chosen. The int8
+            kernel runs only in sessions that optimize their graph (docs/storage.md).
         attention_weighted: what makes keys and values is calibrated with each token weighted by the attention it
             receives (see `onnx_woq.graph.attention`); needs a method with data.
         bias_correction: add to each output what rounding has taken off its mean on the calibration data (see
@@ -92,6 +96,7 @@ class Recipe:
     embedding: Spec | None = None
     lm_head: bool = True
     accuracy_level: int = 4
+    half_scales: bool = False
     attention_weighted: bool = False
     bias_correction: bool = False
     lowrank: int = 0
@@ -116,8 +121,8 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
-        switches = ("lm_head", "attention_weighted", "bias_correction", "rotation", "true_sequential", "use_max_length")
-        for name in switches:
+        switches = ("lm_head", "half_scales", "attention_weighted", "bias_correction", "rotation")
+        for name in (*switches, "true_sequential", "use_max_length"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
         rank = self.lowrank

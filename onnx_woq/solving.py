@@ -61,6 +61,7 @@ class Task:
         stats: of their input; None where the method needs no data.
         rank: of the factors that make up for rounding; 0 for none.
         corrected: whether the mean of the outputs is put right.
+        dense: see `Tap`.
         moved: it has come from another process, where nobody has limited BLAS.
     """
 
@@ -73,12 +74,13 @@ class Task:
     stats: Stats | None
     rank: int = 0
     corrected: bool = False
+    dense: bool = False
     moved: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         weights = tuple(replace(w, read=partial(_same, np.asarray(w.read()))) for w in self.weights)
         what = (self.name, self.method, self.options, self.spec, self.scale_dtype, weights, self.stats)
-        return Task, (*what, self.rank, self.corrected, True)
+        return Task, (*what, self.rank, self.corrected, self.dense, True)
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,12 @@ def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
         options |= UNSCALED[recipe.method]
     scale_dtype = np.dtype(tap.scale_dtype).name
     what = (recipe.method, tuple(options.items()), tap.spec, scale_dtype, tuple(tap.parts()), stats)
-    return Task(tap.name, *what, tap.rank, tap.corrected)
+    return Task(tap.name, *what, tap.rank, tap.corrected, tap.dense)
 
 
 def solves_alike(one: Recipe, other: Recipe) -> bool:
     """Whether a tap that both choose becomes the same by both, given the same statistics and no override."""
-    made_of = ("method", "spec", "options", "lowrank", "bias_correction", "rotation")
+    made_of = ("method", "spec", "options", "lowrank", "bias_correction", "rotation", "half_scales")
     return all(getattr(one, name) == getattr(other, name) for name in made_of)
 
 
@@ -121,7 +123,8 @@ def known_as(recipe: Recipe, tap: Tap) -> tuple[object, ...] | None:
     """Equal for taps of one model that become the same; None where that depends on what has been put in before."""
     if recipe.true_sequential or folding(recipe):
         return None
-    added = (tap.rank, tap.corrected, recipe.rotation, recipe.rotation and recipe.embedding)
+    rotated = (recipe.rotation, recipe.rotation and recipe.embedding)
+    added = (tap.rank, tap.corrected, tap.scale_dtype, *rotated)
     return (recipe.method, *recipe.options.items(), tap.spec, *added, tap.sources, *(site.name for site in tap.sites))
 
 
@@ -157,18 +160,18 @@ def _in_pieces(task: Task, weight: Part, each: Each) -> Packed:
     """A weight, a few of its output channels at a time: codes that are not packed yet, and mapped rows, are let go."""
     width = max(1, PIECE // max(1, weight.k))
     if weight.n <= width:
-        return pack(_solved(task, weight.name, weight.read(), None, each), _type(task))
-    shapes = packed_shapes(weight.k, weight.n, task.spec, _type(task))
+        return pack(_solved(task, weight.name, weight.read(), None, each), _type(task), dense=task.dense)
+    shapes = packed_shapes(weight.k, weight.n, task.spec, _type(task), dense=task.dense)
     arrays = [np.empty(shape, dtype) for shape, dtype in shapes]
 
     def put(columns: slice) -> None:
-        piece = pack(_solved(task, weight.name, weight.read()[:, columns], None, map), _type(task))
-        for whole, part in zip(arrays, piece.arrays, strict=True):
+        q = _solved(task, weight.name, weight.read()[:, columns], None, map)
+        for whole, part in zip(arrays, pack(q, _type(task), dense=task.dense).arrays, strict=True):
             whole[columns] = part
 
     for _ in each(put, [slice(c, c + width) for c in range(0, weight.n, width)]):
         pass
-    return packed_from(arrays, weight.k, weight.n, task.spec)
+    return packed_from(arrays, weight.k, weight.n, task.spec, dense=task.dense)
 
 
 def _together(task: Task, stats: Stats, each: Each) -> Solved:
@@ -183,7 +186,7 @@ def _together(task: Task, stats: Stats, each: Each) -> Solved:
     packed, ups, bias, start = [], [], [], 0
     for part in task.weights:
         columns = slice(start, start + part.n)
-        packed.append(pack(q.columns(columns), _type(task)))
+        packed.append(pack(q.columns(columns), _type(task), dense=task.dense))
         if factors:
             ups.append(pack(factors.up.columns(columns), _type(task)))
         if task.corrected:

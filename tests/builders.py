@@ -88,7 +88,7 @@ def pack_tap(tap, q):
     from onnx_woq.graph.lower.matmulnbits import pack
 
     columns = dict.fromkeys((part.start, part.stop) for _, part in tap.slices())
-    return [pack(q.columns(slice(*place)), tap.scale_dtype) for place in columns]
+    return [pack(q.columns(slice(*place)), tap.scale_dtype, dense=tap.dense) for place in columns]
 
 
 def lower(model, recipe=None, *, accuracy_level: int = 0):

@@ -157,7 +157,7 @@ def _reach(graph: ir.Graph, total: int, found: dict[str, int]) -> int:
 def product_bytes(node: ir.Node) -> int:
     """Bytes of the matrices, in float32, that a node and its bodies multiply by."""
     inner = sum(product_bytes(n) for body in bodies(node) for n in body)
-    return inner + 4 * sum(math.prod(constant.shape) for constant in _matrices(node))
+    return inner + 4 * sum(map(math.prod, _shapes(node)))
 
 
 def is_costly(node: ir.Node) -> bool:

@@ -73,16 +73,20 @@ def add_node(
     *,
     end_of: ir.Graph | None = None,
     before: ir.Node | None = None,
-    **attributes: int | Sequence[int] | ir.TensorProtocol,
+    after: ir.Node | None = None,
+    **attributes: int | str | Sequence[int] | ir.TensorProtocol,
 ) -> ir.Value:
     """Adds a node of the default domain and returns its only output; both are called `name` if nothing else is."""
-    graph = graph_of(before) if before is not None else end_of
+    beside = before if before is not None else after
+    graph = graph_of(beside) if beside is not None else end_of
     if graph is None:
         raise ValueError("say where the node goes")
     name = fresh(graph, name)
     node = ir.node(op, inputs, attributes=attributes, outputs=[ir.Value(name=name)], name=name)
     if before is not None:
         graph.insert_before(before, node)
+    elif after is not None:
+        graph.insert_after(after, node)
     else:
         graph.append(node)
     return node.outputs[0]

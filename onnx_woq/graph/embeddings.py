@@ -62,6 +62,11 @@ class Embedding:
     counted: bool
 
     @property
+    def dense(self) -> bool:
+        """Whether codes of its own take no more than their bits in the file: they are as the kernel reads them."""
+        return False
+
+    @property
     def scale_dtype(self) -> type[np.float32] | type[np.float16]:
         """What scales of its own are stored in."""
         return np.float16 if self.dtype == ir.DataType.FLOAT16 else np.float32

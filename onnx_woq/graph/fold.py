@@ -159,7 +159,11 @@ def _side(node: ir.Node, index: int, k: int) -> list[_Maker] | None:
 def _linear(node: ir.Node, k: int) -> list[_Maker | None]:
     """The scales and bias of a quantized linear layer with `k` output channels."""
     bias = [_vector(node, 5, k, linear=True)] if len(node.inputs) > 5 and node.inputs[5] is not None else []
-    return [_vector(node, 2, k, axis=_FIRST, linear=True), *bias]
+    cast = node.inputs[2].producer() if node.inputs[2] is not None else None
+    scales = None
+    if cast is not None and cast.op_type == "Cast" and len(cast.outputs[0].uses()) == 1:  # kept in float16, and its own
+        scales = _vector(cast, 0, k, axis=_FIRST, linear=True)
+    return [scales or _vector(node, 2, k, axis=_FIRST, linear=True), *bias]
 
 
 def _vector(

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.errors import ModelError
+from onnx_woq.graph import dense
 from onnx_woq.graph.attention import FIRST_TOKEN, attended
 from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
 from onnx_woq.graph.model import Model
@@ -136,6 +137,8 @@ class Tap:
         weight_bytes: of the distinct weights as the model stores them.
         rank: of the factors added to its weights; 0 for none.
         corrected: whether a constant is added to its outputs.
+        dense: whether the codes take no more than their bits in the file (`onnx_woq.graph.dense`).
+        half_scales: whether scales are stored in float16 whatever the kernel computes in.
     """
 
     name: str
@@ -148,6 +151,8 @@ class Tap:
     attention: tuple[str, ...]
     rank: int = 0
     corrected: bool = False
+    dense: bool = False
+    half_scales: bool = False
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -193,9 +198,14 @@ class Tap:
             yield site, places[key]
 
     @property
+    def kernel_dtype(self) -> type[np.float32] | type[np.float16]:
+        """What the kernel that multiplies by its weights reads and gives."""
+        return np.float16 if self.sites[0].dtype == ir.DataType.FLOAT16 else np.float32
+
+    @property
     def scale_dtype(self) -> type[np.float32] | type[np.float16]:
         """What the model stores scales in."""
-        return np.float16 if self.sites[0].dtype == ir.DataType.FLOAT16 else np.float32
+        return np.float16 if self.half_scales else self.kernel_dtype
 
     def _distinct(self) -> list[Site]:
         first: dict[tuple[object, ...], Site] = {}
@@ -256,6 +266,8 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
     for tap in taps:
         tap.rank = min(recipe.lowrank, -(-min(tap.k, tap.n) // RANKS) * RANKS)
         tap.corrected = recipe.bias_correction
+        tap.dense = tap.spec.bits == dense.BITS and (model.ir.opset_imports.get("") or 0) >= dense.OPSET
+        tap.half_scales = recipe.half_scales
     return taps, skipped
 
 

@@ -30,6 +30,7 @@ from onnx_woq.graph.blocks import cuts
 from onnx_woq.graph.branches import conditions, take
 from onnx_woq.graph.expose import expose
 from onnx_woq.graph.model import Model
+from onnx_woq.graph.settle import settle
 from onnx_woq.graph.widen import widen
 from onnx_woq.runtime.data import Feed
 from onnx_woq.runtime.session import make_session, run, thread_count
@@ -332,5 +333,6 @@ def cut_out(
     if small.functions:
         InlinePass()(small)
     part = replace(model, ir=small)
+    settle(part)
     widen(part)
     return part, tuple(value.name or "" for value in small.graph.inputs)

@@ -11,6 +11,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+STORED = {"BitShift", "BitwiseXor", "BitwiseAnd", "Concat", "Cast", "Identity"}
 
 Feeds = Sequence[Mapping[str, np.ndarray]]
 
@@ -49,11 +52,15 @@ def nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
 
 
 def tensors(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-    """Every initializer and Constant by name."""
+    """Every initializer and Constant by name, and what follows from them alone by the operators of `STORED`."""
     found = {t.name: numpy_helper.to_array(t) for g in graphs(model.graph) for t in g.initializer}
     for node in nodes(model):
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             found[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    for node in model.graph.node:  # what is stored otherwise than the kernel reads it
+        if node.op_type in STORED and all(name in found for name in node.input):
+            evaluator = ReferenceEvaluator(node)
+            (found[node.output[0]],) = evaluator.run(None, {name: found[name] for name in node.input})
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_woq import Recipe, Spec
+from onnx_woq import Recipe, Spec, inspect
 
 from . import measure, zoo
 from .conftest import CONFIGS, FAMILY, PUBLISHED, ROOT, command_line, python
@@ -239,6 +239,30 @@ def test_evaluate_a_language_model(lm, cli, tmp_path):
     assert "kl" in words
     assert "perplexity" in words or "ppl" in words
     assert "%" in words
+
+
+def test_three_bits_in_the_file_are_evaluated_and_inspected_like_any_others(cli, ids, tmp_path):
+    """From opset 18 on they take 3 bits there, before 4; float16 scales take 16 bits less for each group."""
+    sizes, found = [], []
+    for opset, half in ((17, False), (18, False), (18, True)):
+        source, out = (tmp_path / f"{name}{opset}{half}.onnx" for name in "mq")
+        zoo.language_model(source, opset=opset)
+        options = ["--bits", 3, "--group-size", 16, "--accuracy-level", 0, "--option", f"half_scales={half}".lower()]
+        cli.ok("quantize", source, "-o", out, *options)
+        assert measure.recipe_of(out)["half_scales"] is half
+        cli.ok("inspect", out)
+        found.append(cli.json("evaluate", out, "--reference", source, "--data", ids)["kl"])
+        before, after = ({t.name: t for t in onnx.load(path).graph.initializer} for path in (source, out))
+        new = [t for name, t in after.items() if name not in before and "uint8" not in name]
+        rows = inspect(source, Recipe(spec=Spec(3, 16), half_scales=half)).taps
+        stored = sum(onnx.numpy_helper.to_array(t).nbytes for t in new)
+        assert stored == sum(row.bytes_after for row in rows)
+        sizes.append(stored)
+    weights = sum(row.k * row.n for row in rows)
+    assert sizes[0] - sizes[1] == weights // 8
+    assert sizes[1] - sizes[2] == 2 * weights // 16
+    assert found[0] == found[1]
+    assert found[2] == pytest.approx(found[1], rel=0.05)
 
 
 def test_evaluate_the_float_model_against_itself(lm, ids, cli):

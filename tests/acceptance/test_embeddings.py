@@ -74,6 +74,24 @@ def test_a_tied_head_lends_its_codes(method, tied_lm, lm_data, tmp_path):
     assert measure.sqnr(before, after) > 8
 
 
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_a_head_lends_codes_that_are_expanded_and_scales_that_are_cast(bits, symmetric, method, lm_data, tmp_path):
+    """Both are, once the model is loaded, what those are that are stored as kernels read them."""
+    source = zoo.language_model(tmp_path / "m.onnx", tied=True, opset=18)
+    grid = Spec(bits, 32, symmetric)
+    recipe = Recipe(method, grid, embedding=grid, half_scales=True, accuracy_level=0, true_sequential=method == "awq")
+    report = quantize(source, tmp_path / "q.onnx", recipe, lm_data)
+    assert report.embeddings[0].shared_with == "logits"
+    onnx.checker.check_model(tmp_path / "q.onnx", full_check=True)
+    head = measure.decoded(tmp_path / "q.onnx")["logits"]
+    rows = rows_read(tmp_path / "q.onnx").reshape(zoo.VOCAB, zoo.HIDDEN)
+    scale = np.sum(rows * head.T, axis=0) / np.sum(head.T**2, axis=0)
+    np.testing.assert_allclose(rows, head.T * scale, rtol=1e-5)
+    assert method == "awq" or np.array_equal(scale, np.ones(zoo.HIDDEN))
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_tied_and_untied_compute_the_same(bits, symmetric, tied_lm, tmp_path, lm_data):

@@ -34,6 +34,9 @@ KINDS = {
     "rtn": ["--algorithm", "rtn"],
     "gptq by tap": ["--algorithm", "gptq", "--option", "true_sequential=true"],
     "gptq by block": ["--algorithm", "gptq", "--option", "true_sequential=true", "--option", "sequential_unit=block"],
+    "gptq in small": [
+        *("--algorithm", "gptq", "--bits", "3", "--option", "half_scales=true", "--option", "true_sequential=true"),
+    ],
     "awq": ["--algorithm", "awq"],
     "awq folding": ["--algorithm", "awq", "--option", "folding=true", "--option", "true_sequential=true"],
 }
@@ -78,7 +81,7 @@ class Job:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Job:
     folder = tmp_path_factory.mktemp("job")
-    arch.decoder(folder / "model" / "m.onnx", layers=LAYERS, external="w.bin")
+    arch.decoder(folder / "model" / "m.onnx", opset=18, layers=LAYERS, external="w.bin")
     zoo.array_folder(folder / "data", "input_ids", [ids % arch.VOCAB for ids in zoo.token_ids(6, 20)])
     return Job(folder, Cli())
 
@@ -103,7 +106,7 @@ def leftovers(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "at"),
     [("gptq", 10), ("gptq", TAPS), ("rtn", 15), ("gptq by tap", 10), ("gptq by block", 11),
-     ("awq folding", 11)],
+     ("gptq in small", 9), ("awq folding", 11)],
 )  # fmt: skip
 def test_killed_and_resumed(kind, at, job, cli, tmp_path):
     out = tmp_path / "out" / "q.onnx"

@@ -422,3 +422,30 @@ def test_the_head_of_the_model_is_not_run(tmp_path):
     taps, _ = find_taps(model, Recipe())
     ((_, stats),) = walk(model, taps, [{"x": random(5, K)}])
     assert stats.tokens == 5
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_what_is_expanded_when_a_model_is_loaded_is_expanded_before_a_part_is_run(half, tmp_path, monkeypatch):
+    """Sessions for calibration fold nothing; statistics are those of codes that are stored as kernels read them."""
+    seen: set[str] = set()
+    real = replay_module.make_session
+
+    def spy(model, **how):
+        seen.update(n.op_type for n in model.ir.graph.all_nodes())
+        return real(model, **how)
+
+    monkeypatch.setattr(replay_module, "make_session", spy)
+    grams = []
+    for dense in (True, False):
+        model = load(chain(tmp_path / f"{dense}.onnx"))
+        taps, _ = find_taps(model, Recipe(spec=Spec(3, 16), half_scales=half))
+        grams.append([])
+        for tap, stats in walk(model, taps, RAGGED, sequential="tap"):
+            assert tap.dense
+            tap.dense = dense
+            lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=4)
+            grams[-1].append(stats.gram)
+    assert "MatMulNBits" in seen
+    assert seen.isdisjoint({"BitShift", "BitwiseXor", "BitwiseAnd", "Concat", "Identity", "Cast"})
+    for one, other in zip(*grams, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -54,8 +54,9 @@ def lower_embedding(model: Model, embedding: Embedding, packed: Packed) -> None:
     Nodes and outputs keep their names. The float table goes when nothing reads it any more.
     """
     graph = model.ir.graph  # also for nodes in bodies: sessions take large tensors from outside only there
-    flat = (packed.n, packed.codes[0].size)
-    codes = add_initializer(graph, f"{embedding.weight_name}_Q{packed.width}_rows", packed.codes, shape=flat)
+    (bytes_,) = packed.codes  # dense ones would have to be expanded
+    flat = (packed.n, bytes_[0].size)
+    codes = add_initializer(graph, f"{embedding.weight_name}_Q{packed.width}_rows", bytes_, shape=flat)
     scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
     zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
     _rewrite(model, embedding, _Table(codes, scales, zeros, packed.bits, packed.block), None)
@@ -80,7 +81,9 @@ def share_codes(model: Model, embedding: Embedding, input_scale: np.ndarray | No
         raise ValueError(f"{embedding.head and embedding.head.name!r} has no codes or no scales")
     graph = model.ir.graph
     shape = add_initializer(graph, f"{codes.name}_flat", np.array([embedding.n, -1], np.int64))
-    rows = add_node("Reshape", [codes, shape], f"{codes.name}_rows", before=graph[0])
+    maker = codes.producer()  # of what is stored, where that is not what kernels read
+    before = graph[0] if maker is None else None
+    rows = add_node("Reshape", [codes, shape], f"{codes.name}_rows", before=before, after=maker)
     rows.type = ir.TensorType(ir.DataType.UINT8)
     zeros = head.inputs[3] if len(head.inputs) > 3 else None
     bits, block = (head.attributes[name].as_int() for name in ("bits", "block_size"))
@@ -93,7 +96,7 @@ def _rewrite(model: Model, embedding: Embedding, table: _Table, input_scale: np.
     graph, dtype = model.ir.graph, table.scales.dtype
     inverse = None
     if input_scale is not None:
-        factors = (1.0 / np.asarray(input_scale, np.float64)).astype(table.scales.const_value.dtype.numpy())  # type: ignore[union-attr]
+        factors = (1.0 / np.asarray(input_scale, np.float64)).astype(dtype.numpy())  # type: ignore[union-attr]
         inverse = add_initializer(graph, f"{embedding.name}_inverse_scale", factors)
     cut = []
     if table.columns != embedding.k:

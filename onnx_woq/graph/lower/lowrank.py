@@ -33,8 +33,8 @@ def factor_shapes(tap: Tap) -> list[tuple[int, int]]:
 def tap_bytes(tap: Tap) -> int:
     """Bytes that a tap takes once quantized: its weights, and what is added to them and to their outputs."""
     factors = sum(packed_bytes(k, n, GRID, tap.scale_dtype) for k, n in factor_shapes(tap))
-    bias = tap.n * np.dtype(tap.scale_dtype).itemsize if tap.corrected else 0
-    return packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype) + factors + bias
+    bias = tap.n * np.dtype(tap.kernel_dtype).itemsize if tap.corrected else 0
+    return packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype, dense=tap.dense) + factors + bias
 
 
 def lower_compensated(
@@ -64,8 +64,9 @@ def lower_compensated(
     if not factors:
         return
     down, *ups = factors
-    first = add_packed(model, f"{name}_down_Q{down.width}", down)
-    second = [add_packed(model, f"{w}_up_Q{up.width}", up) for w, up in zip(weights, ups, strict=True)]
+    dtype = tap.sites[0].dtype
+    first = add_packed(model, f"{name}_down_Q{down.width}", down, dtype)
+    second = [add_packed(model, f"{w}_up_Q{up.width}", up, dtype) for w, up in zip(weights, ups, strict=True)]
     thin: dict[tuple[int, int], ir.Value] = {}
     for site, index in zip(tap.sites, places, strict=True):
         activation, graph = site.node.inputs[0], graph_of(site.node)

@@ -2,19 +2,22 @@
 
 Its CPU kernels take less than its schema says, and not all they take is fast; the constants below are what was tried.
 Other widths are stored in the next wider one and other groups in smaller blocks with repeated scales: same numbers.
+Codes of 3 bits are dense in the file where the model's opset allows it, and scales may be float16 there; the session
+that loads it makes of them what the kernels read (`onnx_woq.graph.dense`, docs/storage.md).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.graph.constants import resolve
+from onnx_woq.graph.dense import PLANES, add_expansion, layout_of, planes_of
 from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
 from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
 from onnx_woq.graph.model import Model
@@ -38,7 +41,7 @@ class Packed:
     """One weight `[K, N]` as MatMulNBits stores it; nothing but arrays and numbers, so it can be sent and kept.
 
     Attributes:
-        codes: uint8 [N, blocks, bytes per block].
+        codes: uint8 [N, blocks, bytes per block]; or the `PLANES` arrays of `dense.planes_of`, a quarter as wide.
         scales: float32 or float16 [N, blocks].
         zeros: uint8 [N, bytes], None where all of them are the middle of the range.
         k, n: of the weight.
@@ -47,7 +50,7 @@ class Packed:
         width: bits of the grid, at most `bits`; names carry it.
     """
 
-    codes: np.ndarray
+    codes: tuple[np.ndarray, ...]
     scales: np.ndarray
     zeros: np.ndarray | None
     k: int
@@ -59,7 +62,13 @@ class Packed:
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What there is to store, in the order of the operator's inputs."""
-        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
+        return (*self.codes, self.scales) if self.zeros is None else (*self.codes, self.scales, self.zeros)
+
+    def with_arrays(self, arrays: Sequence[np.ndarray]) -> Packed:
+        """The same weight with other arrays, given as `arrays` gives them."""
+        count = len(self.codes)
+        scales, *zeros = arrays[count:]
+        return replace(self, codes=tuple(arrays[:count]), scales=scales, zeros=zeros[0] if zeros else None)
 
 
 def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.floating] = np.float32) -> str:
@@ -107,37 +116,48 @@ def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
 
 
 def packed_shapes(
-    k: int, n: int, spec: Spec, scale_dtype: type[np.floating]
+    k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False
 ) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
     """Shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
     container, block = native_layout(spec.bits, spec.group_size, k)
     blocks = -(-k // block)
     byte = np.dtype(np.uint8)
-    shapes = (((n, blocks, block * container // 8), byte), ((n, blocks), np.dtype(scale_dtype)))
+    width = block * container // 8
+    codes = (((n, blocks, width // 4), byte),) * PLANES if dense else (((n, blocks, width), byte),)
+    shapes = (*codes, ((n, blocks), np.dtype(scale_dtype)))
     return shapes if spec.symmetric else (*shapes, ((n, -(-blocks * container // 8)), byte))
 
 
-def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating]) -> int:
+def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False) -> int:
     """Bytes that a weight `[k, n]` takes once quantized: codes, scales and zero points."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in packed_shapes(k, n, spec, scale_dtype))
+    shapes = packed_shapes(k, n, spec, scale_dtype, dense=dense)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec) -> Packed:
+def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, *, dense: bool = False) -> Packed:
     """The `Packed` that has these `arrays`, of the shapes that `packed_shapes` gives."""
     container, block = native_layout(spec.bits, spec.group_size, k)
-    codes, scales, *zeros = arrays
-    return Packed(codes, scales, zeros[0] if zeros else None, k, n, container, block, spec.bits)
+    count = PLANES if dense else 1
+    scales, *zeros = arrays[count:]
+    return Packed(tuple(arrays[:count]), scales, zeros[0] if zeros else None, k, n, container, block, spec.bits)
 
 
-def pack(q: QuantizedTensor, scale_dtype: type[np.floating]) -> Packed:
-    """What MatMulNBits stores for `q`, its scales in `scale_dtype`."""
+def pack(q: QuantizedTensor, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
+    """What is stored of `q` for MatMulNBits, its scales in `scale_dtype`, its codes of 3 bits dense if so asked."""
     k, n = q.codes.shape
     container, block = native_layout(q.bits, q.group_size, k)
     # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
-    shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric else 0
+    shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric and not dense else 0
     scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
     zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
-    return Packed(pack_codes(q.codes, container, block, shift), scales, zeros, k, n, container, block, q.bits)
+    codes = pack_codes(q.codes, container, block, shift)
+    if not dense:
+        return Packed((codes,), scales, zeros, k, n, container, block, q.bits)
+    if q.symmetric:
+        codes <<= 1
+        scales /= 2
+    planes = planes_of(codes, layout_of(symmetric=q.symmetric))
+    return Packed(planes, scales, zeros, k, n, container, block, q.bits)
 
 
 def weight_places(tap: Tap) -> list[int]:
@@ -172,7 +192,8 @@ def lower_tap(
         raise ValueError(f"{tap.name!r} has {max(places) + 1} weights, not {len(packed)}")
     for site, index in zip(tap.sites, places, strict=True):
         if index not in added:
-            added[index] = add_packed(model, f"{site.weight_name}_Q{packed[index].width}", packed[index])
+            name = f"{site.weight_name}_Q{packed[index].width}"
+            added[index] = add_packed(model, name, packed[index], site.dtype)
         _rewrite(model, site, packed[index], added[index], accuracy_level, bias[index] if bias else None)
     return [value for values in added.values() for value in values if value is not None]
 
@@ -206,18 +227,41 @@ def _oldest_gather(node: ir.Node) -> tuple[int, int]:
 
 
 def _is_half(scales: ir.Value | None) -> bool:
-    return scales is not None and scales.dtype == ir.DataType.FLOAT16
+    cast = None if scales is None else scales.producer()  # a Cast makes float32 of them
+    return cast is None and scales is not None and scales.dtype == ir.DataType.FLOAT16
 
 
 def _text(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def add_packed(model: Model, name: str, packed: Packed) -> tuple[ir.Value | None, ...]:
-    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None; the codes get the name."""
+def add_packed(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> tuple[ir.Value | None, ...]:
+    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None; the codes get the name.
+
+    What has to be made of the stored arrays first is made in front of everything else, where sessions fold it. If one
+    does not, codes must be computed where scales are: the int8 kernel takes scales only together with constant codes,
+    and silently computes nonsense when it has got the one without the other.
+
+    Args:
+        model: the model.
+        name: of the codes.
+        packed: the weight.
+        dtype: of the activation; scales that are float16 beside another one are cast.
+    """
     graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
-    codes = add_initializer(graph, name, packed.codes)
+    cast = packed.scales.dtype == np.float16 and dtype != ir.DataType.FLOAT16
+    if len(packed.codes) == PLANES:
+        codes = add_expansion(graph, name, packed.codes, layout_of(symmetric=packed.zeros is None))
+    elif cast:
+        stored = add_initializer(graph, f"{name}_stored", packed.codes[0])
+        codes = add_node("Identity", [stored], name, before=graph[0])
+        codes.type, codes.shape = stored.type, stored.shape
+    else:
+        codes = add_initializer(graph, name, packed.codes[0])
     scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
+    if cast:
+        half, scales = scales, add_node("Cast", [scales], f"{codes.name}_float", before=graph[0], to=ir.DataType.FLOAT)
+        scales.type, scales.shape = ir.TensorType(ir.DataType.FLOAT), half.shape
     zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
     return codes, scales, zeros
 
