@@ -22,11 +22,14 @@ from onnx_woq.graph.model import Model, file_bytes, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.judge import Judge, built_in_judge, user_judge
 from onnx_woq.making import Feed, Progress, means, write
+from onnx_woq.mixed import MIX, Mixed, limit_of, mixed, mixer_for
 from onnx_woq.pipeline import calibrated_on, feeds_hash, plan, read_data, warn_of_old_runtime
 from onnx_woq.presets import TUNED, preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Trial, TuneResult
+from onnx_woq.sensitivity import statistics_recipe
 from onnx_woq.shared_statistics import SharedStatistics
+from onnx_woq.targets import check_reachable, target_of
 from onnx_woq.trials import Run, drop, each_trial, made_again
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ HELD_OUT = 8
 MOST_HELD_OUT = racing.STAGES[-1]
 """Samples that are held out where the data has them to spare: they are looked at only where it is close."""
 
-Objective = Literal["first", "smallest", "best"]
+Objective = Literal["first", "smallest", "best", "pareto"]
 
 
 def tune(
@@ -55,6 +58,11 @@ def tune(
     workdir: str | Path | None = None,
     output: str | Path | None = None,
     judge_limit: float | None = None,
+    target_bpw: float | None = None,
+    target_size: int | None = None,
+    max_kl: float | None = None,
+    max_loss: float | None = None,
+    points: int | None = None,
     samples: int | None = None,
     seqlen: int | None = None,
     tokenizer: str | Path | None = None,
@@ -74,18 +82,27 @@ def tune(
             divergence to the float model (language models, limit `KL_LIMIT`) or output SQNR (others, `SQNR_LIMIT`)
             on data held out from calibration.
         dataloader: calibration data, in any form that `quantize` takes.
-        configs: preset names or recipes, in tuning order; the presets in `TUNED` by default.
+        configs: preset names or recipes, in tuning order; the presets in `TUNED` by default. With a target for mixed
+            precision, the first is what mixes are made with (method, options, what is quantized), and all of them are
+            tried beside the mixes as they are, those beyond a target of bytes only with `points`; by default `MIX`.
         tolerance: how much worse than the float model's metric is accepted.
         criterion: the tolerance is a fraction of the float metric ("relative") or a difference ("absolute").
         higher_is_better: direction of `eval_fn`'s metric.
         objective: "first" stops at the first configuration within the tolerance; "smallest" tries all and takes the
-            fewest bytes within it; "best" tries all and takes the best metric.
+            fewest bytes within it; "best" tries all and takes the best metric; "pareto" mixes precisions, measures
+            along the whole frontier (`TuneResult.frontier`) and takes the smallest model within the tolerance.
         max_trials: trials at most, those of a resumed run included.
         timeout: seconds; no trial starts later, and one being solved is given up.
         workdir: folder of the journal and the trial models; a run killed there resumes. Temporary by default. The
             journal knows `eval_fn` by its name: give another folder when what it does has changed.
         output: where the best model goes, an .onnx file or a folder; by default it stays in `workdir`.
         judge_limit: replaces the built-in judge's limit.
+        target_bpw: mix precisions for the least loss within so many bits per weight, scales and zero points included,
+            over all weights that the configuration selects.
+        target_size: likewise within so many bytes of the files written, never exceeded.
+        max_kl: mix precisions for the fewest bytes with a mean KL divergence within so many nats per token.
+        max_loss: likewise with `eval_fn`'s metric worse than the float model's by at most so much, as a difference.
+        points: mixes measured along the frontier beside what a target needs; 6 for "pareto", none otherwise.
         samples, seqlen: replace `nsamples` and `pad_max_length` of every recipe. All share one calibration, on the
             most samples that any of them asks for.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
@@ -103,23 +120,32 @@ def tune(
     """
     start = time.monotonic()
     _check(tolerance, judge_limit, criterion, objective, max_trials, timeout)
+    target = target_of(objective, target_bpw, target_size, max_kl, max_loss, has_metric=eval_fn is not None)
     path = find_model(model)
     place = destination(output, path) if output is not None else None
-    recipes = _recipes(configs, samples, seqlen)
+    recipes = _recipes({"mixes": MIX} if target and configs is None else configs, samples, seqlen)
     source = load(path)
     _some_apply(source, recipes)
+    base = next(iter(recipes.values()))
+    # The losses of a mix come from statistics, whether its method needs them or not.
+    calibrated = {name: statistics_recipe(recipe) for name, recipe in recipes.items()} if target else recipes
     calibration, held_out = _split(
-        source, path, recipes, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
+        source, path, calibrated, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
     taps = _all_taps(source, recipes.values())
-    heaviest = next((r for r in recipes.values() if needs_data(r)), next(iter(recipes.values())))
+    heaviest = next((r for r in calibrated.values() if needs_data(r)), base)
+    if target:
+        plan(source, base)
     with (
         work_folder(workdir, keep=place is None) as folder,
         means(source, taps, heaviest, calibration, max_memory, executor, progress, announce) as with_means,
     ):
         run = Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, with_means)
-        if executor is not None and objective != "first" and leaves_process(executor):
+        if executor is not None and objective in ("smallest", "best") and leaves_process(executor):
             run.elsewhere = executor
+        mixer = mixer_for(run, base, place.onnx if place else path) if target else None
+        if target and mixer:
+            check_reachable(mixer, target, source, held_out)
         if eval_fn is not None:
             run.say("evaluate", 0, 1)
             judge = user_judge(
@@ -127,16 +153,22 @@ def tune(
                 path,
                 run.journal,
                 run.key,
-                tolerance=tolerance,
-                criterion=criterion,
+                tolerance=tolerance if max_loss is None else max_loss,
+                criterion=criterion if max_loss is None else "absolute",
                 higher_is_better=higher_is_better,
             )
         else:
-            judge = built_in_judge(source, held_out, judge_limit)
+            judge = built_in_judge(source, held_out, judge_limit if target is None else limit_of(target, judge_limit))
             run.race = objective == "best"
-        with SharedStatistics(source, list(recipes.values()), calibration, with_means) as shared:
-            trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
-            best = _choose(trials, judge, objective)
+        with SharedStatistics(source, [*calibrated.values()], calibration, with_means) as shared:
+            found = Mixed()
+            if target and mixer:
+                options = {"points": points, "max_trials": max_trials}
+                found = mixed(run, mixer, recipes, judge, shared, calibration, target, **options)
+                trials, best, stopped = found.trials, found.best, found.stopped
+            else:
+                trials, stopped = _try_all(run, recipes, judge, shared, objective, max_trials)
+                best = _choose(trials, judge, objective)
             if best is not None and best.path is None:
                 best = made_again(run, best, shared)
         final = best.path if best else None
@@ -146,7 +178,7 @@ def tune(
             warn_of_old_runtime(required_runtime(chosen))
             final = place.onnx
     return TuneResult(
-        met=bool(best and best.met),
+        met=bool(best and (best.met or (target and target.kind in ("bpw", "size")))),
         best=best,
         path=final,
         trials=tuple(trials),
@@ -157,6 +189,9 @@ def tune(
         float_bytes=file_bytes(source),
         stopped=stopped,
         seconds=time.monotonic() - start,
+        target=str(target or ""),
+        frontier=found.frontier,
+        layers=found.layers,
     )
 
 
@@ -170,7 +205,7 @@ def _check(
 ) -> None:
     for name, value, known in (
         ("criterion", criterion, ("relative", "absolute")),
-        ("objective", objective, ("first", "smallest", "best")),
+        ("objective", objective, ("first", "smallest", "best", "pareto")),
     ):
         if value not in known:
             raise RecipeError(f"unknown {name} {value!r}: {nearest(str(value), known)}")

@@ -31,8 +31,8 @@ def frontier(found: dict[str, Any]) -> go.Figure:
     """What was measured against bytes; the predicted frontier of a mix where there is one, and what was chosen."""
     tuning = found["tuning"]
     figure = _figure(f"{tuning['metric']} against size of every configuration", 430)
-    points = tuning.get("frontier") or []
-    if predicted := [point for point in points if point["predicted"] is not None]:
+    points = (tuning.get("frontier") or []) if tuning["metric"] == "kl" else []  # predictions are losses
+    if predicted := [point for point in points if point["predicted"] is not None and point["kind"] == "mix"]:
         figure.add_scatter(
             x=[point["bytes"] / 1e6 for point in predicted],
             y=[point["predicted"] for point in predicted],

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from onnx_woq.cli_targets import TARGET_OPTIONS, Size, wants_mix
 from onnx_woq.errors import OnnxWoqError, RecipeError, nearest
 from onnx_woq.presets import MEANINGS, PRESETS, TUNED, preset
 from onnx_woq.recipe import Recipe
@@ -58,24 +58,6 @@ _DATA_OPTIONS = (
     click.option("--seqlen", type=click.IntRange(1), help="Tokens per sample, for text."),
     click.option("--tokenizer", type=click.Path(), metavar="DIR", help="When it is not beside the model."),
 )
-_SIZES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SIZES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-
-
-class Size(click.ParamType):
-    """Bytes, as people write them: 3GB, 800MB, 512MiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """The number of bytes."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", str(value).strip(), re.ASCII)
-        factor = _SIZES.get((found[2] or "B").upper()) if found else None
-        if found is None or factor is None or not (count := int(float(found[1]) * factor)):
-            self.fail(f"{value!r} is not a size: write 3GB, 800MB or 512MiB", param, ctx)
-        return count
-
-
 _RUN_OPTIONS = (
     click.option("--max-memory", type=Size(), help="What the process may take, such as 3GB, 800MB or 512MiB."),
     click.option("--executor", metavar="threads|processes|serial", help="Where taps are solved; threads by default."),
@@ -94,6 +76,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 spec_options = _with(_SPEC_OPTIONS)
 data_options = _with(_DATA_OPTIONS)
 run_options = _with(_RUN_OPTIONS)
+target_options = _with(TARGET_OPTIONS)
 
 
 def _named_errors(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -132,7 +115,8 @@ def main() -> None:
 @click.option("--higher-is-better/--lower-is-better", default=True, help="Direction of --eval's metric.")
 @click.option("--tolerance", type=float, help="Accepted loss of --eval's metric (0.01); without --eval, of the judge.")
 @click.option("--criterion", default="relative", metavar="relative|absolute", help="What the tolerance is of.")
-@click.option("--objective", default="first", metavar="first|smallest|best", help="Which configuration wins.")
+@click.option("--objective", default="first", metavar="first|smallest|best|pareto", help="Which configuration wins.")
+@target_options
 @click.option("--max-trials", type=int, help="Configurations tried at most.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="No trial starts later.")
 @click.option("--workdir", type=click.Path(), metavar="DIR", help="Journal and trial models; a killed run resumes.")
@@ -148,6 +132,10 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
     within the tolerance, and the best one is written all the same. Without --eval the judge is the mean KL divergence
     of language models (at most 0.05 nats per token) or the output SQNR of others (at least 15 dB), on data held out
     from calibration.
+
+    With a target (--target-bpw, --target-size, --max-kl, --max-loss, or --objective pareto for all of them) every layer
+    gets a grid of its own, by what it costs the model; --config says how they are solved. --auto then tries the
+    predefined configurations beside the mixes.
     """
     from onnx_woq import report
 
@@ -155,10 +143,12 @@ def quantize(model: str, output: str, auto: bool, calib: str | None, as_json: bo
         from onnx_woq.page import check_report
 
         check_report(Path(given["report_file"]))
-    if auto and (given["config"] or given["recipe_file"]):
+    mixing = wants_mix(given)
+    if auto and not mixing and (given["config"] or given["recipe_file"]):
         raise RecipeError("--auto tries all predefined configurations: leave out --config and --recipe")
-    if auto or given["evaluation"]:
-        recipes = dict(_named_recipe(given, name) for name in (TUNED if auto else [None]))
+    if auto or mixing or given["evaluation"]:
+        recipes = _mixed_recipes(given, auto) if mixing else None
+        recipes = recipes or dict(_named_recipe(given, name) for name in (TUNED if auto else [None]))
         result = _tune(model, output, calib, recipes, given)
         _write_report(given, result, model)
         _print(as_json, result, report.tuning)
@@ -263,13 +253,30 @@ def _named_recipe(given: dict[str, Any], name: str | None) -> tuple[str, Recipe]
     return (f"{base}: {what}" if name or given["config"] else what), recipe
 
 
-def _recipe(given: dict[str, Any], name: str | None = None) -> Recipe:
+def _mixed_recipes(given: dict[str, Any], auto: bool) -> dict[str, Recipe]:
+    """What mixes are made with, and the predefined configurations where they are to be tried beside them."""
+    from onnx_woq.mixed import MIX
+    from onnx_woq.report import spec_name
+
+    if given["config"] or given["recipe_file"]:
+        base = dict([_named_recipe(given, None)])
+    else:
+        recipe = _recipe(given, default=MIX)
+        base = {f"{recipe.method.upper()} {spec_name(recipe.spec)}": recipe}
+    as_they_are = {**given, "config": None, "recipe_file": None, "algorithm": None, "options": ()}
+    others = [_named_recipe(as_they_are, name) for name in (TUNED if auto else ())]
+    return base | {name: recipe for name, recipe in others if name not in base}
+
+
+def _recipe(given: dict[str, Any], name: str | None = None, default: Recipe | None = None) -> Recipe:
     """The recipe that the command line describes: a base (preset, file or default) and what the flags change."""
     if given["config"] and given["recipe_file"]:
         raise RecipeError("--config and --recipe both name a recipe: give one of them")
     base = (
         _read_recipe(Path(given["recipe_file"]))
         if given["recipe_file"]
+        else default
+        if default and not name and not given["config"]
         else preset(name or given["config"] or "RTN_G32ASYM")
     )
     scheme = given["scheme"]
@@ -331,7 +338,10 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
     import shutil
 
     from onnx_woq.autotune import tune
+    from onnx_woq.picture import check_picture, draw_frontier
 
+    if given["frontier"]:
+        check_picture(given["frontier"])
     evaluation = _evaluation(given["evaluation"])
     tolerance = given["tolerance"]
     place = Path(output)
@@ -348,6 +358,7 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
                 criterion=given["criterion"],
                 higher_is_better=given["higher_is_better"],
                 objective=given["objective"],
+                **{name: given[name] for name in ("target_bpw", "target_size", "max_kl", "max_loss", "points")},
                 max_trials=given["max_trials"],
                 timeout=given["timeout"],
                 samples=given["samples"],
@@ -365,6 +376,8 @@ def _tune(model: str, output: str, calib: str | None, recipes: dict[str, Recipe]
         raise KeyboardInterrupt(finished) from interrupt
     if not given["workdir"]:  # the run is finished: nothing is left to resume
         shutil.rmtree(workdir, ignore_errors=True)
+    if given["frontier"]:
+        draw_frontier(result, given["frontier"])
     return result
 
 

@@ -207,7 +207,10 @@ def built_in_judge(
     held_out: list[dict[str, np.ndarray]],
     limit: float | None,
 ) -> Judge:
-    """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration."""
+    """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration.
+
+    An infinite `limit` accepts everything.
+    """
     from onnx_woq.runtime.data import data_hash
     from onnx_woq.runtime.evaluate import is_language_model
 
@@ -215,6 +218,8 @@ def built_in_judge(
     name, default, baseline = ("kl", KL_LIMIT, 0.0) if language else ("sqnr_db", SQNR_LIMIT, math.inf)
 
     limit = default if limit is None else limit
+    if math.isinf(limit):
+        limit = math.inf if language else -math.inf
     return Judge(
         name=name,
         key=f"{name}/{data_hash(held_out)}",

@@ -155,7 +155,7 @@ def make(
         reports += solve(model, recipe, drawn, partial, with_means, blocks, known, steps, embeddings)
         tables = solve_embeddings(model, recipe, embeddings, partial, with_means, len(taps))
         runtime = required_runtime(model)
-        properties = {**properties, "onnx_woq.minimum_onnxruntime": runtime, "onnx_woq.layers": _layers(reports)}
+        properties = {**properties, "onnx_woq.minimum_onnxruntime": runtime, "onnx_woq.layers": layers_json(reports)}
         files = write(model, place, properties, companions_from, partial)
     return Made(reports, tables, sum(file.stat().st_size for file in files), runtime)
 
@@ -253,7 +253,7 @@ def put_in(model: Model, recipe: Recipe, tap: Tap, solved: Solved, embeddings: S
     return report_of(tap, before, solved.error, scaling)
 
 
-def _layers(reports: Sequence[TapReport]) -> str:
+def layers_json(reports: Sequence[TapReport]) -> str:
     """What a written model says of each of its weights, in JSON."""
     rows = [
         {

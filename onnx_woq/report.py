@@ -24,6 +24,7 @@ PLAIN_WIDTH = 10_000
 WORST = 10
 """How many of the taps with the largest error a quantization report lists."""
 
+_LOSSES = {"kl": "KL, nats/token", "sqnr_db": "noise in the outputs", "eval_fn": "loss of the metric"}
 _UNITS = {"kl": "KL, nats/token", "sqnr_db": "SQNR, dB", "eval_fn": "metric"}
 
 
@@ -48,6 +49,9 @@ def _grid(tap: TapReport) -> str:
 
 def tuning(result: TuneResult) -> None:
     """The table of a tuning run: what each configuration cost in accuracy and what it saved in bytes."""
+    if result.target:
+        mixing(result)
+        return
     table = _table("config", f">{_UNITS[result.metric_name]}", "verdict", ">size", ">of float", ">seconds", "note")
     table.add_row("float", _number(result.baseline), "", size(result.float_bytes), "100.0 %", "", "")
     for trial in result.trials:
@@ -72,6 +76,39 @@ def tuning(result: TuneResult) -> None:
         _show(f"{result.best.name} is within the tolerance: {result.path}")
     else:
         _show(f"no configuration is within the tolerance; the best so far, {result.best.name}: {result.path}")
+
+
+def mixing(result: TuneResult) -> None:
+    """The tables of a mixed-precision run: what each layer became, and what was measured on the way to it."""
+    if result.layers:
+        total = sum(layer.predicted or 0.0 for layer in result.layers)
+        table = _table("MatMuls of one input", "grid", ">bits", ">size", ">of the loss")
+        for layer in result.layers:
+            share = "" if layer.predicted is None or not total else f"{100 * layer.predicted / total:.1f} %"
+            more = f" +{len(layer.sites) - 1}" if len(layer.sites) > 1 else ""
+            grid = "float" if layer.spec is None else spec_name(layer.spec)
+            table.add_row(escape(layer.name + more), grid, f"{layer.bits:.2f}", size(layer.bytes), share)
+        _show(table)
+    table = _table("config", ">size", ">of float", ">bits", f">{_LOSSES[result.metric_name]}", ">predicted", "note")
+    for point in [point for point in result.frontier if point.name]:
+        error = "" if point.standard_error is None else f" ± {point.standard_error:.2g}"
+        trial = next(trial for trial in result.trials if trial.name == point.name)
+        table.add_row(
+            f"[bold]{escape(point.name)}[/bold]" if point.chosen else escape(point.name),
+            "" if trial.bytes is None else size(trial.bytes),
+            "" if trial.bytes is None else f"{100 * trial.bytes / result.float_bytes:.1f} %",
+            f"{point.bpw:.2f}",
+            "" if point.measured is None else f"{_number(point.measured)}{error}",
+            "" if point.predicted is None else _number(point.predicted),
+            escape("; ".join(filter(None, ["chosen" * point.chosen, "resumed" * trial.resumed, trial.error]))),
+        )
+    _show(table, f"asked for: {result.target}; {result.stopped}; {result.seconds:.1f} s in all")
+    if result.best is None:
+        _show("no mix could be made within it: nothing was written")
+    elif not result.met:
+        _show(f"no mix is within it for sure; the best so far, {result.best.name}: {result.path}")
+    else:
+        _show(f"{result.best.name}: {result.path}")
 
 
 def quantization(report: QuantizeReport) -> None:

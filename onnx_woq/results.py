@@ -171,6 +171,76 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class LayerChoice:
+    """What a mix makes of one of its units.
+
+    Attributes:
+        name: of the tap: its first site, by its output value.
+        sites: output value names.
+        k, n: shape of the concatenated weights `[k, n]`.
+        spec: the grid; None where it stays float.
+        bytes: of the weights as they are stored.
+        alpha: what a unit of local loss does to the outputs: nats per token, or share of noise.
+        predicted: loss of the outputs that this choice makes; None for a grid that was not among the choices.
+    """
+
+    name: str
+    sites: tuple[str, ...]
+    k: int
+    n: int
+    spec: Spec | None
+    bytes: int
+    alpha: float
+    predicted: float | None
+
+    @property
+    def bits(self) -> float:
+        """Per weight, scales and zero points included."""
+        return 8 * self.bytes / (self.k * self.n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self) | {"bits": self.bits, "alpha": self.alpha if math.isfinite(self.alpha) else None}
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One model on the way from small to accurate, or beside it.
+
+    Attributes:
+        name: of the trial that measured it; of a predicted point "".
+        kind: "mix", or "uniform" for a configuration that was tried beside them.
+        bytes: of the files; of a predicted point by addition, names and padding as of those that were made.
+        bpw: bits per weight over all weights that the base recipe selects, scales and zero points included.
+        predicted: loss by the sensitivities, corrected by the line through what was measured; None where unknown.
+        measured: loss on held-out data, in the same unit: nats per token, share of noise in the outputs, or how much
+            worse the user's metric is; None where it was not measured.
+        standard_error: of `measured`; None where it is not known.
+        recipe: that makes it.
+        chosen: this is the model that was written.
+    """
+
+    name: str
+    kind: Literal["mix", "uniform"]
+    bytes: int
+    bpw: float
+    predicted: float | None
+    measured: float | None
+    standard_error: float | None
+    recipe: Recipe
+    chosen: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        out = {name: getattr(self, name) for name in ("name", "kind", "bytes", "bpw", "predicted", "measured")}
+        return out | {
+            "standard_error": self.standard_error,
+            "recipe": self.recipe.to_dict(),
+            "chosen": self.chosen,
+        }
+
+
+@dataclass(frozen=True)
 class TuneResult:
     """The history of a tuning run and its best model.
 
@@ -184,6 +254,9 @@ class TuneResult:
         limit: a metric up to (or from, if higher is better) this value is within the tolerance.
         float_bytes: of the float model's files.
         stopped: why no more trials were made: "met", "all tried", "max_trials" or "timeout".
+        target: what a mix was made for, such as "at most 4.25 bits per weight"; "" if none was.
+        frontier: of mixes, what was predicted and what was measured, by rising bytes.
+        layers: what the chosen mix makes of each unit, in graph order.
     """
 
     met: bool
@@ -197,6 +270,9 @@ class TuneResult:
     float_bytes: int
     stopped: str
     seconds: float
+    target: str = ""
+    frontier: tuple[FrontierPoint, ...] = ()
+    layers: tuple[LayerChoice, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -207,11 +283,14 @@ class TuneResult:
             "trials": [trial.to_dict() for trial in self.trials],
             "metric": self.metric_name,
             "baseline": self.baseline if math.isfinite(self.baseline) else None,
-            "limit": self.limit,
+            "limit": self.limit if math.isfinite(self.limit) else None,
             "higher_is_better": self.higher_is_better,
             "float_bytes": self.float_bytes,
             "stopped": self.stopped,
             "seconds": self.seconds,
+            "target": self.target,
+            "frontier": [point.to_dict() for point in self.frontier],
+            "layers": [layer.to_dict() for layer in self.layers],
         }
 
 

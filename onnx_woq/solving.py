@@ -225,7 +225,7 @@ def _solved(task: Task, name: str, weight: np.ndarray, stats: Stats | None, each
         q: QuantizedTensor = solve(weight, stats, task.spec, scale_dtype=_type(task), each=each, **dict(task.options))
         return q
     except FloatingPointError as error:
-        raise _not_finite(task, name) from error
+        raise not_finite(task, name) from error
 
 
 def _side_by_side(task: Task) -> np.ndarray:
@@ -236,7 +236,7 @@ def _side_by_side(task: Task) -> np.ndarray:
         columns = out[:, start : start + weight.n]
         columns[...] = weight.read()
         if not (np.isfinite(columns.min()) and np.isfinite(columns.max())):  # min and max pass NaN on
-            raise _not_finite(task, weight.name)
+            raise not_finite(task, weight.name)
         start += weight.n
     return out
 
@@ -251,7 +251,8 @@ def _relative_error(
     return output_error(_acting(q, factors, every) - sample, felt.gram) / energy if energy else 0.0
 
 
-def _not_finite(task: Task, weight: str) -> ModelError:
+def not_finite(task: Task, weight: str) -> ModelError:
+    """What to raise where a weight of a task holds NaN or infinite numbers."""
     return ModelError(
         f"weight {weight!r} of {task.name!r} has NaN or infinite values: export the model again, or exclude this node"
     )

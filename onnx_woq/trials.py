@@ -50,6 +50,7 @@ class Run:
         means: what the work is done with.
         elsewhere: where a model is judged while the next one is made; None to judge here and then go on.
         known: what a later configuration solves alike.
+        more: other configurations will follow those that are asked for now, so what is known is kept.
         race: the configurations race for the best metric, so that the clearly worse drop out early.
         leader: of the race so far, with all that has been measured of it.
     """
@@ -63,6 +64,7 @@ class Run:
     means: Means
     elsewhere: Executor | None = None
     known: Known = field(default_factory=dict)
+    more: bool = False
     race: bool = False
     leader: Trial | None = None
 
@@ -175,7 +177,7 @@ def _each_made(
                 found = _made(run, name, recipe, shared)
             except _OutOfTime:
                 return
-        if not any(solves_alike(recipe, later) for later in left):
+        if not run.more and not any(solves_alike(recipe, later) for later in left):
             run.known.clear()
         yield found
 

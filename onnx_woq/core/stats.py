@@ -6,8 +6,9 @@ the Gram matrix `H = XᵀX` [K, K]. H knows nothing of bits, groups or schemes: 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
+T = TypeVar("T")
 
 CHUNK = 1 << 21  # elements widened or rectified at a time: 8 MB of float32
 MIRRORED = 256  # rows and columns of a Gram matrix at a time
@@ -51,6 +53,28 @@ class Stats:
         self.tokens = int(tokens)
         self.mean: F64 = np.full(len(self.abs_max), np.nan) if mean is None else np.array(mean, np.float64)
         self.weight = float(tokens if weight is None else weight)
+        self._kept: dict[str, tuple[Any, Any]] | None = None
+
+    def keeping(self) -> Stats:
+        """The same statistics, not copied, which remember what `kept` gave last: to solve one tap in several ways."""
+        twin = copy(self)
+        twin._kept = {}
+        return twin
+
+    def kept(self, what: str, key: Any, make: Callable[[], T]) -> T:
+        """What follows from these statistics and `key`: `make()`, or the last result of its kind that is remembered.
+
+        Nobody may change it.
+        """
+        if self._kept is None:
+            return make()
+        known, found = self._kept.get(what, (None, None))
+        if found is None or known != key:
+            found = None  # let go before the next one takes its memory
+            self._kept.pop(what, None)
+            found = make()
+            self._kept[what] = key, found
+        return found
 
     @classmethod
     def empty(cls, k: int) -> Stats:
@@ -118,6 +142,7 @@ class Stats:
         other._gram *= factor
         other.abs_mean, other.abs_max = self.abs_mean * factor, self.abs_max * factor
         other.mean = self.mean * factor
+        other._kept = None  # what follows from these does not follow from those
         return other
 
     def merge(self, other: Stats) -> Stats:

@@ -107,6 +107,22 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: 
         raise failure(error, out) from error
 
 
+@no_garbage_search()
+def planned_bytes(model: Model, out: str | Path, *, metadata: Mapping[str, str]) -> int:
+    """About the bytes of the files that `save` would write with these arguments; tensors need no content for that.
+
+    The data of tensors that are stored before the rest is padded a little differently.
+
+    Raises:
+        OutputError: the graph is too large to save.
+    """
+    lift_large(model.ir)
+    version = max(model.ir.ir_version, _min_ir_version(model.ir))
+    outside, layout = _move_out(model.ir, data_path(Path(out)).name, None)
+    end = layout.new[-1][0] + layout.new[-1][1].nbytes if layout.new else 0
+    return end + len(_serialized(model.ir, outside, metadata, version))
+
+
 def next_place(end: int, nbytes: int) -> int:
     """Where a tensor of `nbytes` bytes starts in a data file that is `end` bytes long."""
     step = _PAGE if nbytes >= 64 * _PAGE else _LINE

@@ -143,7 +143,7 @@ def _float_outputs(pair: tuple[ort.InferenceSession, ort.InferenceSession]) -> l
     return common
 
 
-def _mask(feed: Feed, size: tuple[int, ...]) -> np.ndarray:
+def mask_of(feed: Feed, size: tuple[int, ...]) -> np.ndarray:
     """Which of `size` [B, T] tokens count."""
     given = next((feed[name] for name in MASKS if name in feed and feed[name].shape == size), None)
     return np.ones(size, bool) if given is None else given != 0
@@ -171,7 +171,7 @@ class _LanguageTally:
         if expected[0].shape[:2] != ids.shape or expected[0].shape != actual[0].shape:
             shapes = f"{list(expected[0].shape)} and {list(actual[0].shape)}"
             raise DataError(f"the logits have shapes {shapes}, for input_ids of shape {list(ids.shape)}")
-        mask = _mask(feed, ids.shape)
+        mask = mask_of(feed, ids.shape)
         for row in range(len(ids)):
             follows = np.append(mask[row, 1:] & mask[row, :-1], False)
             targets = np.append(ids[row, 1:], 0)
@@ -264,6 +264,11 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return x
 
 
+def divergence(logits: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL of each token [T] between what logits [T, V] and others give, in nats."""
+    return _divergence(_log_softmax(logits), _log_softmax(other))
+
+
 def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p ‖ q) of each token [T] from log probabilities [T, V]; never below 0, as rounding might have it."""
     weights = np.exp(p)
@@ -282,7 +287,7 @@ def _agreement(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def _counted(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     """The entries of an output in float64, those of masked tokens left out."""
     wide = array.astype(np.float64)
-    return wide[_mask(dict(feed), wide.shape[:2])] if wide.ndim > 2 else wide
+    return wide[mask_of(dict(feed), wide.shape[:2])] if wide.ndim > 2 else wide
 
 
 def _vectors(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -290,7 +295,7 @@ def _vectors(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
     wide = array.astype(np.float64)
     masked = any(name in feed and feed[name].shape == wide.shape[:2] for name in MASKS)
     if wide.ndim == 3 and masked:
-        mask = _mask(dict(feed), wide.shape[:2])[..., None]
+        mask = mask_of(dict(feed), wide.shape[:2])[..., None]
         return (wide * mask).sum(axis=1) / mask.sum(axis=1)
     return wide.reshape(-1, wide.shape[-1]) if wide.ndim else wide.reshape(1, 1)
 

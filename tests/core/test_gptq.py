@@ -329,3 +329,21 @@ def test_wide_weights_are_widened_a_tile_at_a_time(monkeypatch):
     gptq.solve(weight[:, :9], stats, Spec(4, 32))  # scipy is imported by now
     peak = peak_bytes(lambda: gptq.solve(half, stats, Spec(4, 32)))
     assert peak < half.size * 1.5 + (1 << 21)  # codes, scales and zeros are 1.16 bytes per weight
+
+
+def test_statistics_that_keep_their_factors_give_the_same_codes_and_factorize_once(monkeypatch):
+    rng = np.random.default_rng(5)
+    stats = Stats.empty(64)
+    stats.update(rng.normal(size=(200, 64)) * np.linspace(0.2, 3, 64))
+    weight = rng.normal(size=(64, 24)).astype(np.float32)
+    calls = []
+    original = gptq.factorize
+    monkeypatch.setattr(gptq, "factorize", lambda *args: calls.append(1) or original(*args))
+    keeping = stats.keeping()
+    for options in ({}, {"group_order": True}, {"actorder": True}):
+        for bits in (2, 4):
+            expected = gptq.solve(weight, stats, Spec(bits, 32), **options)
+            found = gptq.solve(weight, keeping, Spec(bits, 32), **options)
+            assert np.array_equal(found.codes, expected.codes)
+            assert np.array_equal(found.scales, expected.scales)
+    assert len(calls) == 6 + 3

@@ -189,3 +189,20 @@ def test_neither_difference_nor_decoded_weight_is_held_whole():
     weight, gram = inputs(256, 16384), collect(inputs(300, 256, seed=1)).gram
     q = quantize(weight, *fit(weight, Spec(4, 32)), Spec(4, 32))
     assert peak_bytes(lambda: quantized_error(weight, q, gram)) < weight.nbytes / 5
+
+
+def test_what_is_kept_is_made_once_for_a_key_and_never_for_other_statistics():
+    stats, made = Stats.empty(3), []
+
+    def make():
+        made.append(len(made))
+        return made[-1]
+
+    assert [stats.kept("a", 1, make) for _ in range(2)] == [0, 1]  # nothing is remembered unless asked for
+    twin = stats.keeping()
+    assert [twin.kept("a", key, make) for key in (1, 1, 2, 2, 1)] == [2, 2, 3, 3, 4]
+    assert twin.kept("b", 1, make) == 5
+    assert twin.kept("a", 1, make) == 4
+    assert twin.scaled(np.ones(3)).kept("a", 1, make) == 6
+    assert stats.kept("a", 1, make) == 7
+    assert twin.gram is stats.gram

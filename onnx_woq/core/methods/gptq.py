@@ -106,7 +106,12 @@ def solve(
     diagonal = stats.gram.diagonal()
     g = spec.resolved_group(k)
     order = row_order(diagonal, g if group_order else k if actorder else 1)
-    factors = factorize(stats.gram, percdamp, order) if diagonal.any() else None
+    gram = stats.gram
+    factors = (
+        stats.kept("gptq factors", (percdamp, order.tobytes()), lambda: factorize(gram, percdamp, order))
+        if diagonal.any()
+        else None
+    )
     if factors is None:
         reason = "no damping makes the Gram matrix positive definite" if diagonal.any() else "no input was ever nonzero"
         logger.warning("gptq, weight of %d rows: %s; rounding to nearest", k, reason)

@@ -1,0 +1,279 @@
+"""Mixed precision by target, held against the files that come out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_woq import Recipe, Spec, TuneResult, quantize, tune
+from onnx_woq.errors import RecipeError
+from onnx_woq.runtime.evaluate import compare
+
+from . import measure, zoo
+
+BASE = Recipe("gptq", Spec(4, 32))
+WEIGHTS = 2 * (4 * zoo.HIDDEN**2 + 3 * zoo.HIDDEN * zoo.WIDE) + zoo.HIDDEN * zoo.VOCAB
+"""In the matrices of the zoo's language model."""
+
+
+def mix(model: Path, data: list, folder: Path, **options) -> TuneResult:
+    return tune(model, None, data, configs={"uniform": BASE}, workdir=folder / "work", **options)
+
+
+def file_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def matrix_bytes(path: Path) -> int:
+    """Of every constant that a matrix product of the main graph reads."""
+    model = onnx.load(path)
+    values = measure.tensors(model)
+    products = [n for n in model.graph.node if n.op_type in ("MatMul", "MatMulNBits")]
+    names = {name for node in products for name in node.input[1:] if name in values}
+    return sum(values[name].nbytes for name in names)
+
+
+@pytest.fixture(scope="module")
+def data() -> list[dict[str, np.ndarray]]:
+    return zoo.lm_feeds(zoo.token_ids(24))
+
+
+@pytest.fixture(scope="module")
+def pareto(lm, data, tmp_path_factory) -> TuneResult:
+    return mix(lm, data, tmp_path_factory.mktemp("pareto"), objective="pareto", points=5)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_a_size_is_never_exceeded_and_nearly_used(share, lm, data, tmp_path):
+    with pytest.raises(RecipeError, match="to") as refused:
+        mix(lm, data, tmp_path, target_size=1)
+    found = re.search(r"take ([\d,]+) to ([\d,]+) bytes", str(refused.value))
+    low, high = (int(number.replace(",", "")) for number in found.groups())
+    target = int(low + share * (high - low))
+    result = mix(lm, data, tmp_path, target_size=target, output=tmp_path / "a much longer name than the model has.onnx")
+    size = file_bytes(result.path)
+    assert result.met
+    assert 0.97 * target <= size <= target
+    assert result.best.bytes <= target
+    measure.session(result.path)
+
+
+@pytest.mark.parametrize("target", [2.9, 4.25, 7.0])
+def test_bits_per_weight_are_those_of_the_file(target, lm, data, tmp_path):
+    result = mix(lm, data, tmp_path, target_bpw=target, output=tmp_path / "m.onnx")
+    bits = 8 * matrix_bytes(result.path) / WEIGHTS
+    assert 0.97 * target <= bits <= target
+    chosen = next(point for point in result.frontier if point.chosen)
+    assert chosen.bpw == pytest.approx(bits, rel=1e-12)
+    assert sum(layer.bytes for layer in result.layers) == matrix_bytes(result.path)
+    assert len({layer.spec for layer in result.layers}) > 1
+
+
+def test_at_the_bytes_of_uniform_four_bits_a_mix_is_closer_to_the_float_model(lm, data, tmp_path):
+    fresh = zoo.lm_feeds(zoo.token_ids(24, seed=99))
+    uniform = tmp_path / "uniform.onnx"
+    quantize(lm, uniform, BASE, data[:16])
+    result = mix(lm, data, tmp_path, target_size=file_bytes(uniform), output=tmp_path / "m.onnx", samples=16)
+    assert [trial.name for trial in result.trials][-1] == "uniform"
+    assert result.best.name != "uniform"
+    assert file_bytes(result.path) <= file_bytes(uniform)
+    assert compare(result.path, lm, fresh).kl < 0.9 * compare(uniform, lm, fresh).kl
+
+
+def test_the_frontier_falls_and_predictions_are_near_what_is_measured(pareto):
+    predicted = [point for point in pareto.frontier if not point.name]
+    assert len(predicted) > 5
+    assert all(a.bytes < b.bytes and a.predicted > b.predicted for a, b in itertools.pairwise(predicted))
+    assert all(a.bpw <= b.bpw for a, b in itertools.pairwise(predicted))
+    mixes = [point for point in pareto.frontier if point.name and point.kind == "mix"]
+    assert len(mixes) == 5
+    assert all(a.measured > b.measured for a, b in itertools.pairwise(mixes))
+    assert all(point.standard_error > 0 for point in mixes)
+    assert max(abs(math.log(point.predicted / point.measured)) for point in mixes) < math.log(2)
+    assert mixes[0].measured > 20 * mixes[-1].measured
+    [uniform] = [point for point in pareto.frontier if point.kind == "uniform"]
+    assert uniform.recipe == BASE
+    beside = np.interp(uniform.bytes, [p.bytes for p in mixes], np.log([p.measured for p in mixes]))
+    assert uniform.measured > np.exp(beside)
+    assert pareto.target == "the frontier"
+    json.dumps(pareto.to_dict(), allow_nan=False)
+
+
+def test_the_point_that_is_written_is_the_smallest_within_the_limit(pareto):
+    met = [trial for trial in pareto.trials if trial.met]
+    assert pareto.met
+    assert pareto.best.bytes == min(trial.bytes for trial in met)
+    assert [point.name for point in pareto.frontier if point.chosen] == [pareto.best.name]
+    assert pareto.path.exists()
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.03])
+def test_a_divergence_is_kept_with_few_bytes(limit, lm, data, pareto, tmp_path):
+    result = mix(lm, data, tmp_path, max_kl=limit)
+    assert result.met
+    assert result.best.verdict == "within"
+    assert 0.6 * limit < result.best.metric <= limit
+    assert result.limit == limit
+    mixes = [point for point in pareto.frontier if point.name and point.kind == "mix"]
+    assert result.best.bytes < min(point.bytes for point in mixes if point.measured <= limit)
+    assert len(result.trials) <= 9
+
+
+def test_a_loss_of_the_users_metric_is_kept_whichever_way_it_points(enc, enc_data, tmp_path):
+    def distance(path: Path) -> float:
+        return -measure.sqnr(measure.run(enc, enc_data)["y"] + 1e-9, measure.run(Path(path), enc_data)["y"])
+
+    def evaluations(sign: int):
+        def evaluate(path: Path) -> float:
+            return sign * (10 ** (distance(path) / 10)) + 5.0
+
+        return evaluate
+
+    for sign, higher in ((1, False), (-1, True)):
+        result = tune(
+            enc,
+            evaluations(sign),
+            enc_data,
+            configs=[BASE],
+            max_loss=0.02,
+            higher_is_better=higher,
+            workdir=tmp_path / str(sign),
+        )
+        assert result.met
+        assert abs(result.best.metric - 5.0) <= 0.02
+        smaller = [trial for trial in result.trials if trial.bytes < result.best.bytes]
+        assert smaller
+        assert not any(trial.met for trial in smaller)
+        assert result.limit == pytest.approx(5.0 + sign * 0.02, rel=1e-6)
+
+
+def test_the_same_question_has_the_same_answer(lm, data, tmp_path):
+    first, second = (
+        mix(lm, data, tmp_path / name, target_bpw=3.5, output=tmp_path / name / "m.onnx") for name in ("a", "b")
+    )
+    assert [t.recipe for t in first.trials] == [t.recipe for t in second.trials]
+    assert [t.metric for t in first.trials] == [t.metric for t in second.trials]
+    assert first.frontier == second.frontier
+    assert first.path.with_name("m.onnx.data").read_bytes() == second.path.with_name("m.onnx.data").read_bytes()
+
+
+def test_a_resumed_run_measures_nothing_twice(lm, data, tmp_path, forwards):
+    first = mix(lm, data, tmp_path, max_kl=0.1)
+    before = len(forwards)
+    assert before
+    again = mix(lm, data, tmp_path, max_kl=0.1)
+    assert len(forwards) == before
+    assert all(trial.resumed for trial in again.trials)
+    assert (again.best.name, again.best.metric) == (first.best.name, first.best.metric)
+    assert [p.measured for p in again.frontier] == [p.measured for p in first.frontier]
+    other = mix(lm, data, tmp_path, target_bpw=3.5)  # another target: the sensitivities are known
+    samples = len(data) - 8
+    assert len(forwards) - before == samples + 2 * len(other.trials[0].pairs)
+
+
+def test_the_file_says_how_to_make_it_again(lm, data, tmp_path):
+    result = mix(lm, data, tmp_path, target_bpw=3.5, output=tmp_path / "m.onnx", samples=16)
+    recipe = Recipe.from_dict(measure.recipe_of(result.path))
+    assert recipe == result.best.recipe
+    quantize(lm, tmp_path / "again.onnx", recipe, data[:16])
+    weights = [measure.tensors(onnx.load(tmp_path / name)) for name in ("m.onnx", "again.onnx")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(np.array_equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_what_the_recipe_settles_stays_as_it_is(lm, data, tmp_path):
+    base = Recipe("gptq", Spec(4, 32), overrides={"down": Spec(8, 64), "o$": None}, exclude=("logits",))
+    result = tune(lm, None, data, configs=[base], target_bpw=5.0, workdir=tmp_path)
+    specs = {layer.name: layer.spec for layer in result.layers}
+    assert {name: spec for name, spec in specs.items() if "down" in name} == {
+        f"layer{i}.down": Spec(8, 64) for i in (0, 1)
+    }
+    assert not [name for name in specs if name.endswith(".o") or name == "logits"]
+    assert any(spec != base.spec for name, spec in specs.items() if "down" not in name)
+
+
+def test_a_tied_head_costs_what_it_adds_to_the_file(tied_lm, data, tmp_path):
+    """Its float weights stay for the embedding: left float it adds nothing, quantized it adds all that it takes."""
+    result = mix(tied_lm, data, tmp_path, target_size=int(0.75 * file_bytes(tied_lm)), output=tmp_path / "m.onnx")
+    assert next(layer for layer in result.layers if layer.name == "logits").spec is None
+    assert file_bytes(result.path) <= 0.75 * file_bytes(tied_lm)
+
+
+def test_an_encoder_is_judged_by_its_noise(enc, enc_data, tmp_path):
+    result = tune(enc, None, enc_data, configs=[BASE], target_bpw=4.0, workdir=tmp_path, points=3)
+    assert result.met
+    assert result.metric_name == "sqnr_db"
+    measured = [point for point in result.frontier if point.measured is not None]
+    for point in measured:
+        [trial] = [trial for trial in result.trials if trial.name == point.name]
+        assert point.measured == pytest.approx(10 ** (-trial.metric / 10), rel=1e-6)
+    with pytest.raises(RecipeError, match="logits"):
+        tune(enc, None, enc_data, configs=[BASE], max_kl=0.1, workdir=tmp_path)
+
+
+def test_what_no_sample_reaches_keeps_the_spec_of_the_recipe(tmp_path):
+    model = zoo.branches(tmp_path / "m.onnx")
+    feeds = [{"x": zoo.correlated(i, 24, 48)[None], "flag": np.array(True)} for i in range(12)]
+    result = tune(model, None, feeds, configs=[BASE], target_bpw=5.2, workdir=tmp_path / "work")
+    specs = {layer.name: layer.spec for layer in result.layers}
+    assert specs["no_out"] == BASE.spec, specs
+    assert specs["yes_out"] != BASE.spec or specs["y"] != BASE.spec
+    with pytest.raises(RecipeError, match="mixes of this model have"):  # what is left cannot make up for it
+        tune(model, None, feeds, configs=[BASE], target_bpw=4.0, workdir=tmp_path / "work")
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_every_method_mixes(method, lm, data, tmp_path):
+    result = tune(lm, None, data, configs=[Recipe(method)], target_bpw=4.0, workdir=tmp_path)
+    assert result.met
+    assert {trial.recipe.method for trial in result.trials} == {method}
+    assert len({layer.spec for layer in result.layers}) > 1
+
+
+def test_half_precision_models_mix(tmp_path):
+    model = zoo.chain(tmp_path / "m.onnx", (96, 80, 64, 48), dtype=zoo.F16)
+    feeds = [{"x": zoo.correlated(i, 24, 96).astype(np.float16)} for i in range(12)]
+    result = tune(model, None, feeds, configs=[BASE], target_bpw=4.5, workdir=tmp_path / "work")
+    assert result.met
+    assert 8 * sum(layer.bytes for layer in result.layers) / (96 * 80 + 80 * 64 + 64 * 48) <= 4.5
+    assert max(point.bpw for point in result.frontier) < 16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_bpw": 1.0}, ["1 bits", "2.593", "32.000"]),
+        ({"target_bpw": 33.0}, ["33 bits", "32.000"]),
+        ({"target_size": 1000}, ["1,000 bytes", "MB"]),
+        ({"target_size": 10**9}, ["1,000,000,000 bytes", "MB"]),
+        ({"target_bpw": 4.0, "max_kl": 0.1}, ["target_bpw", "max_kl"]),
+        ({"target_size": 10**5, "objective": "pareto"}, ["target_size", "pareto"]),
+        ({"max_kl": 0.0}, ["max_kl", "above 0"]),
+        ({"target_bpw": math.nan}, ["target_bpw", "above 0"]),
+        ({"max_loss": 0.1}, ["max_loss", "eval_fn"]),
+        ({"max_kl": 0.1, "eval_fn": lambda path: 1.0}, ["max_kl", "eval_fn"]),
+    ],
+    ids=str,
+)
+def test_impossible_targets_are_refused_before_any_work(options, words, lm, data, tmp_path, forwards):
+    options = {"eval_fn": None, **options}
+    with pytest.raises(RecipeError) as refused:
+        tune(lm, dataloader=data, configs=[BASE], workdir=tmp_path, **options)
+    assert all(word in str(refused.value) for word in words), str(refused.value)
+    assert not forwards
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_limits_on_trials_and_time_hold(lm, data, tmp_path):
+    result = mix(lm, data, tmp_path, objective="pareto", points=5, max_trials=2)
+    assert (len(result.trials), result.stopped) == (2, "max_trials")
+    assert result.best is not None
+    result = mix(lm, data, tmp_path / "late", objective="pareto", timeout=1e-6)
+    assert (result.trials, result.best, result.stopped, result.met) == ((), None, "timeout", False)
