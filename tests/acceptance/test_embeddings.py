@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -269,6 +270,23 @@ def test_both_branches_of_a_merged_decoder(tmp_path, monkeypatch):
     assert all(measure.sqnr(value, after[name]) > 30 for name, value in before.items())
     gathers = [n for n in measure.nodes(onnx.load(tmp_path / "q.onnx")) if n.op_type == "GatherBlockQuantized"]
     assert len({tuple(n.input[i] for i in (0, 2, 3)) for n in gathers}) == 1
+
+
+def test_a_large_table_takes_memory_for_its_codes_and_for_pieces(tied_lm):
+    from onnx_woq.embedding import table_bytes
+    from onnx_woq.graph.embeddings import find_embeddings
+    from onnx_woq.graph.lower.gather import embedding_bytes
+    from onnx_woq.graph.model import load
+    from onnx_woq.graph.taps import find_taps
+
+    model, recipe = load(tied_lm), Recipe(embedding=FOUR)
+    (small,), _ = find_embeddings(model, recipe, find_taps(model, recipe)[0])
+    taken = {}
+    for rows in (100_000, 10_000_000):
+        table = replace(small, n=rows, weight_bytes=4 * rows * small.k)
+        taken[rows] = table_bytes(table, 2) - embedding_bytes(table, FOUR, None)
+        assert table_bytes(table, 1) < table_bytes(table, 2) or rows == 100_000
+    assert taken[10_000_000] < 4 * taken[100_000] < 10_000_000 * small.k
 
 
 def test_the_metadata_says_the_oldest_runtime(tied_lm, tmp_path):

@@ -181,6 +181,33 @@ def test_a_square_table_read_the_same_way_round_is_no_head_of_it(tmp_path):
     assert "T" not in load(out).ir.graph.initializers
 
 
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_of_two_heads_the_one_on_the_same_grid_lends_its_codes(tmp_path, first):
+    nodes = [node("Gather", ["T", "ids"], ["rows"]), node("Transpose", ["T"], ["turned"])]
+    nodes += [node("MatMul", [x, "turned"], [f"y_{x}"], name=x) for x in ("one", "two")]
+    inputs = [value("ids", [2, 3], INT64), value("one", ["m", 64]), value("two", ["m", 64])]
+    outputs = [value("rows", [2, 3, 64]), value("y_one"), value("y_two")]
+    path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
+    recipe = Recipe(embedding=Spec(), overrides={f"^{first}$": Spec(8)})
+    model = load(path)
+    taps, _ = find_taps(model, recipe)
+    (found,), _ = find_embeddings(model, recipe, taps)
+    assert (found.shared, found.head.name) == (True, "y_two" if first == "one" else "y_one")
+
+
+def test_a_head_that_rounds_the_table_has_codes_of_its_own(tmp_path):
+    nodes = [node("Gather", ["T", "ids"], ["rows"]), node("Cast", ["T"], ["half"], to=FLOAT16)]
+    nodes += [node("Transpose", ["half"], ["turned"]), node("MatMul", ["x", "turned"], ["logits"])]
+    inputs, outputs = [value("ids", [2, 3], INT64), value("x", ["m", 64], FLOAT16)], [value("rows", [2, 3, 64])]
+    outputs.append(value("logits", ["m", ROWS], FLOAT16))
+    path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
+    out, meant, (found,), _ = lowered(path, FOUR)
+    assert (found.head, found.shared, found.counted) == (None, False, True)
+    rows, _ = run(out, {"ids": IDS, "x": random(1, 64, dtype=np.float16)})
+    np.testing.assert_array_equal(rows, meant["rows"][IDS])
+    assert "T" not in load(out).ir.graph.initializers
+
+
 def test_brain_floats_are_read_in_float32_and_rounded(tmp_path):
     stored = onnx.helper.make_tensor("T", BFLOAT16, [ROWS, 64], random(ROWS, 64).ravel().tolist())
     nodes = [node("Gather", ["T", "ids"], ["brain"]), node("Cast", ["brain"], ["rows"], to=FLOAT)]
