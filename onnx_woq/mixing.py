@@ -14,10 +14,13 @@ import numpy as np
 
 from onnx_woq.core.allocate import Allocation, Choice, frontier, within_bytes, within_loss
 from onnx_woq.core.methods import METHODS
+from onnx_woq.embedding import own
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import is_large
+from onnx_woq.graph.embeddings import find_embeddings
+from onnx_woq.graph.lower.gather import lower_embedding, share_codes
 from onnx_woq.graph.lower.lowrank import tap_bytes
-from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_from, packed_shapes, required_runtime
+from onnx_woq.graph.lower.matmulnbits import Packed, lower_tap, packed_from, packed_shapes, required_runtime
 from onnx_woq.graph.model import Model, clone, file_bytes
 from onnx_woq.graph.save import planned_bytes
 from onnx_woq.graph.taps import Site, Tap, find_taps, shared_copy_bytes
@@ -45,6 +48,8 @@ class Unit:
         written: likewise.
         losses: predicted for the whole model, of each; empty while nothing has been measured.
         alpha: see `Sensitivity`.
+        kept: bytes of its float weight that stay in the file for something else that reads it.
+        also: names of the Gathers of an embedding that is quantized as this unit is, for they share a table.
     """
 
     tap: Tap
@@ -53,6 +58,8 @@ class Unit:
     written: tuple[int, ...]
     losses: tuple[float, ...] = ()
     alpha: float = math.nan
+    kept: int = 0
+    also: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -63,14 +70,20 @@ class Unit:
 def units_of(source: Model, base: Recipe) -> list[Unit]:
     """The units of a mix that `base` is the base of, in graph order, nothing measured yet."""
     units = []
-    for tap in find_taps(source, base)[0]:
+    taps = find_taps(source, base)[0]
+    tables = find_embeddings(source, base, taps)[0]
+    for tap in taps:
         specs = specs_for(tap, base)
+        tied = [table for table in tables if table.head in tap.sites]
+        if tied:  # the embedding is quantized with it, by a kernel that knows no other widths
+            specs = tuple(spec for spec in specs if spec.bits in (2, 4, 8)) or specs
         free = len(specs) > 1
         sizes = tuple(tap_bytes(replace(tap, spec=spec)) for spec in specs)
-        kept = sum(shared_copy_bytes(source, [tap]).values())
+        kept = 0 if tied else sum(shared_copy_bytes(source, [tap]).values())
         stored = (*sizes, tap.weight_bytes) if free else sizes
         written = (*sizes, tap.weight_bytes - kept) if free else sizes
-        units.append(Unit(tap, (*specs, None) if free else specs, stored, written))
+        also = tuple(node.outputs[0].name or "" for table in tied for node in table.nodes)
+        units.append(Unit(tap, (*specs, None) if free else specs, stored, written, kept=kept, also=also))
     return units
 
 
@@ -83,13 +96,13 @@ def measured_units(units: Sequence[Unit], found: Sequence[Sensitivity]) -> list[
     out = []
     for unit, one in zip(units, found, strict=True):
         if len(one.specs) == 1 or (one.alpha > 0 and any(one.losses)):
-            losses = tuple(one.alpha * loss for loss in one.losses)
-            whole = losses if len(losses) == len(unit.specs) else (*losses, 0.0)
-            out.append(replace(unit, losses=whole, alpha=one.alpha))
+            known = {spec: one.alpha * loss for spec, loss in zip(one.specs, one.losses, strict=True)}
+            losses = tuple(0.0 if spec is None else known[spec] for spec in unit.specs)
+            out.append(replace(unit, losses=losses, alpha=one.alpha))
         else:
             tap = unit.tap
             size = tap_bytes(tap)
-            out.append(Unit(tap, (tap.spec,), (size,), (size,), (0.0,), one.alpha))
+            out.append(Unit(tap, (tap.spec,), (size,), (size,), (0.0,), one.alpha, unit.kept, unit.also))
     return out
 
 
@@ -148,9 +161,7 @@ class Mixer:
 
     def written(self, picks: Sequence[int]) -> int:
         """About the bytes of the files of a mix, by addition alone."""
-        saved = sum(
-            unit.tap.weight_bytes - sum(shared_copy_bytes(self.source, [unit.tap]).values()) for unit in self.units
-        )
+        saved = sum(unit.tap.weight_bytes - unit.kept for unit in self.units)
         return file_bytes(self.source) - saved + sum(u.written[p] for u, p in zip(self.units, picks, strict=True))
 
     def planned(self, picks: Sequence[int]) -> int:
@@ -173,7 +184,7 @@ class Mixer:
         """
         names: dict[Spec | None, list[str]] = {}
         for unit, pick in zip(self.units, picks, strict=True):
-            names.setdefault(unit.specs[pick], []).extend(self._names[unit.tap.name])
+            names.setdefault(unit.specs[pick], []).extend([*self._names[unit.tap.name], *unit.also])
         overrides = {
             f"^(?:{'|'.join(map(re.escape, found))})$": spec for spec, found in names.items() if spec != self.base.spec
         }
@@ -246,6 +257,13 @@ def _names_of(site: Site) -> list[str]:
     return [name for name in (site.name, site.node_name, site.weight_name) if name]
 
 
+def _empty(k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
+    """A weight of zeros that takes no memory."""
+    shapes = packed_shapes(k, n, spec, scale_dtype, dense=dense)
+    arrays = [np.broadcast_to(np.zeros((), dtype), shape) for shape, dtype in shapes]
+    return packed_from(arrays, k, n, spec, dense=dense)
+
+
 def planned_file_bytes(source: Model, recipe: Recipe, source_hash: str, calibration: str) -> int:
     """About the bytes of the files that quantizing `source` by `recipe` writes, without solving anything.
 
@@ -253,14 +271,16 @@ def planned_file_bytes(source: Model, recipe: Recipe, source_hash: str, calibrat
     """
     model = clone(source)
     taps = find_taps(model, recipe)[0]
+    tables = find_embeddings(model, recipe, taps)[0]
     reports = [report_of(tap, tap.weight_bytes, 0.123456789012345678) for tap in taps]
     for tap in taps:
-        packed = []
-        for part in tap.parts():
-            shapes = packed_shapes(part.k, part.n, tap.spec, tap.scale_dtype)
-            arrays = [np.broadcast_to(np.zeros((), dtype), shape) for shape, dtype in shapes]
-            packed.append(packed_from(arrays, part.k, part.n, tap.spec))
+        packed = [_empty(part.k, part.n, tap.spec, tap.scale_dtype, dense=tap.dense) for part in tap.parts()]
         lower_tap(model, tap, packed, accuracy_level=recipe.accuracy_level)
+        for table in tables:
+            if table.shared and table.head in tap.sites:
+                share_codes(model, table, None)
+    for table in own(tables):
+        lower_embedding(model, table, _empty(table.k, table.n, table.spec, table.scale_dtype))
     properties = metadata(recipe, source_hash, calibration)
     properties |= {"onnx_woq.minimum_onnxruntime": required_runtime(model), "onnx_woq.layers": layers_json(reports)}
     return planned_bytes(model, source.path, metadata=properties)

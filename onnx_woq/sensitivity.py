@@ -26,7 +26,7 @@ from onnx_woq.core.grid import QuantizedTensor
 from onnx_woq.core.methods import METHODS, needs_data, rtn
 from onnx_woq.core.stats import output_error
 from onnx_woq.executors import keep_blas_to_one_thread, result_of, submitted
-from onnx_woq.graph.lower.matmulnbits import packed_bytes
+from onnx_woq.graph.lower.lowrank import tap_bytes
 from onnx_woq.graph.taps import Tap, find_taps
 from onnx_woq.making import Feed
 from onnx_woq.recipe import Recipe, Spec
@@ -81,7 +81,7 @@ def specs_for(tap: Tap, recipe: Recipe) -> tuple[Spec, ...]:
     if _named(tap, recipe):
         return (tap.spec,)
     every = [Spec(bits, group, symmetric) for group in GROUPS for bits in BITS for symmetric in (False, True)]
-    size = {spec: packed_bytes(tap.k, tap.n, spec, tap.scale_dtype) for spec in every}
+    size = {spec: tap_bytes(replace(tap, spec=spec)) for spec in every}
 
     def needless(spec: Spec) -> bool:
         return any(

@@ -137,7 +137,7 @@ class Tap:
         weight_bytes: of the distinct weights as the model stores them.
         rank: of the factors added to its weights; 0 for none.
         corrected: whether a constant is added to its outputs.
-        dense: whether the codes take no more than their bits in the file (`onnx_woq.graph.dense`).
+        densely: whether its opset lets codes take no more than their bits in the file (`onnx_woq.graph.dense`).
         half_scales: whether scales are stored in float16 whatever the kernel computes in.
     """
 
@@ -151,8 +151,13 @@ class Tap:
     attention: tuple[str, ...]
     rank: int = 0
     corrected: bool = False
-    dense: bool = False
+    densely: bool = False
     half_scales: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether the codes take no more than their bits in the file."""
+        return self.densely and self.spec.bits == dense.BITS
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -266,7 +271,7 @@ def find_taps(model: Model, recipe: Recipe) -> tuple[list[Tap], list[Skipped]]:
     for tap in taps:
         tap.rank = min(recipe.lowrank, -(-min(tap.k, tap.n) // RANKS) * RANKS)
         tap.corrected = recipe.bias_correction
-        tap.dense = tap.spec.bits == dense.BITS and (model.ir.opset_imports.get("") or 0) >= dense.OPSET
+        tap.densely = (model.ir.opset_imports.get("") or 0) >= dense.OPSET
         tap.half_scales = recipe.half_scales
     return taps, skipped
 

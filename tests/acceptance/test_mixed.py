@@ -258,7 +258,7 @@ def test_half_precision_models_mix(tmp_path):
         ({"max_kl": 0.0}, ["max_kl", "above 0"]),
         ({"target_bpw": math.nan}, ["target_bpw", "above 0"]),
         ({"max_loss": 0.1}, ["max_loss", "eval_fn"]),
-        ({"max_kl": 0.1, "eval_fn": lambda path: 1.0}, ["max_kl", "eval_fn"]),
+        ({"max_kl": 0.1, "eval_fn": float}, ["max_kl", "eval_fn"]),
     ],
     ids=str,
 )
@@ -277,3 +277,22 @@ def test_limits_on_trials_and_time_hold(lm, data, tmp_path):
     assert result.best is not None
     result = mix(lm, data, tmp_path / "late", objective="pareto", timeout=1e-6)
     assert (result.trials, result.best, result.stopped, result.met) == ((), None, "timeout", False)
+
+
+def test_a_tied_embedding_follows_its_head(tied_lm, data, tmp_path):
+    """One unit: whatever the head becomes, the table is stored once, and no float copy is left."""
+    base = dataclasses.replace(BASE, embedding=Spec(4, 32))
+    whole = sum(path.stat().st_size for path in tied_lm.parent.glob(f"{tied_lm.name}*"))
+    result = tune(
+        tied_lm, dataloader=data, configs=[base], target_size=int(0.22 * whole), workdir=tmp_path / "w",
+        output=tmp_path / "q.onnx",
+    )  # fmt: skip
+    assert result.best.bytes <= 0.22 * whole
+    head = next(layer for layer in result.layers if "logits" in layer.sites)
+    proto = onnx.load(tmp_path / "q.onnx")
+    (gather,) = (node for node in proto.graph.node if node.op_type == "GatherBlockQuantized")
+    (product,) = (node for node in proto.graph.node if node.op_type == "MatMulNBits" and node.output[0] == "logits")
+    bits = {attribute.name: attribute.i for attribute in product.attribute}["bits"]
+    assert bits == head.spec.bits in (2, 4, 8)
+    assert {attribute.name: attribute.i for attribute in gather.attribute}["bits"] == bits
+    assert all(t.data_type != onnx.TensorProto.FLOAT or np.prod(t.dims) < head.k * head.n for t in proto.graph.initializer)

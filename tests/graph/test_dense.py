@@ -37,7 +37,7 @@ def quantized(path, recipe, level, out, *, dense=True):
     taps, skipped = find_taps(model, recipe)
     assert taps, skipped
     for tap in taps:
-        tap.dense &= dense
+        tap.densely &= dense
         lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=level)
     save(model, out, metadata={})
     onnx.checker.check_model(out, full_check=True)

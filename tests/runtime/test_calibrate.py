@@ -442,7 +442,7 @@ def test_what_is_expanded_when_a_model_is_loaded_is_expanded_before_a_part_is_ru
         grams.append([])
         for tap, stats in walk(model, taps, RAGGED, sequential="tap"):
             assert tap.dense
-            tap.dense = dense
+            tap.densely = dense
             lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=4)
             grams[-1].append(stats.gram)
     assert "MatMulNBits" in seen
