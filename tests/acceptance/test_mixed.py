@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -295,4 +296,6 @@ def test_a_tied_embedding_follows_its_head(tied_lm, data, tmp_path):
     bits = {attribute.name: attribute.i for attribute in product.attribute}["bits"]
     assert bits == head.spec.bits in (2, 4, 8)
     assert {attribute.name: attribute.i for attribute in gather.attribute}["bits"] == bits
-    assert all(t.data_type != onnx.TensorProto.FLOAT or np.prod(t.dims) < head.k * head.n for t in proto.graph.initializer)
+    assert all(
+        t.data_type != onnx.TensorProto.FLOAT or np.prod(t.dims) < head.k * head.n for t in proto.graph.initializer
+    )
