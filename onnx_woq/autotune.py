@@ -133,7 +133,7 @@ def tune(
         source, path, calibrated, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
     taps = _all_taps(source, recipes.values())
-    heaviest = next((r for r in calibrated.values() if needs_data(r)), base)
+    heaviest = max(calibrated.values(), key=lambda r: (needs_data(r), r.both_streams, r.rotation))
     if target:
         plan(source, base)
     with (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_woq.core import lowrank
+from onnx_woq.core import lowrank, target
 from onnx_woq.core.methods import needs_data, result_bytes, solve_bytes
 from onnx_woq.embedding import table_bytes
 from onnx_woq.errors import MemoryLimit
@@ -85,7 +85,7 @@ def plan_memory(
     Raises:
         MemoryLimit: the largest tap does not fit; the message says how much is needed.
     """
-    needs = _needs(model, taps, batches) if needs_data(recipe) and batches else None
+    needs = _needs(model, taps, batches, recipe) if needs_data(recipe) and batches else None
     results = sum(map(tap_bytes, taps)) + sum(embedding_bytes(table, table.spec, None) for table in tables)
     base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else results)
     tasks = [task_bytes(tap, recipe) for tap in taps] + [table_bytes(table, workers) for table in tables]
@@ -110,10 +110,10 @@ def plan_memory(
     return MemoryPlan(window, solving, workers, peak, disk, _text(model, used, solving, base, peak, max_memory))
 
 
-def _needs(model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> Needs:
+def _needs(model: Model, taps: Sequence[Tap], batches: Sequence[Feed], recipe: Recipe) -> Needs:
     from onnx_woq.runtime.windows import Needs  # brings onnxruntime
 
-    return Needs.of(model, taps, batches)
+    return Needs.of(model, taps, batches, streams=2 if recipe.both_streams else 1)
 
 
 def task_bytes(tap: Tap, recipe: Recipe) -> int:
@@ -125,6 +125,9 @@ def task_bytes(tap: Tap, recipe: Recipe) -> int:
     if tap.rank:
         held = result_bytes(tap.k, tap.n, tap.spec) + 4 * tap.k * tap.n
         solving = max(solving, held + lowrank.working_bytes(tap.k, tap.n, tap.rank))
+    if recipe.both_streams:
+        solving = 4 * tap.k * tap.n + max(solving, target.working_bytes(tap.k, tap.n))
+        stats *= 2  # with the cross products
     stats *= 2 if tap.corrected else 1  # those of the inputs less their mean as well
     # A rotated weight is not mapped from its file but computed, one at a time.
     computed = max(4 * site.k * site.n for site in tap.sites) if recipe.rotation else 0

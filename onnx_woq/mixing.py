@@ -25,7 +25,7 @@ from onnx_woq.graph.model import Model, clone, file_bytes
 from onnx_woq.graph.save import planned_bytes
 from onnx_woq.graph.taps import Site, Tap, find_taps, shared_copy_bytes
 from onnx_woq.making import layers_json, report_of
-from onnx_woq.pipeline import metadata
+from onnx_woq.pipeline import metadata, prepared
 from onnx_woq.recipe import Recipe, Spec
 from onnx_woq.results import LayerChoice
 from onnx_woq.sensitivity import Sensitivity, specs_for
@@ -269,8 +269,7 @@ def planned_file_bytes(source: Model, recipe: Recipe, source_hash: str, calibrat
 
     Nodes that solving may add (input scales of AWQ, factors, biases) are not counted.
     """
-    model = clone(source)
-    taps = find_taps(model, recipe)[0]
+    model, taps = prepared(clone(source), recipe)
     tables = find_embeddings(model, recipe, taps)[0]
     reports = [report_of(tap, tap.weight_bytes, 0.123456789012345678) for tap in taps]
     for tap in taps:

@@ -18,7 +18,7 @@ from onnx_woq.embedding import own
 from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize
 from onnx_woq.folder import destination, find_model
 from onnx_woq.graph.embeddings import Embedding, find_embeddings
-from onnx_woq.graph.model import Model, check_output, file_bytes, load, low_bit_nodes, model_hash
+from onnx_woq.graph.model import Model, check_output, clone, file_bytes, load, low_bit_nodes, model_hash
 from onnx_woq.graph.rotate import rotate
 from onnx_woq.graph.taps import Skipped, Tap, find_taps, shared_copy_bytes
 from onnx_woq.making import Feed, Means, Progress, make, means
@@ -159,6 +159,18 @@ def prepare(model: Model, recipe: Recipe, taps: Sequence[Tap], embeddings: Seque
         rotate(model, quantized, sharing(embeddings))
 
 
+def prepared(source: Model, recipe: Recipe) -> tuple[Model, list[Tap]]:
+    """The float model as `recipe` calibrates it, a copy where that is another one, and its taps.
+
+    Raises:
+        RotationError: see `prepare`.
+    """
+    model = clone(source) if recipe.rotation else source
+    taps = find_taps(model, recipe)[0]
+    prepare(model, recipe, taps, find_embeddings(model, recipe, taps)[0])
+    return model, taps
+
+
 def sharing(embeddings: Sequence[Embedding]) -> dict[ir.Node, str]:
     """The nodes that will read the codes of one table, heads and Gathers, and their names."""
     shared = [table for table in embeddings if table.shared and table.head]
@@ -195,6 +207,7 @@ def read_data(
     if data is None:
         needing = [recipe.method.upper() if METHODS[recipe.method].needs_data else ""]
         needing += ["bias_correction" if recipe.bias_correction else "", "lowrank" if recipe.lowrank else ""]
+        needing += ["both_streams" if recipe.both_streams else ""]
         raise DataError(
             f"{' and '.join(filter(None, needing)) or 'the built-in judge'} needs calibration data: give --calib FILE "
             "(text, JSONL, .npz, .npy or a folder of arrays), in Python the `data` argument; plain RTN works without"
@@ -247,6 +260,7 @@ def collect(
         sequential=sequential,
         progress=(lambda done, total: progress("calibrate", done, total)) if progress else None,
         checkpoint=states,
+        both_streams=recipe.both_streams,
     )
 
 

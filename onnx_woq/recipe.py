@@ -14,6 +14,10 @@ from onnx_woq.errors import RecipeError, nearest
 
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 SEQUENTIAL_UNITS = ("tap", "block")
+_SWITCHES = (
+    "lm_head", "half_scales", "attention_weighted", "bias_correction", "rotation", "true_sequential", "both_streams",
+    "use_max_length",
+)  # fmt: skip
 RANKS, MOST_RANK = 16, 1024  # of low-rank factors: the smallest block a kernel knows
 
 
@@ -82,6 +86,10 @@ class Recipe:
         true_sequential: collect each tap's statistics with what comes before it already quantized.
         sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
             `onnx_woq.graph.blocks`).
+        both_streams: make up for the errors of what is quantized already (see `onnx_woq.core.target`): each tap is
+            solved for the outputs that the float model has, given the inputs of the quantized one. Every method then
+            needs data, and `true_sequential` is implied.
+        stream_share: how far, from above 0 to 1.
         nsamples: calibration samples used at most.
         pad_max_length: longest calibration sample, in tokens.
         use_max_length: use only samples of exactly `pad_max_length` tokens.
@@ -103,6 +111,8 @@ class Recipe:
     rotation: bool = False
     true_sequential: bool = False
     sequential_unit: str = "tap"
+    both_streams: bool = False
+    stream_share: float = 1.0
     nsamples: int = 128
     pad_max_length: int = 2048
     use_max_length: bool = False
@@ -121,13 +131,17 @@ class Recipe:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
-        switches = ("lm_head", "half_scales", "attention_weighted", "bias_correction", "rotation")
-        for name in (*switches, "true_sequential", "use_max_length"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
         rank = self.lowrank
         if not isinstance(rank, int) or isinstance(rank, bool) or rank % RANKS or not 0 <= rank <= MOST_RANK:
             raise RecipeError(f"lowrank={rank!r} must be 0 or a multiple of {RANKS} up to {MOST_RANK}: 16 is a start")
+        share = self.stream_share
+        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
+            raise RecipeError(f"stream_share={share!r} must be above 0 and at most 1")
+        if self.both_streams:
+            object.__setattr__(self, "true_sequential", True)
         if self.sequential_unit not in SEQUENTIAL_UNITS:
             raise RecipeError(f"unknown sequential_unit: {nearest(str(self.sequential_unit), SEQUENTIAL_UNITS)}")
         object.__setattr__(self, "include", _expressions("include", self.include))

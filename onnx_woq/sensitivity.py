@@ -27,8 +27,10 @@ from onnx_woq.core.methods import METHODS, needs_data, rtn
 from onnx_woq.core.stats import output_error
 from onnx_woq.executors import keep_blas_to_one_thread, result_of, submitted
 from onnx_woq.graph.lower.lowrank import tap_bytes
-from onnx_woq.graph.taps import Tap, find_taps
+from onnx_woq.graph.model import Model
+from onnx_woq.graph.taps import Tap
 from onnx_woq.making import Feed
+from onnx_woq.pipeline import prepared
 from onnx_woq.recipe import Recipe, Spec
 from onnx_woq.solving import Task, not_finite, task_of
 from onnx_woq.trials import Run
@@ -107,13 +109,13 @@ def sensitivities(run: Run, recipe: Recipe, shared: SharedStatistics, batches: S
         shared: statistics of these taps.
         batches: calibration samples, of which some are looked at.
     """
-    taps = find_taps(run.source, recipe)[0]
+    model, taps = prepared(run.source, recipe)
     keys = {tap.name: _key(run, recipe, tap) for tap in taps}
     known = journal.read(run.journal)
     missing = [tap for tap in taps if keys[tap.name] not in known]
     if missing:
         losses = dict(_losses(run, recipe, shared, missing))
-        moved = _distances(run, missing, batches)
+        moved = _distances(run, model, missing, batches)
         for tap in missing:
             found, noise = losses[tap.name]
             alpha = moved[tap.name] / noise if noise else 0.0
@@ -130,7 +132,7 @@ def statistics_recipe(recipe: Recipe) -> Recipe:
     """A recipe whose statistics are those that losses are measured with: of the float model, for any method."""
     if not needs_data(recipe):
         recipe = replace(recipe, method="gptq", options={})
-    return replace(recipe, true_sequential=False)
+    return replace(recipe, true_sequential=False, both_streams=False)
 
 
 def unit_losses(task: Task, specs: Sequence[Spec]) -> tuple[list[float], float]:
@@ -209,14 +211,14 @@ def _calibrated(
     return found
 
 
-def _distances(run: Run, taps: Sequence[Tap], batches: Sequence[Feed]) -> dict[str, float]:
+def _distances(run: Run, model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> dict[str, float]:
     from onnx_woq.runtime.perturb import distances
 
     start = time.process_time()
     step = max(1, len(batches) // PROBES)
     probes = [shortened(feed, PROBE_TOKENS) for feed in batches[::step][:PROBES]]
     found = distances(
-        run.source,
+        model,
         taps,
         probes,
         _noisy,

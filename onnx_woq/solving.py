@@ -22,6 +22,7 @@ from onnx_woq.core.lowrank import Factors, compensate
 from onnx_woq.core.methods import METHODS
 from onnx_woq.core.methods.rtn import PIECE
 from onnx_woq.core.stats import output_error
+from onnx_woq.core.target import target
 from onnx_woq.errors import ModelError
 from onnx_woq.executors import helped, keep_blas_to_one_thread, result_of, submitted, wait_for_any
 from onnx_woq.graph.fold import can_fold
@@ -46,6 +47,9 @@ ERROR_CHANNELS = 256
 """Output channels, evenly spread, on which the reported error of a tap is measured: on all of them it would take
 several times as long as solving."""
 
+PERCDAMP = 0.01
+"""Damping of methods without an option for it."""
+
 T = TypeVar("T")
 
 
@@ -62,6 +66,7 @@ class Task:
         rank: of the factors that make up for rounding; 0 for none.
         corrected: whether the mean of the outputs is put right.
         dense: see `Tap`.
+        share: how far the weights are moved to what makes up for the errors of their inputs, see `core.target`.
         moved: it has come from another process, where nobody has limited BLAS.
     """
 
@@ -75,12 +80,13 @@ class Task:
     rank: int = 0
     corrected: bool = False
     dense: bool = False
+    share: float = 0.0
     moved: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         weights = tuple(replace(w, read=partial(_same, np.asarray(w.read()))) for w in self.weights)
         what = (self.name, self.method, self.options, self.spec, self.scale_dtype, weights, self.stats)
-        return Task, (*what, self.rank, self.corrected, self.dense, True)
+        return Task, (*what, self.rank, self.corrected, self.dense, self.share, True)
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,8 @@ def task_of(recipe: Recipe, tap: Tap, stats: Stats | None) -> Task:
         options |= UNSCALED[recipe.method]
     scale_dtype = np.dtype(tap.scale_dtype).name
     what = (recipe.method, tuple(options.items()), tap.spec, scale_dtype, tuple(tap.parts()), stats)
-    return Task(tap.name, *what, tap.rank, tap.corrected, tap.dense)
+    share = recipe.stream_share if recipe.both_streams else 0.0
+    return Task(tap.name, *what, tap.rank, tap.corrected, tap.dense, share)
 
 
 def solves_alike(one: Recipe, other: Recipe) -> bool:
@@ -164,8 +171,11 @@ def _in_pieces(task: Task, weight: Part, each: Each) -> Packed:
     shapes = packed_shapes(weight.k, weight.n, task.spec, _type(task), dense=task.dense)
     arrays = [np.empty(shape, dtype) for shape, dtype in shapes]
 
+    computed = weight.read() if weight.computed else None
+
     def put(columns: slice) -> None:
-        q = _solved(task, weight.name, weight.read()[:, columns], None, map)
+        rows = weight.read() if computed is None else computed
+        q = _solved(task, weight.name, rows[:, columns], None, map)
         for whole, part in zip(arrays, pack(q, _type(task), dense=task.dense).arrays, strict=True):
             whole[columns] = part
 
@@ -179,8 +189,12 @@ def _together(task: Task, stats: Stats, each: Each) -> Solved:
 
     Where a constant is going to take the mean of the error, all else is for what deviates from it.
     """
-    weight = _side_by_side(task)
+    original = _side_by_side(task)
     felt = stats.less_mean() if task.corrected else stats
+    weight = original
+    if task.share:
+        percdamp = dict(task.options).get("percdamp", PERCDAMP)
+        weight = target(original, felt, percdamp=percdamp, share=task.share)
     q = _solved(task, task.weights[0].name, weight, felt, each)
     factors = _factors(task, weight, q, felt) if task.rank else None
     packed, ups, bias, start = [], [], [], 0
@@ -190,7 +204,8 @@ def _together(task: Task, stats: Stats, each: Each) -> Solved:
         if factors:
             ups.append(pack(factors.up.columns(columns), _type(task)))
         if task.corrected:
-            bias.append(_bias(weight[:, columns], q.columns(columns), factors and factors.columns(columns), stats))
+            part_factors = factors and factors.columns(columns)
+            bias.append(_bias(original[:, columns], q.columns(columns), part_factors, stats))
         start += part.n
     error = _relative_error(weight, q, factors, felt, stats)
     down = (pack(factors.down, _type(task)),) if factors else ()
@@ -208,7 +223,10 @@ def _bias(weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, stats
     def error(columns: slice) -> np.ndarray:
         return weight[:, columns] - _acting(q, factors, columns)
 
-    return correction(error, weight.shape[1], stats)
+    bias = correction(error, weight.shape[1], stats)
+    if stats.float_mean is not None:  # the mean output is to be that of the float model, on its own inputs
+        bias += ((stats.float_mean - stats.known_mean()) @ weight).astype(np.float32)
+    return bias
 
 
 def _acting(q: QuantizedTensor, factors: Factors | None, columns: slice) -> np.ndarray:

@@ -34,6 +34,9 @@ class Stats:
         tokens: how many.
         mean: float64 [K], mean of x, each token weighted as in the Gram matrix; NaN where it was not given.
         weight: of all tokens together; as many as there are unless they were weighted.
+        cross: float32 [K, K], `Σ x̃·xᵀ` where these are statistics of the inputs x̃ of a quantized model and the float
+            model's inputs x of the same tokens are known; else None.
+        float_mean: float64 [K], the mean of those x.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Stats:
         self.tokens = int(tokens)
         self.mean: F64 = np.full(len(self.abs_max), np.nan) if mean is None else np.array(mean, np.float64)
         self.weight = float(tokens if weight is None else weight)
+        self.cross: F32 | None = None
+        self.float_mean: F64 | None = None
         self._kept: dict[str, tuple[Any, Any]] | None = None
 
     def keeping(self) -> Stats:
@@ -91,13 +96,14 @@ class Stats:
             self._mirrored = True
         return self._gram
 
-    def update(self, x: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
+    def update(self, x: NDArray[Any], weights: NDArray[Any] | None = None, exact: NDArray[Any] | None = None) -> None:
         """Adds the tokens of `x [..., K]`, any float dtype.
 
         Args:
             x: the tokens.
             weights: one per token, what its `x·xᵀ` is multiplied by, and its x in the mean; not negative. Mean and
                 largest magnitude of |x| are of all tokens alike.
+            exact: what the float model has in place of x; for all tokens or for none.
 
         Raises:
             FloatingPointError: x is NaN or infinite, or too large for its square to be held in float32;
@@ -129,9 +135,29 @@ class Stats:
                     chunk = chunk * roots[start : start + step]
                 # chunk.T is column-ordered, so x·xᵀ is added to the upper triangle without a copy of either.
                 self._gram = ssyrk(1.0, chunk.T, beta=1.0, c=self._gram, overwrite_c=1)
+                if exact is not None:
+                    self._pair(chunk, exact.reshape(x.shape)[start : start + step], roots, start)
             self._mirrored = False
             if not np.isfinite(self._gram.diagonal()).all():
                 raise FloatingPointError("the activations are too large: their squares overflow float32")
+
+    def _pair(self, chunk: F32, exact: NDArray[Any], roots: F32 | None, start: int) -> None:
+        """Adds tokens of both models, those of `chunk` weighted already; `self.weight` counts them."""
+        from scipy.linalg.blas import sgemm
+
+        other = np.ascontiguousarray(exact, np.float32)
+        if not np.isfinite(other).all():
+            raise FloatingPointError("the activations contain NaN or Inf")
+        k = len(self.abs_max)
+        if self.cross is None or self.float_mean is None:
+            self.cross, self.float_mean = np.zeros((k, k), np.float32, order="F"), np.zeros(k)
+        total, share = float(len(other)), other.sum(axis=0, dtype=np.float64)
+        if roots is not None:
+            some = np.square(roots[start : start + len(other)], dtype=np.float64).reshape(-1)
+            total, share = float(some.sum()), some @ other
+            other = other * roots[start : start + len(other)]
+        self.float_mean += (share - total * self.float_mean) / (self.weight or 1)
+        self.cross = sgemm(1.0, chunk.T, other.T, beta=1.0, c=self.cross, trans_b=1, overwrite_c=1)
 
     def scaled(self, factor: NDArray[Any]) -> Stats:
         """Statistics of the same inputs, each multiplied by its `factor [K]`, positive."""
@@ -143,13 +169,16 @@ class Stats:
         other.abs_mean, other.abs_max = self.abs_mean * factor, self.abs_max * factor
         other.mean = self.mean * factor
         other._kept = None  # what follows from these does not follow from those
+        if self.cross is not None and self.float_mean is not None:
+            other.cross = self.cross * factor[:, None] * factor
+            other.float_mean = self.float_mean * factor
         return other
 
     def merge(self, other: Stats) -> Stats:
         """Statistics of the tokens of both."""
         tokens = self.tokens + other.tokens
         share = other.tokens / max(1, tokens)
-        return Stats(
+        both = Stats(
             self.gram + other.gram,
             self.abs_mean + share * (other.abs_mean - self.abs_mean),
             np.maximum(self.abs_max, other.abs_max),
@@ -157,6 +186,11 @@ class Stats:
             self.mean + other.weight / ((self.weight + other.weight) or 1) * (other.mean - self.mean),
             self.weight + other.weight,
         )
+        pairs = (self.cross, other.cross, self.float_mean, other.float_mean)
+        if pairs[0] is not None and pairs[1] is not None and pairs[2] is not None and pairs[3] is not None:
+            part = other.weight / (both.weight or 1)
+            both.cross, both.float_mean = pairs[0] + pairs[1], pairs[2] + part * (pairs[3] - pairs[2])
+        return both
 
     def less_mean(self) -> Stats:
         """The same with the Gram matrix of the inputs less their mean, `H − w·m·mᵀ`, w the weight of all tokens.
@@ -175,6 +209,9 @@ class Stats:
         np.maximum(diagonal, 0, out=diagonal)  # of a constant input rounding may leave a hair below
         less = copy(self)
         less._gram, less.mean = gram, np.zeros_like(self.mean)
+        if self.cross is not None and self.float_mean is not None:
+            less.cross = self.cross - np.outer(root, self.float_mean * np.sqrt(self.weight)).astype(np.float32)
+            less.float_mean = np.zeros_like(self.mean)
         return less
 
     def known_mean(self) -> F64:

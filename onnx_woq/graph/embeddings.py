@@ -73,7 +73,9 @@ class Embedding:
 
     def parts(self) -> list[Part]:
         """The table as the weight `[k, n]` of a tap, read where it lies."""
-        return [Part(self.weight_name, self.k, self.n, self._weight)]
+        table = resolve(self.nodes[0].inputs[0])
+        computed = table is not None and isinstance(table.tensor, ir.LazyTensor)
+        return [Part(self.weight_name, self.k, self.n, self._weight, computed)]
 
     def _weight(self) -> np.ndarray:
         table = resolve(self.nodes[0].inputs[0])

@@ -114,12 +114,14 @@ class Part:
         n: output channels.
         read: gives it, [k, n] in float32, float16 or bfloat16: read-only, in either memory order, mapped from its
             file if possible and unmapped once nobody holds it. Its numbers are those of `Tap.weight`, finite or not.
+        computed: whether reading it means computing it, all of it.
     """
 
     name: str
     k: int
     n: int
     read: Callable[[], np.ndarray]
+    computed: bool = False
 
 
 @dataclass(eq=False)
@@ -184,7 +186,10 @@ class Tap:
 
     def parts(self) -> list[Part]:
         """The distinct weights one by one, in the order they have in `weight`, as they are stored."""
-        return [Part(site.weight_name, site.k, site.n, site.view) for site in self._distinct()]
+        return [
+            Part(site.weight_name, site.k, site.n, site.view, isinstance(site.constant().tensor, ir.LazyTensor))
+            for site in self._distinct()
+        ]
 
     def check(self) -> None:
         """Reads every weight once, for the errors of `weight` before hours of work instead of after."""

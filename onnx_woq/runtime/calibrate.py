@@ -55,6 +55,7 @@ def walk(
     sequential: Sequential = "off",
     progress: Progress | None = None,
     checkpoint: Path | None = None,
+    both_streams: bool = False,
 ) -> Iterator[tuple[Tap, Stats]]:
     """Every tap with the statistics of its inputs over all samples, in graph order.
 
@@ -70,6 +71,8 @@ def walk(
         progress: called after each step.
         checkpoint: a private folder where the hidden states at the last window ends are kept. A walk over the taps that
             are left, in another process, goes on from there as far as they are still what the model computes.
+        both_streams: run the model as it is at the time of this call in step with the edited one, and collect the
+            products of the inputs of both (`Stats.cross`).
 
     Raises:
         DataError: there are no samples, the model cannot be run on one of them, or computes NaN or infinite numbers.
@@ -81,7 +84,8 @@ def walk(
         return iter(())
     form = {"off": _float, "block": _block_by_block, "tap": _tap_by_tap}[sequential]
     model = clone(model) if sequential == "off" else model
-    return form(_Walk(model, list(taps), batches, memory_budget, progress, checkpoint))
+    original = clone(model) if both_streams else None
+    return form(_Walk(model, list(taps), batches, memory_budget, progress, checkpoint, original))
 
 
 @dataclass
@@ -94,10 +98,12 @@ class _Walk:
     budget: int
     progress: Progress | None
     checkpoint: Path | None
+    original: Model | None = None
+    beside: tuple[Replay, Model] | None = None  # the float model, run in step
 
     def __post_init__(self) -> None:
         # Before anything is edited: what is found out of the float model holds for what becomes of it.
-        self.needs = Needs.of(self.model, self.taps, self.batches)
+        self.needs = Needs.of(self.model, self.taps, self.batches, streams=2 if self.original else 1)
         self.cuts = cuts(self.model)
         self.groups = taps_by_block(self.model, self.taps)
 
@@ -106,21 +112,29 @@ class _Walk:
         """The samples, to be run part by part; and the model as it is now, with the branches that they take."""
         lanes = min(thread_count(), len(self.batches))
         side = {name for cut in self.cuts if cut.side for name in cut.side.outputs}
-        prepack, hidden = prepacks(self.cuts[-1]), self.needs.remembered(self.budget)
+        prepack, hidden = prepacks(self.cuts[-1]), self.needs.remembered(self.budget) // self.needs.streams
         with ThreadPoolExecutor(lanes) as pool:
             try:
                 replay = Replay(self.batches, hidden, pool, lanes, side, self.checkpoint, prepack)
                 taken = self._branches(replay)
                 replay.absent = untaken(self.model, taken)
+                if self.original:
+                    beside = Replay(self.batches, hidden, pool, lanes, side, None, prepack)
+                    self.beside = beside, take(self.original, taken)
                 yield replay, lambda: take(self.model, taken)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     def advance(self, replay: Replay, model: Model, window: Sequence[Tap], later: set[str], *, frozen: bool) -> None:
         """Runs what lies before a window with nothing to collect, where it is too much to be run together with it."""
+        self._advance(replay, model, window, later, frozen=frozen)
+        if self.beside:
+            self._advance(*self.beside, window, later, frozen=True)
+
+    def _advance(self, replay: Replay, model: Model, window: Sequence[Tap], later: set[str], *, frozen: bool) -> None:
         values = [value for value in _values(window) if value not in replay.absent]
         statistics = self.needs.collecting(window, window[-1])
-        room = self.budget - self.needs.remembered(self.budget) - statistics
+        room = (self.budget - self.needs.remembered(self.budget) - statistics) // self.needs.streams
         cost = lambda names: self.needs.copies * replay.weights(model, names, frozen=frozen)  # noqa: E731
         places = [block.outputs for cut in self.cuts for block in cut.blocks]
         while (left := cost(values)) > room:
@@ -175,7 +189,9 @@ def _block_by_block(walk: _Walk) -> Iterator[tuple[Tap, Stats]]:
             for window in split:
                 later = _values(walk.taps[done + len(window) :])
                 walk.advance(replay, model, window, later, frozen=frozen)
-                collected = _collect(replay, model, window, later, report, frozen=frozen, entrance=entrance)
+                collected = _collect(
+                    replay, model, window, later, report, frozen=frozen, entrance=entrance, beside=walk.beside
+                )
                 for tap in window:
                     done += 1
                     report.reach(done * len(walk.batches))
@@ -193,7 +209,7 @@ def _tap_by_tap(walk: _Walk) -> Iterator[tuple[Tap, Stats]]:
             window = _independent(model, walk.needs.windows(walk.budget, [[tap] for tap in taps[done:]])[0])
             later = _values(taps[done + len(window) :])
             walk.advance(replay, model, window, later, frozen=False)
-            collected = _collect(replay, model, window, later, report, keep_used=True)
+            collected = _collect(replay, model, window, later, report, keep_used=True, beside=walk.beside)
             before = _inputs(model, window[1:])
             for tap in window:
                 if tap is not window[0] and _inputs(now(), [tap]) != {tap.name: before[tap.name]}:
@@ -234,8 +250,12 @@ def _collect(
     keep_used: bool = False,
     frozen: bool = False,
     entrance: Collection[str] = (),
+    beside: tuple[Replay, Model] | None = None,
 ) -> dict[str, Stats]:
-    """The statistics of `taps` over all samples by tap name; taps with the same inputs get the same object."""
+    """The statistics of `taps` over all samples by tap name; taps with the same inputs get the same object.
+
+    With the float model `beside`, those of its inputs together with `model`'s.
+    """
     stats = {tap.sources: Stats.empty(tap.k) for tap in taps}
     values = [
         value for value in dict.fromkeys(v for tap in taps for v in sorted(tap.reads)) if value not in replay.absent
@@ -247,14 +267,17 @@ def _collect(
         parts = replay.run(
             model, values, later, keep_used=keep_used, frozen=frozen, entrance=entrance, attention=attention
         )
-        for number, arrays in enumerate(parts):
+        exact = _exact(beside, [v for v in values if v not in attention], later, replay.batches, keep_used)
+        for number, (arrays, floats) in enumerate(zip(parts, exact, strict=True)):
             _finish(running, taps)
             mask = _padding(replay.batches[number])
             running = [
-                replay.pool.submit(partial(_add, one, _needed(arrays, sources), sources, mask, number))
+                replay.pool.submit(
+                    partial(_add, one, _needed(arrays, sources), sources, mask, number, _needed(floats, sources))
+                )
                 for sources, one in stats.items()
             ]
-            del arrays
+            del arrays, floats
             report.step()
         _finish(running, taps)
     for sources, one in stats.items():
@@ -262,6 +285,16 @@ def _collect(
             names = ", ".join(name for name, _ in sources)
             logger.warning("no sample reaches %s: there is nothing to calibrate it on", names)
     return {tap.name: stats[tap.sources] for tap in taps}
+
+
+def _exact(
+    beside: tuple[Replay, Model] | None, values: list[str], later: set[str], batches: Sequence[Feed], keep_used: bool
+) -> Iterator[dict[str, np.ndarray]]:
+    """What the float model has for each sample, by name; nothing where it is not run."""
+    if beside is None:
+        return iter([{} for _ in batches])
+    replay, model = beside
+    return replay.run(model, values, later, keep_used=keep_used, frozen=True)
 
 
 def _shown(model: Model, sources: Iterable[Sources]) -> set[str]:
@@ -283,18 +316,30 @@ def _needed(arrays: dict[str, np.ndarray], sources: Sources) -> dict[str, np.nda
     return {name: arrays[name] for source in sources for name in source if name in arrays}
 
 
-def _add(stats: Stats, arrays: dict[str, np.ndarray], sources: Sources, mask: np.ndarray | None, number: int) -> None:
-    """Adds a sample's activations `[..., K]` to the statistics of one tap."""
+def _add(
+    stats: Stats,
+    arrays: dict[str, np.ndarray],
+    sources: Sources,
+    mask: np.ndarray | None,
+    number: int,
+    floats: dict[str, np.ndarray],
+) -> None:
+    """Adds a sample's activations `[..., K]` to the statistics of one tap, beside those of the float model if given."""
     for name, attention in sources:
-        array = arrays.get(name)
+        array, exact = arrays.get(name), floats.get(name)
         if array is None:
             continue
+        if exact is not None and exact.shape != array.shape:
+            raise DataError(
+                f"{name!r} has another shape in the float model, {exact.shape}, than in the quantized one, "
+                f"{array.shape} (sample {number + 1}): leave out both_streams"
+            )
+        exact = None if exact is None else _unpadded(exact, mask)
         try:
+            weights = None
             if attention == FIRST_TOKEN or attention in arrays:
-                weights = token_weights(array, arrays.get(attention), mask)
-                stats.update(_unpadded(array, mask), _unpadded(weights, mask))
-            else:
-                stats.update(_unpadded(array, mask))
+                weights = _unpadded(token_weights(array, arrays.get(attention), mask), mask)
+            stats.update(_unpadded(array, mask), weights, exact)
         except FloatingPointError as error:
             raise _NotFiniteError(f"{error} (value {name!r}, sample {number + 1})") from error
 

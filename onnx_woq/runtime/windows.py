@@ -38,6 +38,7 @@ class Needs:
         copies: how often a window's weights are held in float32: twice where they are rearranged.
         between: for what is computed on the way from tap to tap.
         hidden: for the hidden states of all samples where one part ends and the next begins.
+        streams: models that are run side by side, whose inputs are multiplied with each other.
     """
 
     blocks: list[list[Tap]]
@@ -47,15 +48,17 @@ class Needs:
     copies: int
     between: int
     hidden: int
+    streams: int = 1
 
     @classmethod
-    def of(cls, model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> Needs:
-        """What walking over `taps` of `model` takes."""
+    def of(cls, model: Model, taps: Sequence[Tap], batches: Sequence[Feed], *, streams: int = 1) -> Needs:
+        """What walking over `taps` of `model` takes; with two streams, of the float model beside it."""
         copies = 2 if prepacks(cuts(model)[-1]) else 1
         blocks, found = blocks_of(model, taps), reach(model)
         ends = [max((found.get(v, 0) for v in block.values), default=0) for cut in cuts(model) for block in cut.blocks]
         step = max((end - start for start, end in itertools.pairwise([0, *ends])), default=0)
-        return cls(blocks, batches, found, step, copies, _between(model, taps, batches), _hidden(taps, batches))
+        between, hidden = streams * _between(model, taps, batches), streams * _hidden(taps, batches)
+        return cls(blocks, batches, found, step, copies, between, hidden, streams)
 
     def remembered(self, budget: int) -> int:
         """What of a budget is for hidden states."""
@@ -96,11 +99,11 @@ class Needs:
         held = min(thread_count(), len(self.batches)) + 1  # samples: those being run, and the one being summed up
         inputs = {value: tap.k for tap in taps for value in tap.values}
         weighted = {name for tap in taps for name in tap.reads.difference(tap.values)}
-        grams = {tap.sources: 4 * tap.k * tap.k for tap in taps}
+        grams = {tap.sources: self.streams * 4 * tap.k * tap.k for tap in taps}
         on_the_way = min(self.step, self._reach(taps[0]) - self._reach(before))
         weights = self.copies * (on_the_way + self._reach(taps[-1]) - self._reach(taps[0]))
         widths = sum(inputs.values()) + tokens * len(weighted)
-        return 4 * tokens * held * widths + sum(grams.values()) + weights
+        return self.streams * (4 * tokens * held * widths + weights) + sum(grams.values())
 
     def least(self) -> int:
         """The smallest budget that holds every window."""

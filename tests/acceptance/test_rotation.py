@@ -336,3 +336,23 @@ def test_a_weight_that_two_norms_would_turn_into_two_is_refused(tmp_path):
     path = net.save(tmp_path / "m.onnx", {"x": (arch.F32, ["b", "s", arch.D])}, {"y": (arch.F32, ["b", "s", 48])})
     with pytest.raises(RotationError, match="would have to become two"):
         rotate(load(path))
+
+
+def test_a_mix_of_rotated_weights_is_predicted_and_measured_alike(tied_lm, lm_data, tmp_path):
+    """Its losses are those of the rotated weights on the rotated stream, its bytes those of the file."""
+    data = [*lm_data, *zoo.lm_feeds(zoo.token_ids(8, seed=5))]
+    result = tune(tied_lm, None, data, configs={"m": recipe(rotation=True)}, workdir=tmp_path / "w",
+                  objective="pareto", points=4, output=tmp_path / "m.onnx")  # fmt: skip
+    mixes = [point for point in result.frontier if point.name and point.kind == "mix"]
+    assert len(mixes) == 4
+    assert max(abs(np.log(point.predicted / point.measured)) for point in mixes) < np.log(3)
+    assert result.best.recipe.rotation
+    size = sum(file.stat().st_size for file in tmp_path.glob("m.onnx*"))
+    assert abs(size - result.best.bytes) < 2000
+
+
+def test_both_streams_are_left_out_of_the_statistics_of_a_mix(lm, lm_data, tmp_path):
+    what = recipe(rotation=True, both_streams=True)
+    result = tune(lm, None, lm_data, configs={"m": what}, workdir=tmp_path / "w", target_bpw=4.2)
+    assert result.best.recipe.both_streams
+    assert result.best.recipe.rotation

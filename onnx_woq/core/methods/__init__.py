@@ -61,7 +61,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 def needs_data(recipe: Recipe) -> bool:
     """Whether carrying out `recipe` takes calibration data: for its method, or for what is added to the weights."""
-    return METHODS[recipe.method].needs_data or recipe.bias_correction or recipe.lowrank > 0
+    return METHODS[recipe.method].needs_data or recipe.bias_correction or recipe.lowrank > 0 or recipe.both_streams
 
 
 @lru_cache(maxsize=256)
