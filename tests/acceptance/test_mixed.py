@@ -77,6 +77,24 @@ def test_bits_per_weight_are_those_of_the_file(target, lm, data, tmp_path):
     assert len({layer.spec for layer in result.layers}) > 1
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_three_bits_are_chosen_where_they_take_three(half, data, tmp_path):
+    source = zoo.language_model(tmp_path / "float.onnx", opset=18)
+    configs = {"uniform": dataclasses.replace(BASE, half_scales=half)}
+    out = tmp_path / "m.onnx"
+    result = tune(source, None, data, configs=configs, workdir=tmp_path / "work", target_bpw=3.7, output=out)
+    before, after = ({t.name: t for t in onnx.load(path).graph.initializer} for path in (source, out))
+    new = [t for name, t in after.items() if name not in before and "uint8" not in name]
+    stored = sum(onnx.numpy_helper.to_array(t).nbytes for t in new)
+    assert stored == sum(layer.bytes for layer in result.layers)
+    assert 0.97 * 3.7 <= 8 * stored / WEIGHTS <= 3.7
+    specs = {layer.name: layer.spec for layer in result.layers}
+    assert 3 in {spec.bits for spec in specs.values() if spec}
+    for name, weight in measure.decoded(out).items():
+        if name in specs:
+            assert len(np.unique(weight[:32, 0])) <= 2 ** specs[name].bits, "codes are those of the layer's own grid"
+
+
 def test_at_the_bytes_of_uniform_four_bits_a_mix_is_closer_to_the_float_model(lm, data, tmp_path):
     fresh = zoo.lm_feeds(zoo.token_ids(24, seed=99))
     uniform = tmp_path / "uniform.onnx"

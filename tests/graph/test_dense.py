@@ -12,14 +12,14 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from builders import BFLOAT16, BOOL, FLOAT, FLOAT16, graph, linear, node, pack_tap, random, rtn, run, value, write
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtimes import need_opset
 
 from onnx_woq.graph.dense import HIGH, LOW, codes_of, planes_of
 from onnx_woq.graph.fold import divide_input
 from onnx_woq.graph.lower.lowrank import tap_bytes
-from onnx_woq.graph.lower.matmulnbits import lower_tap, packed_bytes, required_runtime
+from onnx_woq.graph.lower.matmulnbits import lower_tap, pack, packed_bytes, required_runtime
 from onnx_woq.graph.model import clone, load, save
 from onnx_woq.graph.settle import settle
 from onnx_woq.graph.taps import find_taps
@@ -89,6 +89,7 @@ codes = st.integers(1, 5).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(codes)
 def test_planes_hold_three_bits_of_each_code_and_give_them_back(case):
     n, blocks, width, seed = case
@@ -314,3 +315,14 @@ def test_packed_arrays_can_be_exchanged(tmp_path):
     for one, other in zip(packed.arrays, again.arrays, strict=True):
         np.testing.assert_array_equal(one, other)
     assert replace(again, codes=packed.codes, scales=packed.scales, zeros=packed.zeros) == packed
+
+
+def test_only_codes_of_three_bits_are_dense(tmp_path):
+    """Whatever a tap was found with: a mix gives it another spec afterwards."""
+    (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
+    assert tap.dense
+    other = replace(tap, spec=Spec(4, 32))
+    assert not other.dense
+    assert replace(other, spec=Spec(3, 64)).dense
+    with pytest.raises(ValueError, match="4 bits"):
+        pack(rtn(other), np.float32, dense=True)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.graph.constants import resolve
-from onnx_woq.graph.dense import PLANES, add_expansion, layout_of, planes_of
+from onnx_woq.graph.dense import BITS, PLANES, add_expansion, layout_of, planes_of
 from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
 from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
 from onnx_woq.graph.model import Model
@@ -151,6 +151,8 @@ def pack(q: QuantizedTensor, scale_dtype: type[np.floating], *, dense: bool = Fa
     scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
     zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
     codes = pack_codes(q.codes, container, block, shift)
+    if dense and q.bits != BITS:
+        raise ValueError(f"codes of {q.bits} bits have no dense form")
     if not dense:
         return Packed((codes,), scales, zeros, k, n, container, block, q.bits)
     if q.symmetric:
