@@ -9,9 +9,11 @@ from onnx_woq.embedding import table_report
 from onnx_woq.folder import find_model
 from onnx_woq.graph.blocks import cuts
 from onnx_woq.graph.embeddings import find_embeddings
+from onnx_woq.graph.lower.matmulnbits import packed_bytes
 from onnx_woq.graph.model import file_bytes, load
 from onnx_woq.graph.taps import find_taps, shared_copy_bytes
 from onnx_woq.making import Progress, report_of
+from onnx_woq.mixing import planned_file_bytes
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import Inspection
@@ -33,10 +35,11 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
     rows, tables = tuple(report_of(tap, tap.weight_bytes) for tap in taps), tuple(map(table_report, embeddings))
     copies = shared_copy_bytes(source, taps, embeddings)
     before = file_bytes(source)
-    saved = sum(row.bytes_before - row.bytes_after for row in rows) - sum(copies.values())
-    saved += sum(table.bytes_before - table.bytes_after for table in tables)
+    codes = (packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype, dense=tap.dense) for tap in taps)
+    added = sum(row.bytes_after for row in rows) - sum(codes)  # factors and biases, which are not planned
+    after = planned_file_bytes(source, recipe, "0" * 32, "0" * 32) + added
     skipped += left_float
-    return Inspection(path, recipe, rows, tuple(skipped), copies, before, before - saved, tuple(cuts(source)), tables)
+    return Inspection(path, recipe, rows, tuple(skipped), copies, before, after, tuple(cuts(source)), tables)
 
 
 def evaluate(

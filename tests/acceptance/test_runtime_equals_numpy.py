@@ -250,7 +250,7 @@ def test_metadata_tells_how_the_file_was_made(lm, lm_data, tmp_path):
     assert Recipe.from_dict(measure.recipe_of(tmp_path / "q.onnx")) == Recipe()
     assert any(json.dumps(recipe.to_dict(), sort_keys=True) == value for value in first.values())
     assert importlib.metadata.version("onnx-woq") in first.values()
-    changed = {key for key in first if first[key] != other.get(key)}
+    changed = {key for key in first if first[key] != other.get(key)} - {"onnx_woq.layers"}  # errors on the data
     assert len(changed) == 1, "only the calibration hash depends on the data"
     assert first[changed.pop()] not in none.values()
 

@@ -33,7 +33,8 @@ def test_siblings_side_by_side_are_siblings_alone():
     for columns in (slice(0, 13), slice(13, 20)):
         alone = rtn.solve(WEIGHT[:, columns], None, Spec(), enable_mse_search=True)
         np.testing.assert_array_equal(together.columns(columns).codes, alone.codes)
-        np.testing.assert_array_equal(together.columns(columns).scales, alone.scales)
+        # BLAS adds up columns in another order where there are fewer of them
+        np.testing.assert_allclose(together.columns(columns).scales, alone.scales, rtol=1e-6)
 
 
 def test_search_is_on_request_and_over_the_range_asked_for():
