@@ -312,17 +312,19 @@ def _to_bytes(lab: _Lab) -> None:
         return
     anything = mixer.points[0]
     most = math.floor(value) - (mixer.written(anything.picks) - anything.bytes)
-    for _ in range(MOST_TRIALS):
+    for attempt in range(MOST_TRIALS):
         found = mixer.within_bytes(most, "written")
         if found is None:
-            return
+            break
         size = mixer.planned(found.picks)  # names and padding come on top of what has been added up
         if size <= value:
             trial = lab.measure(found.picks)
             if trial is None or trial.bytes is None or trial.bytes + mixer.naming <= value:
                 return
             size = trial.bytes + mixer.naming
-        most -= math.ceil(size - value)
+        # Fewer bits may need more nodes around them: of a small file these are much, so steps must not shrink.
+        most -= max(math.ceil(size - value), (most << attempt) >> 12)
+    lab.measure(mixer.smallest("written").picks)
 
 
 def _to_loss(lab: _Lab) -> None:

@@ -94,7 +94,7 @@ def test_a_configuration_may_be_called_anything(name, one_matmul, tmp_path):
 def test_asked_for_samples_calibrate_where_there_are_enough(available, asked, calibrating, one_matmul, monkeypatch):
     seen = []
     update = Stats.update
-    monkeypatch.setattr(Stats, "update", lambda stats, x: (seen.append(len(x)), update(stats, x))[1])
+    monkeypatch.setattr(Stats, "update", lambda stats, x, *more: (seen.append(len(x)), update(stats, x, *more))[1])
     tune(one_matmul, None, samples(available), configs=["GPTQ_G32ASYM"], samples=asked)
     assert len(seen) == calibrating
 

@@ -306,6 +306,7 @@ def test_a_tied_embedding_follows_its_head(tied_lm, data, tmp_path):
         tied_lm, dataloader=data, configs=[base], target_size=int(0.22 * whole), workdir=tmp_path / "w",
         output=tmp_path / "q.onnx",
     )  # fmt: skip
+    assert result.best, (result.trials, result.stopped)
     assert result.best.bytes <= 0.22 * whole
     head = next(layer for layer in result.layers if "logits" in layer.sites)
     proto = onnx.load(tmp_path / "q.onnx")
