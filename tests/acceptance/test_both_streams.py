@@ -15,6 +15,7 @@ from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import find_taps
 from onnx_woq.making import means
 from onnx_woq.runtime.calibrate import walk
+from onnx_woq.runtime.windows import Needs
 
 from . import hooks, measure, zoo
 from .test_engine_executors import Serial
@@ -119,6 +120,13 @@ def test_with_bias_correction_the_mean_output_is_that_of_the_float_model(chained
         assert np.abs(error.mean(axis=0)).max() < 1e-3 * np.abs(exact[name]).mean(), name
 
 
+def test_so_it_is_behind_what_is_not_linear(enc, enc_data, tmp_path):
+    """Where the means of both models' inputs differ, too."""
+    quantize(enc, tmp_path / "q.onnx", recipe(bias_correction=True), enc_data)
+    exact, found = (measure.run(path, enc_data)["y"] for path in (enc, tmp_path / "q.onnx"))
+    assert np.abs((found - exact).mean(axis=0)).max() < 1e-3 * np.abs(exact).mean()
+
+
 @pytest.mark.parametrize("unit", ["tap", "block"])
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(unit, lm, lm_data, tmp_path):
     what = recipe(sequential_unit=unit)
@@ -153,6 +161,9 @@ def test_the_plan_counts_the_second_model(lm, lm_data):
             plans.append(found.memory)
     assert plans[1].solving > 1.3 * plans[0].solving
     assert plans[1].peak > plans[0].peak
+    one, two = (Needs.of(model, taps, lm_data, streams=streams) for streams in (1, 2))
+    assert two.least() >= 1.95 * one.least()
+    assert (two.hidden, two.between) == (2 * one.hidden, 2 * one.between)
 
 
 def test_statistics_are_the_same_whatever_the_budget(lm, lm_data):
