@@ -143,7 +143,7 @@ def tune(
         run = Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, with_means)
         if executor is not None and objective in ("smallest", "best") and leaves_process(executor):
             run.elsewhere = executor
-        mixer = mixer_for(run, base, place.onnx if place else path) if target else None
+        mixer = mixer_for(run, base, place.onnx if place else None) if target else None
         if target and mixer:
             check_reachable(mixer, target, source, held_out)
         if eval_fn is not None:

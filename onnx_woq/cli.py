@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +260,10 @@ def _mixed_recipes(given: dict[str, Any], auto: bool) -> dict[str, Recipe]:
     from onnx_woq.report import spec_name
 
     if given["config"] or given["recipe_file"]:
-        base = dict([_named_recipe(given, None)])
+        name, recipe = _named_recipe(given, None)
+        if given["config"] and recipe.embedding is None:  # tables are units as well, unless --exclude names them
+            recipe = replace(recipe, embedding=recipe.spec)
+        base = {name: recipe}
     else:
         recipe = _recipe(given, default=MIX)
         base = {f"{recipe.method.upper()} {spec_name(recipe.spec)}": recipe}

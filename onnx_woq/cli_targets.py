@@ -60,7 +60,8 @@ def wants_mix(given: Mapping[str, Any]) -> bool:
         raise RecipeError("--max-kl is judged without --eval: leave one of them out, or use --max-loss")
     if given["max_loss"] is not None and not given["evaluation"]:
         raise RecipeError("--max-loss is a loss of --eval's metric: add --eval, or use --max-kl")
-    if named := next((name for name in ("bits", "group_size", "scheme") if given[name] is not None), None):
+    grid = ("bits", "group_size", "scheme", "embedding_bits", "embedding_group")
+    if named := next((name for name in grid if given[name] is not None), None):
         raise RecipeError(f"{flags[0]} chooses the grid of each layer: leave out {_flag(named)}")
     if given["objective"] not in ("first", "pareto"):
         raise RecipeError(f"{flags[0]} and --objective {given['objective']} are different ways to choose: give one")

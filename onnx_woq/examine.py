@@ -37,7 +37,7 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
     before = file_bytes(source)
     codes = (packed_bytes(tap.k, tap.n, tap.spec, tap.scale_dtype, dense=tap.dense) for tap in taps)
     added = sum(row.bytes_after for row in rows) - sum(codes)  # factors and biases, which are not planned
-    after = planned_file_bytes(source, recipe, "0" * 32, "0" * 32) + added
+    after = planned_file_bytes(source, recipe, source.path, "0" * 32, "0" * 32) + added
     skipped += left_float
     return Inspection(path, recipe, rows, tuple(skipped), copies, before, after, tuple(cuts(source)), tables)
 

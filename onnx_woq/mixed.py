@@ -20,15 +20,16 @@ from onnx_woq.core import racing
 from onnx_woq.core.allocate import Allocation
 from onnx_woq.judge import Judge
 from onnx_woq.making import Feed
-from onnx_woq.mixing import Mixer, measured_units, planned_file_bytes, units_of
+from onnx_woq.mixing import Mixer
 from onnx_woq.partial import MAPS
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import FrontierPoint, LayerChoice, Trial
-from onnx_woq.sensitivity import sensitivities
+from onnx_woq.sensitivity import measured
 from onnx_woq.shared_statistics import SharedStatistics
 from onnx_woq.targets import Target, check_sizes
 from onnx_woq.trials import Run, drop, each_trial
+from onnx_woq.units import units_of
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,12 @@ CLOSE = 0.01
 """Two mixes whose files differ by less than this share are not worth another trial between them."""
 
 MIX = replace(
-    preset("BEST_4BIT"), options={**preset("BEST_4BIT").options, "mse_range": (0.4, 1.0, 0.02)}
-)  # one range of factors for all widths: the fewer levels there are, the more of a range may be given up
+    preset("BEST_4BIT"),
+    # One range of factors for all widths: the fewer levels there are, the more of a range may be given up.
+    options={**preset("BEST_4BIT").options, "mse_range": (0.4, 1.0, 0.02)},
+    embedding=preset("BEST_4BIT").spec,
+    half_scales=True,
+)
 """What mixes are made with where nobody says otherwise."""
 
 
@@ -80,7 +85,7 @@ def limit_of(target: Target, judge_limit: float | None) -> float | None:
     return target.value if target.kind == "kl" else judge_limit
 
 
-def mixer_for(run: Run, base: Recipe, out: Path) -> Mixer:
+def mixer_for(run: Run, base: Recipe, out: Path | None) -> Mixer:
     """The mixes of the run's model, nothing measured yet."""
     hashes = run.source_hash, run.calibration_hash
     return Mixer(run.source, base, tuple(units_of(run.source, base)), hashes, out)
@@ -111,8 +116,7 @@ def mixed(
         points: mixes to measure along the frontier; by default `POINTS` where that is the target, else none.
         max_trials: configurations at most.
     """
-    found = sensitivities(run, mixer.base, shared, batches)
-    mixer = replace(mixer, units=tuple(measured_units(mixer.units, found)))
+    mixer = replace(mixer, units=tuple(measured(run, mixer.base, mixer.units, shared, batches)))
     check_sizes(mixer, target)  # again: units of which nothing is known have lost their choices
     lab = _Lab(run, mixer, judge, shared, target, math.inf if max_trials is None else max_trials)
     start, run.more = time.process_time(), MAPS
@@ -154,6 +158,7 @@ class _Lab:
     mixes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     stopped: str = "all tried"
     _bpw: dict[str, float] = field(default_factory=dict)
+    _size: dict[str, int] = field(default_factory=dict)
 
     def measure(self, picks: tuple[int, ...]) -> Trial | None:
         """The trial of a mix; None when it cannot be made any more."""
@@ -177,8 +182,15 @@ class _Lab:
         """Whether a configuration is within a target of bytes, as far as can be told before it is made."""
         if self.target.kind == "bpw":
             return self.bits_per_weight(recipe) <= self.target.value
-        size = planned_file_bytes(self.run.source, recipe, *self.mixer.hashes) + self.mixer.naming
-        return size <= self.target.value
+        return self.mixer.planned(recipe) <= self.target.value
+
+    def size(self, trial: Trial) -> int:
+        """The bytes of a trial's files where they go; of one that has failed, or has no model any more, as planned."""
+        if trial.name not in self._size:
+            there = trial.path is not None and trial.path.exists()
+            found = self.mixer.final(trial.path) if there and trial.path else self.mixer.planned(trial.recipe)
+            self._size[trial.name] = found
+        return self._size[trial.name]
 
     def bits_per_weight(self, recipe: Recipe) -> float:
         """Of the weights that the base selects, when quantized by another recipe."""
@@ -228,7 +240,7 @@ class _Lab:
 
     def _within_bytes(self, trial: Trial) -> bool:
         if self.target.kind == "size":
-            return (trial.bytes or 0) + self.mixer.naming <= self.target.value
+            return self.size(trial) <= self.target.value
         return self.target.kind != "bpw" or self.bits_per_weight(trial.recipe) <= self.target.value
 
     def _try(self, name: str, recipe: Recipe) -> Trial | None:
@@ -316,12 +328,11 @@ def _to_bytes(lab: _Lab) -> None:
         found = mixer.within_bytes(most, "written")
         if found is None:
             break
-        size = mixer.planned(found.picks)  # names and padding come on top of what has been added up
+        size = mixer.planned(mixer.recipe(found.picks))  # names and padding come on top of what has been added up
         if size <= value:
             trial = lab.measure(found.picks)
-            if trial is None or trial.bytes is None or trial.bytes + mixer.naming <= value:
+            if trial is None or (size := lab.size(trial)) <= value:
                 return
-            size = trial.bytes + mixer.naming
         # Fewer bits may need more nodes around them: of a small file these are much, so steps must not shrink.
         most -= max(math.ceil(size - value), (most << attempt) >> 12)
     lab.measure(mixer.smallest("written").picks)
@@ -329,20 +340,23 @@ def _to_bytes(lab: _Lab) -> None:
 
 def _to_loss(lab: _Lab) -> None:
     """Measures mixes until the smallest that keeps a loss is known about: corrected predictions first, then halves."""
-    mixer, aim = lab.mixer, AIM
+    mixer, misses = lab.mixer, 0
     low, high = mixer.smallest("written").bytes - 1, math.inf
     for _ in range(MOST_TRIALS):
-        found = mixer.within_loss(lab.prediction_for(aim * lab.target.value))
-        if found is None or not low < found.bytes < high:
-            if high - low <= CLOSE * high:
+        found = mixer.within_loss(lab.prediction_for(AIM * AGAIN**misses * lab.target.value))
+        step = CLOSE * 2**misses if misses > 1 and math.isinf(high) else 0.0  # predictions may be of little use
+        if found is None or not low * (1 + step) < found.bytes < high:
+            if low >= (1 - CLOSE) * high:
                 return
-            between = (low + high) / 2 if math.isfinite(high) else (1 + 5 * CLOSE) * low
+            between = (low + high) / 2 if math.isfinite(high) else low * (1 + max(step, 5 * CLOSE))
             found = mixer.within_bytes(math.floor(between), "written")
-        if found is None or not low < found.bytes < high or not (trial := lab.measure(found.picks)):
+        if found is None or not low < found.bytes < high:  # steps of a small model may be larger than that
+            found = next((point for point in mixer.points if low < point.bytes < high), None)
+        if found is None or not (trial := lab.measure(found.picks)):
             return
         if trial.met:
             high = found.bytes
             if (lab.loss(trial) or 0.0) >= ENOUGH * lab.target.value:
                 return
         else:
-            low, aim = found.bytes, aim * AGAIN
+            low, misses = found.bytes, misses + 1

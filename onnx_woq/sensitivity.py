@@ -1,8 +1,9 @@
 """What each unit of a mix loses by each way of storing it: local losses from the statistics, a short run for the rest.
 
-A unit is a tap. The loss of a choice c for unit l is predicted as `α_l · L_l(c)`: L is the squared error of the tap's
-output, `Σ ΔW ∘ (H·ΔW)`, which needs no data beyond the Gram matrix H; α says what that does to the model's outputs, and
-is measured once, by rounding that unit alone (`onnx_woq.runtime.perturb`).
+The loss of a choice c for unit l is predicted as `α_l · L_l(c)`: L is the squared error of the tap's output,
+`Σ ΔW ∘ (H·ΔW)`, which needs no data beyond the Gram matrix H; α says what that does to the model's outputs, and is
+measured once, by rounding that unit alone (`onnx_woq.runtime.perturb`). Rows of a table are looked up, not multiplied:
+there H is the identity. A tied head adds up both.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,8 +26,9 @@ from onnx_woq.core.cpu import one_blas_thread
 from onnx_woq.core.grid import QuantizedTensor
 from onnx_woq.core.methods import METHODS, needs_data, rtn
 from onnx_woq.core.stats import output_error
+from onnx_woq.embedding import table_task
 from onnx_woq.executors import keep_blas_to_one_thread, result_of, submitted
-from onnx_woq.graph.lower.lowrank import tap_bytes
+from onnx_woq.graph.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Tap
 from onnx_woq.making import Feed
@@ -34,21 +36,21 @@ from onnx_woq.pipeline import prepared
 from onnx_woq.recipe import Recipe, Spec
 from onnx_woq.solving import Task, not_finite, task_of
 from onnx_woq.trials import Run
+from onnx_woq.units import Unit, bytes_on
 
 if TYPE_CHECKING:
-    from onnx_woq.core.stats import Stats
     from onnx_woq.shared_statistics import SharedStatistics
 
 logger = logging.getLogger(__name__)
-
-BITS = (2, 3, 4, 8)
-GROUPS = (32, 64, 128)
 
 COLUMNS = 256
 """Output channels, evenly spread, on which local losses are measured: columns are independent of each other."""
 
 ROUNDED = 8
 """Bits from which on local losses are those of rounding to nearest."""
+
+POLISH = ("descent_passes",)
+"""Options left out in local losses: what takes a few percent off every choice and costs as much as all the rest."""
 
 NOISE = Spec(3, 32, symmetric=False)
 """What a unit is rounded to, to nearest, to see what its errors do to the outputs."""
@@ -58,74 +60,71 @@ PROBES, PROBE_TOKENS = 3, 96
 
 
 @dataclass(frozen=True)
-class Sensitivity:
-    """What is known of one unit.
+class Losses:
+    """Local losses of one unit.
 
     Attributes:
-        tap: the unit, with the spec that the recipe gives it.
-        specs: the ways to quantize it.
-        losses: `‖X·ΔW‖²` of each on the calibration data, estimated from `COLUMNS` of the output channels.
-        alpha: nats per token, or share of noise in the outputs, per unit of loss.
+        tap: `‖X·ΔW‖²` of each choice on the calibration data, estimated from `COLUMNS` of the output channels.
+        tap_noise: that of rounding to `NOISE`.
+        table: `‖ΔW‖²` of each choice, of a table and of the codes that a tap would share with it.
+        table_noise: that of rounding to `NOISE`.
     """
 
-    tap: Tap
-    specs: tuple[Spec, ...]
-    losses: tuple[float, ...]
-    alpha: float
+    tap: tuple[float, ...] = ()
+    tap_noise: float = 0.0
+    table: tuple[float, ...] = ()
+    table_noise: float = 0.0
 
 
-def specs_for(tap: Tap, recipe: Recipe) -> tuple[Spec, ...]:
-    """The ways a mix may quantize a tap; the recipe's own alone where an override has named it.
+def measured(
+    run: Run, recipe: Recipe, units: Sequence[Unit], shared: SharedStatistics, batches: Sequence[Feed]
+) -> list[Unit]:
+    """The units with what each choice is predicted to lose.
 
-    Left out is what another one is no larger than and no worse: more bits for the same groups (3 bits where they are
-    stored as 4), or smaller groups for the same bits (where the last group of 128 is padded).
-    """
-    if _named(tap, recipe):
-        return (tap.spec,)
-    every = [Spec(bits, group, symmetric) for group in GROUPS for bits in BITS for symmetric in (False, True)]
-    size = {spec: tap_bytes(replace(tap, spec=spec)) for spec in every}
-
-    def needless(spec: Spec) -> bool:
-        return any(
-            other != spec
-            and other.symmetric == spec.symmetric
-            and other.bits >= spec.bits
-            and other.group_size <= spec.group_size
-            and size[other] <= size[spec]
-            for other in every
-        )
-
-    return tuple(spec for spec in every if not needless(spec))
-
-
-def sensitivities(run: Run, recipe: Recipe, shared: SharedStatistics, batches: Sequence[Feed]) -> list[Sensitivity]:
-    """What there is to know of each tap that `recipe` quantizes in the float model, in graph order.
-
-    What the journal of the run has is not measured again.
+    A unit of which nothing is known (no sample reaches it, or no output that counts depends on it) keeps the grid of
+    the recipe: rounding it as coarsely as possible would be a guess. What the journal of the run has is not measured
+    again.
 
     Args:
         run: tells model, journal and means.
         recipe: method and options are those of the mix.
-        shared: statistics of these taps.
+        units: found by it in the float model.
+        shared: statistics of their taps.
         batches: calibration samples, of which some are looked at.
     """
-    model, taps = prepared(run.source, recipe)
-    keys = {tap.name: _key(run, recipe, tap) for tap in taps}
+    keys = {unit.name: _key(run, recipe, unit) for unit in units}
     known = journal.read(run.journal)
-    missing = [tap for tap in taps if keys[tap.name] not in known]
+    missing = [unit for unit in units if keys[unit.name] not in known]
     if missing:
         losses = dict(_losses(run, recipe, shared, missing))
-        moved = _distances(run, model, missing, batches)
-        for tap in missing:
-            found, noise = losses[tap.name]
-            alpha = moved[tap.name] / noise if noise else 0.0
-            entry = {"key": keys[tap.name], "losses": found, "alpha": alpha}
+        moved = _distances(run, recipe, missing, batches)
+        for unit in missing:
+            found, (tap, table) = losses[unit.name], moved[unit.name]
+            entry = {
+                "key": keys[unit.name],
+                "losses": asdict(found),
+                "alpha": tap / found.tap_noise if found.tap_noise else 0.0,
+                "table_alpha": table / found.table_noise if found.table_noise else 0.0,
+            }
             journal.append(run.journal, entry)
-            known[keys[tap.name]] = entry
-    return [
-        Sensitivity(tap, specs_for(tap, recipe), tuple(known[key]["losses"]), known[key]["alpha"])
-        for tap, key in ((tap, keys[tap.name]) for tap in taps)
-    ]
+            known[keys[unit.name]] = entry
+    return [_with_losses(unit, known[keys[unit.name]]) for unit in units]
+
+
+def _with_losses(unit: Unit, entry: Mapping[str, Any]) -> Unit:
+    specs = [spec for spec in unit.specs if spec is not None]
+    losses, alpha, table_alpha = entry["losses"], entry["alpha"], entry["table_alpha"]
+    predicted = np.zeros(len(specs))
+    if losses["tap"]:
+        predicted += alpha * np.array(losses["tap"])
+    if losses["table"]:
+        predicted += table_alpha * np.array(losses["table"])
+    main = alpha if unit.tap is not None else table_alpha
+    if unit.settled or (main > 0 and predicted.any()):
+        return replace(unit, losses=(*predicted.tolist(), *[0.0] * (len(unit.specs) - len(specs))), alpha=main)
+    spec = unit.main.spec
+    size = bytes_on(unit.tap, unit.table, spec)
+    return replace(unit, specs=(spec,), stored=(size,), written=(size,), losses=(0.0,), alpha=main)
 
 
 def statistics_recipe(recipe: Recipe) -> Recipe:
@@ -135,103 +134,131 @@ def statistics_recipe(recipe: Recipe) -> Recipe:
     return replace(recipe, true_sequential=False, both_streams=False)
 
 
-def unit_losses(task: Task, specs: Sequence[Spec]) -> tuple[list[float], float]:
-    """What a tap loses by each of `specs`, solved on a sample of its columns; and what by rounding it to `NOISE`.
+def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> Losses:
+    """What a unit loses by each of `specs`, solved on a sample of its columns; and what by rounding it to `NOISE`.
 
     Specs of `ROUNDED` bits and more are rounded to nearest: what they lose is next to nothing either way. The
-    statistics of the task are those of its input; where they are empty every loss is 0.
+    statistics of the task are those of its input; where they are empty every loss is 0. A task without statistics is a
+    table's.
+
+    Args:
+        task: of the tap or of the table.
+        specs: its choices.
+        shares: a table takes the codes of this tap.
 
     Raises:
         ModelError: a weight is not finite or cannot be read.
     """
     if task.moved:
         keep_blas_to_one_thread()
-    if task.stats is None:
-        raise ValueError(f"{task.name!r}: local losses need statistics")
     weight, share = _sampled(task)
-    stats, solve, options = task.stats.keeping(), METHODS[task.method].solve, dict(task.options)
+    stats, solve = task.stats and task.stats.keeping(), METHODS[task.method].solve
+    options = {name: value for name, value in task.options if name not in POLISH}
     scale_dtype = np.float16 if task.scale_dtype == "float16" else np.float32
 
-    def loss(q: QuantizedTensor) -> float:
-        return output_error(q.effective() - weight, stats.gram) * share
+    def loss(q: QuantizedTensor) -> tuple[float, float]:
+        delta = q.effective() - weight
+        local = 0.0 if stats is None else output_error(delta, stats.gram) * share
+        return local, float(np.square(delta, dtype=np.float64).sum()) * share
 
     def solved(spec: Spec) -> QuantizedTensor:
-        if spec.bits < ROUNDED:
+        if spec.bits < ROUNDED and (stats is None or stats.gram.diagonal().any()):
             return solve(weight, stats, spec, scale_dtype=scale_dtype, **options)
         full_range = bool(options.get("enable_full_range", False))
         return rtn.solve(weight, None, spec, scale_dtype=scale_dtype, enable_full_range=full_range)
 
-    if not stats.gram.diagonal().any():
-        return [0.0] * len(specs), 0.0
     try:
-        found = [loss(solved(spec)) for spec in specs]
-        return found, loss(rtn.solve(weight, None, NOISE, scale_dtype=scale_dtype))
+        pairs = [loss(solved(spec)) for spec in specs]
+        local, plain = loss(rtn.solve(weight, None, NOISE, scale_dtype=scale_dtype))
     except FloatingPointError as error:
         raise not_finite(task, task.weights[0].name) from error
+    table = (tuple(pair[1] for pair in pairs), plain) if shares or stats is None else ((), 0.0)
+    return Losses(tuple(pair[0] for pair in pairs) if stats else (), local, *table)
 
 
-def _losses(
-    run: Run, recipe: Recipe, shared: SharedStatistics, taps: list[Tap]
-) -> Iterator[tuple[str, tuple[list[float], float]]]:
-    """The losses of each tap, several taps at a time."""
-    means, collecting = run.means, statistics_recipe(recipe)
-    running: deque[tuple[str, Task, tuple[Spec, ...], Future[tuple[list[float], float]]]] = deque()
-    start, done = time.process_time(), 0
+def _losses(run: Run, recipe: Recipe, shared: SharedStatistics, units: list[Unit]) -> Iterator[tuple[str, Losses]]:
+    """The losses of each unit, several at a time."""
+    means, start = run.means, time.process_time()
+    running: deque[tuple[str, Callable[[], Losses], Future[Losses]]] = deque()
+    done = 0
 
-    def finished() -> tuple[str, tuple[list[float], float]]:
-        name, task, specs, future = running.popleft()
+    def finished() -> tuple[str, Losses]:
+        nonlocal done
+        name, work, future = running.popleft()
         try:
-            return name, result_of(future, means.executor)
+            found = result_of(future, means.executor)
         except Exception as error:
             logger.info("the losses of %s are measured here (%s: %s)", name, type(error).__name__, error)
-            return name, unit_losses(task, specs)
+            found = work()
+        done += 1
+        run.say("losses", done, len(units))
+        return name, found
 
     with one_blas_thread():
-        for tap, stats in _calibrated(run, shared, collecting, taps):
-            task = task_of(recipe, tap, stats)
-            specs = specs_for(tap, recipe)
+        for unit, task in _tasks(run, recipe, shared, units):
+            specs = tuple(spec for spec in unit.specs if spec is not None)
+            work = partial(unit_losses, task, specs, shares=unit.table is not None)
             while len(running) >= means.memory.workers:
                 yield finished()
-                done += 1
-                run.say("losses", done, len(taps))
-            running.append((tap.name, task, specs, submitted(means.executor, unit_losses, task, specs)))
+            running.append((unit.name, work, submitted(means.executor, work)))
         while running:
             yield finished()
-            done += 1
-            run.say("losses", done, len(taps))
-    logger.info("losses of %d units: %.1f s of CPU", len(taps), time.process_time() - start)
+    logger.info("losses of %d units: %.1f s of CPU", len(units), time.process_time() - start)
 
 
-def _calibrated(
-    run: Run, shared: SharedStatistics, recipe: Recipe, taps: list[Tap]
-) -> Iterable[tuple[Tap, Stats | None]]:
+def _tasks(run: Run, recipe: Recipe, shared: SharedStatistics, units: list[Unit]) -> Iterator[tuple[Unit, Task]]:
+    """The units with the tasks of solving them: taps with their statistics, and then tables."""
     start = time.process_time()
-    found = shared.of(run.source, recipe, taps)
+    model, taps, tables = _prepared(run, recipe)
+    by_tap = {unit.tap.name: unit for unit in units if unit.tap}
+    collected = shared.of(model, statistics_recipe(recipe), [taps[name] for name in by_tap])
     logger.info("calibration: %.1f s of CPU", time.process_time() - start)
-    return found
+    for tap, stats in collected:
+        yield by_tap[tap.name], task_of(recipe, tap, stats)
+    for unit in units:
+        if unit.tap is None and unit.table is not None:
+            yield unit, table_task(recipe, tables[unit.name])
 
 
-def _distances(run: Run, model: Model, taps: Sequence[Tap], batches: Sequence[Feed]) -> dict[str, float]:
-    from onnx_woq.runtime.perturb import distances
+def _prepared(run: Run, recipe: Recipe) -> tuple[Model, dict[str, Tap], dict[str, Embedding]]:
+    """The model as it is calibrated (rotated, if the recipe says so), its taps and its tables by name."""
+    model, taps = prepared(run.source, recipe)
+    tables = find_embeddings(model, recipe, taps)[0]
+    return model, {tap.name: tap for tap in taps}, {table.name: table for table in tables}
+
+
+def _distances(
+    run: Run, recipe: Recipe, units: Sequence[Unit], batches: Sequence[Feed]
+) -> dict[str, tuple[float, float]]:
+    """How far each unit moves the outputs once its tap, and once its table, is rounded to `NOISE`."""
+    from onnx_woq.runtime.perturb import distances, table_variant, tap_variant
 
     start = time.process_time()
+    model, taps, tables = _prepared(run, recipe)
     step = max(1, len(batches) // PROBES)
-    probes = [shortened(feed, PROBE_TOKENS) for feed in batches[::step][:PROBES]]
+    variants = [tap_variant(taps[unit.tap.name], _noisy_tap) for unit in units if unit.tap]
+    variants += [table_variant(tables[unit.table.name], _noisy_table) for unit in units if unit.table]
     found = distances(
         model,
-        taps,
-        probes,
-        _noisy,
+        variants,
+        [shortened(feed, PROBE_TOKENS) for feed in batches[::step][:PROBES]],
         memory_budget=run.means.memory.window,
         progress=lambda done, total: run.say("sensitivities", done, total),
     )
-    logger.info("sensitivities of %d units: %.1f s of CPU", len(taps), time.process_time() - start)
-    return found
+    logger.info("sensitivities of %d units: %.1f s of CPU", len(units), time.process_time() - start)
+    of = lambda part: found[part.name] if part else 0.0  # noqa: E731
+    return {unit.name: (of(unit.tap), of(unit.table)) for unit in units}
 
 
-def _noisy(tap: Tap) -> np.ndarray:
+def _noisy_tap(tap: Tap) -> np.ndarray:
     """The weights [K, n] of a tap rounded to `NOISE`."""
     return rtn.solve(tap.weight(), None, NOISE, scale_dtype=tap.scale_dtype).dequantize()
+
+
+def _noisy_table(table: Embedding) -> np.ndarray:
+    """The weights [k, n] of a table rounded to `NOISE`."""
+    [part] = table.parts()
+    return rtn.solve(np.asarray(part.read(), np.float32), None, NOISE, scale_dtype=table.scale_dtype).dequantize()
 
 
 def shortened(feed: Feed, tokens: int) -> Feed:
@@ -255,16 +282,10 @@ def _sampled(task: Task) -> tuple[np.ndarray, float]:
     return weight, n / weight.shape[1]
 
 
-def _named(tap: Tap, recipe: Recipe) -> bool:
-    """Whether an override of the recipe finds a site of the tap."""
-    names = [name for site in tap.sites for name in (site.node_name, site.name, site.weight_name) if name]
-    return any(re.search(expression, name) for expression in recipe.overrides for name in names)
-
-
-def _key(run: Run, recipe: Recipe, tap: Tap) -> str:
-    """What the journal knows the sensitivity of a tap by: everything that it follows from."""
+def _key(run: Run, recipe: Recipe, unit: Unit) -> str:
+    """What the journal knows the sensitivity of a unit by: everything that it follows from."""
     collecting = statistics_recipe(recipe)
-    follows: list[object] = [recipe.method, dict(recipe.options), collecting.to_dict(), str(specs_for(tap, recipe))]
-    follows += [COLUMNS, str(NOISE), PROBES, PROBE_TOKENS, [site.name for site in tap.sites]]
+    follows: list[object] = [recipe.method, dict(recipe.options), collecting.to_dict(), str(unit.specs)]
+    follows += [COLUMNS, ROUNDED, str(NOISE), PROBES, PROBE_TOKENS, unit.names]
     digest = hashlib.blake2b(json.dumps(follows, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
-    return f"{run.key}/sensitivity/{digest}/{tap.name}"
+    return f"{run.key}/sensitivity/{digest}/{unit.name}"

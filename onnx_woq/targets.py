@@ -99,7 +99,7 @@ def check_sizes(mixer: Mixer, target: Target) -> None:
                 f"the mixes of this model have {low:.3f} to {high:.3f}"
             )
     if target.kind == "size":
-        low, high = mixer.planned(mixer.smallest("written").picks), mixer.written(everything)
+        low, high = mixer.planned(mixer.recipe(mixer.smallest("written").picks)), mixer.written(everything)
         if not low <= target.value <= high:
             raise RecipeError(
                 f"{target.value:,.0f} bytes cannot be reached: the mixes of this model take {low:,} to {high:,} bytes "

@@ -7,7 +7,7 @@ what lies before the replaced weight is computed once for all of them, and one b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,44 +19,79 @@ import onnx_ir as ir
 from onnx_woq.errors import DataError
 from onnx_woq.graph.blocks import Block, cuts
 from onnx_woq.graph.branches import conditions, take
+from onnx_woq.graph.constants import resolve
 from onnx_woq.graph.edit import add_initializer
+from onnx_woq.graph.embeddings import Embedding
 from onnx_woq.graph.model import Model
-from onnx_woq.graph.taps import Site, Tap
+from onnx_woq.graph.taps import Tap
 from onnx_woq.runtime.data import Feed
 from onnx_woq.runtime.evaluate import divergence, is_language_model, mask_of
 from onnx_woq.runtime.replay import cut_out
 from onnx_woq.runtime.session import make_session, run, thread_count
 from onnx_woq.runtime.structure import Structure
-from onnx_woq.runtime.windows import prepacks
+from onnx_woq.runtime.windows import prepacks, token_count
 
 Progress = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
 
-Replaced = Callable[[Tap], np.ndarray]
-"""Gives the weight `[K, n]` to put in the place of `tap.weight()`."""
+Replaced = Mapping[str, tuple[int, np.ndarray]]
+"""By first output of a node, which of its inputs is replaced and by what."""
 
 _CHUNK = 1 << 21  # logits worked on at once
 
 
+@dataclass(frozen=True)
+class Variant:
+    """A model with other constants in some of its nodes.
+
+    Attributes:
+        name: unique.
+        nodes: first outputs of these nodes.
+        replaced: makes the constants; asked once, or again where the nodes lie in several blocks.
+    """
+
+    name: str
+    nodes: tuple[str, ...]
+    replaced: Callable[[], Replaced]
+
+
+def tap_variant(tap: Tap, weight: Callable[[Tap], np.ndarray]) -> Variant:
+    """The model with `weight(tap)`, [K, n], in the place of `tap.weight()`."""
+
+    def replaced() -> Replaced:
+        whole = weight(tap)
+        found = {}
+        for site, columns in tap.slices():
+            array = whole[:, columns] / np.float32(site.scale) if site.scale != 1.0 else whole[:, columns]
+            found[site.name] = 1, array.T if site.transposed() else array.reshape(site.constant().shape)
+        return found
+
+    return Variant(tap.name, tuple(site.name for site in tap.sites), replaced)
+
+
+def table_variant(table: Embedding, weight: Callable[[Embedding], np.ndarray]) -> Variant:
+    """The model with `weight(table)`, [k, n], in the place of a table [n, k]."""
+    nodes = tuple(node.outputs[0].name or "" for node in table.nodes)
+    return Variant(table.name, nodes, lambda: {name: (0, rows) for rows in [weight(table).T] for name in nodes})
+
+
 def distances(
     model: Model,
-    taps: Sequence[Tap],
+    variants: Sequence[Variant],
     feeds: Sequence[Feed],
-    replaced: Replaced,
     *,
     memory_budget: int = 1 << 30,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """By tap name, the distance of the outputs with the weights of that tap alone replaced from those of the model.
+    """By the variants' names, the distance of the outputs of each from those of the model.
 
     Of a language model the mean KL divergence from it over tokens, nats; of any other the share of noise in its float
     outputs, `Σ (y − ŷ)² / Σ y²`. Computed in float32; tokens where a fed attention mask is 0 do not count.
 
     Args:
         model: left as it is.
-        taps: of it.
+        variants: of it.
         feeds: samples, every input of the model in each; few and short ones will do.
-        replaced: gives the other weights of a tap; asked once, or again for a tap with sites in several blocks.
         memory_budget: bytes that hidden states of variants may take at once.
         progress: called after each block.
 
@@ -69,18 +104,17 @@ def distances(
     feeds = [{name: _single(array) for name, array in feed.items()} for feed in feeds]
     flat = take(model, _taken(model, feeds))
     ruler = _Ruler(flat, feeds)
-    tokens = sum(max((array.size for array in feed.values() if array.ndim > 1), default=1) for feed in feeds)
-    at_once = max(1, memory_budget // (4 * tokens * max((tap.k for tap in taps), default=1)))
-    groups = [taps[i : i + at_once] for i in range(0, len(taps), at_once)]
     totals: dict[str, float] = {}
     structure, cut = Structure(flat), cuts(flat)[0]
+    at_once = max(1, memory_budget // (sum(map(token_count, feeds)) * _widest(structure)))
+    groups = [variants[i : i + at_once] for i in range(0, len(variants), at_once)]
     blocks = [block for block in (cut.side, *cut.blocks) if block is not None and block.outputs]
     with ThreadPoolExecutor(thread_count()) as pool:
         for number, group in enumerate(groups):
             wave = _Wave(list(group), feeds, ruler, pool)
             for index, block in enumerate(blocks):
                 stage = _stage(flat, structure, block, wave.known[0], prepacks(cut))
-                wave.through(stage, {name for later in blocks[index + 1 :] for name in later.inputs}, replaced)
+                wave.through(stage, {name for later in blocks[index + 1 :] for name in later.inputs})
                 if progress:
                     progress(number * len(blocks) + index + 1, len(groups) * len(blocks))
             totals |= wave.totals
@@ -125,13 +159,13 @@ class _Wave:
     """The float model and its variants, all as far as the same block.
 
     Attributes:
-        taps: whose weights are replaced, each in a variant of its own.
+        variants: under way.
         known: values of the float model that are still read, per sample.
-        moved: those of them that are others in a variant, by tap name and sample.
+        moved: those of them that are others in a variant, by its name and sample.
         totals: what `ruler` has summed up for each variant.
     """
 
-    taps: list[Tap]
+    variants: list[Variant]
     feeds: Sequence[Feed]
     ruler: _Ruler
     pool: Executor
@@ -141,17 +175,16 @@ class _Wave:
 
     def __post_init__(self) -> None:
         self.known = [dict(feed) for feed in self.feeds]
-        self.moved = {tap.name: [{} for _ in self.feeds] for tap in self.taps}
+        self.moved = {variant.name: [{} for _ in self.feeds] for variant in self.variants}
         self.totals = dict.fromkeys(self.moved, 0.0)
 
-    def through(self, stage: _Stage, alive: set[str], replaced: Replaced) -> None:
+    def through(self, stage: _Stage, alive: set[str]) -> None:
         """Takes everything through one block; values that are not `alive` afterwards are let go."""
         plain = _session(stage)
         own = {}
-        for tap in self.taps:
-            here = [(site, columns) for site, columns in tap.slices() if site.name in stage.nodes]
-            if here:
-                own[tap.name] = _session(stage, _weights(stage, here, replaced(tap)))
+        for variant in self.variants:
+            if not stage.nodes.keys().isdisjoint(variant.nodes):
+                own[variant.name] = _session(stage, variant.replaced())
         for number, feed in enumerate(self.feeds):
             made = self._made(plain, stage, number, None)
             yardstick = self.ruler.of({name: made[name] for name in stage.outputs if name in self.ruler.outputs}, feed)
@@ -180,38 +213,39 @@ class _Wave:
         return dict(zip(stage.outputs, arrays, strict=True))
 
 
-def _session(stage: _Stage, weights: Iterable[tuple[ir.Node, np.ndarray]] = ()) -> Any:
-    """A session of a block, with other weights in some of its nodes; the block is left as it is."""
+def _session(stage: _Stage, replaced: Replaced | None = None) -> Any:
+    """A session of a block, with other constants in some of its nodes; the block is left as it is."""
     graph, before = stage.part.ir.graph, []
     initializers = dict(graph.initializers)
-    for node, array in weights:
-        value = add_initializer(graph, f"{node.outputs[0].name}/replaced", np.ascontiguousarray(array, np.float32))
-        before.append((node, node.inputs[1]))
-        node.replace_input_with(1, value)
-    for _, old in before:
+    for name, (index, array) in (replaced or {}).items():
+        if node := stage.nodes.get(name):
+            value = add_initializer(graph, f"{name}/replaced", np.ascontiguousarray(array, np.float32))
+            before.append((node, index, node.inputs[index]))
+            node.replace_input_with(index, value)
+    for _, _, old in before:
         if old is not None and old.is_initializer() and not old.uses() and old.graph is graph:
             graph.initializers.pop(old.name or "", None)  # sessions refuse to be given what nothing reads
     try:
         return make_session(stage.part, threads=1, for_calibration=True, prepack=stage.prepack)
     finally:
-        for node, old in before:
-            node.replace_input_with(1, old)
+        for node, index, old in before:
+            node.replace_input_with(index, old)
         for name in [name for name in graph.initializers if name not in initializers]:
             graph.initializers.pop(name)
         for name in initializers.keys() - graph.initializers.keys():
             graph.register_initializer(initializers[name])
 
 
-def _weights(
-    stage: _Stage, sites: Sequence[tuple[Site, slice]], weight: np.ndarray
-) -> list[tuple[ir.Node, np.ndarray]]:
-    """The nodes of some sites with what each is to read: its columns, as the graph stores them."""
-    found = []
-    for site, columns in sites:
-        array = weight[:, columns] / np.float32(site.scale) if site.scale != 1.0 else weight[:, columns]
-        array = array.T if site.transposed() else array.reshape(site.constant().shape)
-        found.append((stage.nodes[site.name], array))
-    return found
+def _widest(structure: Structure) -> int:
+    """Bytes of float32 that a token's hidden state takes: of the widest matrix's inputs."""
+    shapes = [
+        constant.shape
+        for node in structure.graph.all_nodes()
+        if node.op_type in ("MatMul", "Gemm")
+        for constant in map(resolve, node.inputs)
+        if constant and len(constant.shape) > 1
+    ]
+    return 4 * max((min(shape[-2:]) for shape in shapes), default=1)
 
 
 _Yardstick = Callable[[Feed], float]
@@ -259,7 +293,7 @@ class _Ruler:
         """What a sum comes to."""
         found = total / self.size if self.size else math.nan
         if not math.isfinite(found):
-            raise DataError(f"the outputs are no finite numbers once the weight of {name!r} is rounded: exclude it")
+            raise DataError(f"the outputs are no finite numbers once the weight of {name!r} is another one: exclude it")
         return found
 
 

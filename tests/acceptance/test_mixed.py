@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,73 @@ def test_a_tied_head_costs_what_it_adds_to_the_file(tied_lm, data, tmp_path):
     result = mix(tied_lm, data, tmp_path, target_size=int(0.75 * file_bytes(tied_lm)), output=tmp_path / "m.onnx")
     assert next(layer for layer in result.layers if layer.name == "logits").spec is None
     assert file_bytes(result.path) <= 0.75 * file_bytes(tied_lm)
+
+
+TABLES = replace(BASE, embedding=Spec(4, 32))
+
+
+def test_a_tied_head_and_its_table_are_one_unit(tied_lm, data, tmp_path):
+    options = {"configs": [TABLES], "workdir": tmp_path / "work"}
+    result = tune(tied_lm, None, data, target_bpw=4.5, output=tmp_path / "m.onnx", **options)
+    [head] = [layer for layer in result.layers if layer.name == "logits"]
+    assert head.sites == ("logits", "tokens")
+    assert head.spec is not None
+    bits = 8 * sum(layer.bytes for layer in result.layers) / WEIGHTS
+    assert 0.97 * 4.5 <= bits <= 4.5
+    model = onnx.load(result.path)
+    [gather] = [node for node in model.graph.node if node.op_type == "GatherBlockQuantized"]
+    [product] = [node for node in model.graph.node if node.output[0] == "logits"]
+    producers = {node.output[0]: node for node in model.graph.node}
+    assert producers[gather.input[0]].input[0] == product.input[1], "the codes are there once"
+    assert "embedding" not in measure.tensors(model)
+    third = file_bytes(tied_lm) // 3
+    small = tune(tied_lm, None, data, target_size=third, output=tmp_path / "s.onnx", **options)
+    assert 0.97 * third <= file_bytes(small.path) <= third
+
+
+def test_a_table_of_its_own_is_a_unit_of_its_own(lm, data, tmp_path):
+    options = {"target_bpw": 4.0, "workdir": tmp_path / "work"}
+    result = tune(lm, None, data, configs=[TABLES], **options)
+    [table] = [layer for layer in result.layers if layer.name == "tokens"]
+    assert (table.k, table.n, table.sites) == (zoo.HIDDEN, zoo.VOCAB, ("tokens",))
+    assert table.predicted > 0
+    bits = 8 * sum(layer.bytes for layer in result.layers) / (WEIGHTS + zoo.HIDDEN * zoo.VOCAB)
+    assert 0.97 * 4.0 <= bits <= 4.0
+    [predicted] = [layer.predicted for layer in result.layers if layer.name == "tokens"]
+    assert predicted < 0.5 * sum(layer.predicted for layer in result.layers)
+    excluded = replace(TABLES, exclude=("embedding",))
+    result = tune(lm, None, data, configs=[excluded], **options)
+    assert "tokens" not in [layer.name for layer in result.layers]
+
+
+def test_three_bits_take_three_bits_where_the_opset_has_them(tmp_path, data):
+    model = zoo.language_model(tmp_path / "m.onnx", opset=18)
+    options = {"configs": [replace(BASE, half_scales=True)], "workdir": tmp_path / "work"}
+    result = tune(model, None, data, target_bpw=3.75, output=tmp_path / "o.onnx", **options)
+    three = [layer for layer in result.layers if layer.spec and layer.spec.bits == 3]
+    assert three
+    assert all(3 < layer.bits < 4 for layer in three if layer.k % layer.spec.group_size == 0)
+    size = file_bytes(result.path)
+    again = tune(model, None, data, target_size=size, output=tmp_path / "s.onnx", **options)
+    assert 0.97 * size <= file_bytes(again.path) <= size
+
+
+def test_a_tied_head_of_three_bits_lends_its_table_what_they_mean(tmp_path, data):
+    model = zoo.language_model(tmp_path / "m.onnx", tied=True, opset=18)
+    settled = {f"^{name}$": Spec(3, 32) for name in ("logits", "tokens")}
+    base = replace(TABLES, overrides=settled)
+    result = tune(model, None, data, configs=[base], target_bpw=4.5, workdir=tmp_path / "w", output=tmp_path / "o.onnx")
+    [head] = [layer for layer in result.layers if layer.name == "logits"]
+    assert (head.spec, head.bits) == (Spec(3, 32), 3 + 1 + 0.125)
+    assert result.best.metric < 2 * sum(layer.predicted for layer in result.layers)
+
+
+def test_a_rotated_model_is_rotated_before_it_is_measured(lm, data, tmp_path):
+    base = replace(BASE, rotation=True)
+    result = tune(lm, None, data, configs=[base], target_bpw=4.0, workdir=tmp_path)
+    assert result.met
+    assert result.best.recipe.rotation
+    assert result.best.metric < 2 * sum(layer.predicted for layer in result.layers)
 
 
 def test_an_encoder_is_judged_by_its_noise(enc, enc_data, tmp_path):

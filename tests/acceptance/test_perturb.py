@@ -11,11 +11,12 @@ import pytest
 from onnx import numpy_helper
 
 from onnx_woq.errors import DataError
+from onnx_woq.graph.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.model import load
 from onnx_woq.graph.taps import Tap, find_taps
-from onnx_woq.recipe import Recipe
+from onnx_woq.recipe import Recipe, Spec
 from onnx_woq.runtime.evaluate import compare
-from onnx_woq.runtime.perturb import distances
+from onnx_woq.runtime.perturb import Variant, distances, table_variant, tap_variant
 
 from . import zoo
 
@@ -25,6 +26,10 @@ def noisy(tap: Tap) -> np.ndarray:
     weight = tap.weight()
     rng = np.random.default_rng(sum(map(ord, tap.name)))
     return (weight + 0.05 * weight.std() * rng.normal(size=weight.shape)).astype(np.float32)
+
+
+def variants(taps: list[Tap]) -> list[Variant]:
+    return [tap_variant(tap, noisy) for tap in taps]
 
 
 def replaced_file(path: Path, out: Path, tap: Tap) -> Path:
@@ -74,7 +79,7 @@ def test_each_distance_is_that_of_the_edited_file(name, tmp_path):
     path, feeds = build(tmp_path / "m.onnx", **options), make_feeds()
     model = load(path)
     taps = find_taps(model, Recipe())[0]
-    found = distances(model, taps, feeds, noisy)
+    found = distances(model, variants(taps), feeds)
     assert list(found) == [tap.name for tap in taps]
     for tap in taps:
         expected = measured(path, tmp_path, tap, feeds)
@@ -90,10 +95,10 @@ def test_the_budget_changes_nothing_and_the_model_is_left_as_it_is(lm, lm_data):
     model = load(lm)
     taps = find_taps(model, Recipe())[0]
     nodes, initializers = list(model.ir.graph), set(model.ir.graph.initializers)
-    wide = distances(model, taps, lm_data[:2], noisy)
-    assert distances(model, taps, lm_data[:2], noisy, memory_budget=1) == wide
+    wide = distances(model, variants(taps), lm_data[:2])
+    assert distances(model, variants(taps), lm_data[:2], memory_budget=1) == wide
     assert (list(model.ir.graph), set(model.ir.graph.initializers)) == (nodes, initializers)
-    assert distances(model, taps[::2], lm_data[:2], noisy) == {tap.name: wide[tap.name] for tap in taps[::2]}
+    assert distances(model, variants(taps[::2]), lm_data[:2]) == {tap.name: wide[tap.name] for tap in taps[::2]}
 
 
 def test_masked_tokens_do_not_count(lm):
@@ -102,14 +107,14 @@ def test_masked_tokens_do_not_count(lm):
     [whole] = zoo.lm_feeds(zoo.token_ids(1, length=12))
     padded = {name: np.concatenate([array, array[:, :5]], axis=1) for name, array in whole.items()}
     padded["attention_mask"][:, 12:] = 0
-    short, long = (distances(model, taps, [feed], noisy) for feed in (whole, padded))
+    short, long = (distances(model, variants(taps), [feed]) for feed in (whole, padded))
     assert long == pytest.approx(short, rel=1e-3)
 
 
 def test_noise_beyond_what_an_exponential_holds_is_still_a_number(lm, lm_data):
     model = load(lm)
     head = find_taps(model, Recipe())[0][-1]
-    [found] = distances(model, [head], lm_data[:1], lambda tap: tap.weight() * np.float32(1e4)).values()
+    [found] = distances(model, [tap_variant(head, lambda tap: tap.weight() * np.float32(1e4))], lm_data[:1]).values()
     assert np.isfinite(found)
     assert found > 1
 
@@ -118,6 +123,26 @@ def test_broken_outputs_and_missing_samples_are_named_errors(lm, lm_data):
     model = load(lm)
     taps = find_taps(model, Recipe())[0]
     with pytest.raises(DataError, match="sample"):
-        distances(model, taps, [], noisy)
+        distances(model, variants(taps), [])
     with pytest.raises(DataError, match="finite"):
-        distances(model, taps[-1:], lm_data[:1], lambda tap: np.full((tap.k, tap.n), np.nan, np.float32))
+        distances(model, [tap_variant(taps[-1], lambda tap: np.full((tap.k, tap.n), np.nan))], lm_data[:1])
+
+
+def test_a_table_is_replaced_for_its_gathers_alone(tied_lm, lm_data, tmp_path):
+    """Of a tied head the weight stays: the edited file has a table of its own for the Gather."""
+    model, recipe = load(tied_lm), Recipe(embedding=Spec())
+    [table] = find_embeddings(model, recipe, find_taps(model, recipe)[0])[0]
+
+    def rounded(table: Embedding) -> np.ndarray:
+        [part] = table.parts()
+        return np.round(part.read() * 3) / 3
+
+    proto = onnx.load(tied_lm)
+    [gather] = [node for node in proto.graph.node if node.output[0] == table.name]
+    proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(rounded(table).T), "other"))
+    gather.input[0] = "other"
+    onnx.save(proto, tmp_path / "edited.onnx")
+    found = distances(model, [table_variant(table, rounded)], lm_data[:2])
+    expected = compare(tmp_path / "edited.onnx", tied_lm, lm_data[:2]).kl
+    assert found == {table.name: pytest.approx(expected, rel=2e-3)}
+    assert expected > 1e-4
