@@ -192,6 +192,7 @@ def tune(
         target=str(target or ""),
         frontier=found.frontier,
         layers=found.layers,
+        model=path,
     )
 
 

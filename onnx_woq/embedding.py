@@ -14,7 +14,6 @@ from onnx_woq.core.methods import solve_bytes
 from onnx_woq.core.methods.rtn import PIECE
 from onnx_woq.graph.embeddings import Embedding
 from onnx_woq.graph.lower.gather import embedding_bytes, lower_embedding
-from onnx_woq.graph.lower.matmulnbits import packed_bytes
 from onnx_woq.graph.model import Model
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import EmbeddingReport
@@ -40,8 +39,8 @@ def table_task(recipe: Recipe, embedding: Embedding) -> Task:
     if recipe.method == _RTN:
         options = dict(recipe.options)
     scale_dtype = np.dtype(embedding.scale_dtype).name
-    parts = tuple(embedding.parts())
-    return Task(embedding.name, _RTN, tuple(options.items()), embedding.spec, scale_dtype, parts, None)
+    what = (embedding.spec, scale_dtype, tuple(embedding.parts()), None)
+    return Task(embedding.name, _RTN, tuple(options.items()), *what, dense=embedding.dense)
 
 
 def table_bytes(embedding: Embedding, workers: int) -> int:
@@ -49,7 +48,7 @@ def table_bytes(embedding: Embedding, workers: int) -> int:
     k, rows = embedding.k, min(embedding.n, max(1, PIECE // embedding.k))
     stored = embedding.weight_bytes // max(1, embedding.k * embedding.n)
     piece = stored * k * rows + solve_bytes(_RTN, k, rows, embedding.spec)
-    result = packed_bytes(k, embedding.n, embedding.spec, embedding.scale_dtype)
+    result = embedding_bytes(embedding, embedding.spec, None)
     return result + piece * min(workers, -(-embedding.n // rows))
 
 

@@ -193,7 +193,7 @@ def planned_file_bytes(source: Model, recipe: Recipe, out: Path, source_hash: st
             if table.shared and table.head in tap.sites:
                 share_codes(model, table, None)
     for table in own(tables):
-        lower_embedding(model, table, _empty(table.parts()[0], table.spec, table.scale_dtype))
+        lower_embedding(model, table, _empty(table.parts()[0], table.spec, table.scale_dtype, dense=table.dense))
     properties = metadata(recipe, source_hash, calibration)
     properties |= {"onnx_woq.minimum_onnxruntime": required_runtime(model), "onnx_woq.layers": layers_json(reports)}
     return planned_bytes(model, out, metadata=properties)

@@ -257,6 +257,7 @@ class TuneResult:
         target: what a mix was made for, such as "at most 4.25 bits per weight"; "" if none was.
         frontier: of mixes, what was predicted and what was measured, by rising bytes.
         layers: what the chosen mix makes of each unit, in graph order.
+        model: the float model.
     """
 
     met: bool
@@ -273,6 +274,7 @@ class TuneResult:
     target: str = ""
     frontier: tuple[FrontierPoint, ...] = ()
     layers: tuple[LayerChoice, ...] = ()
+    model: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import defaultdict
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from onnx_woq.embedding import table_report
+from onnx_woq.errors import OutputError
 from onnx_woq.folder import find_model
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import Site, find_taps
+from onnx_woq.graph.embeddings import find_embeddings
+from onnx_woq.graph.model import Model, load
+from onnx_woq.graph.taps import Tap, find_taps
+from onnx_woq.histograms import histograms, weight_errors
+from onnx_woq.places import places
 from onnx_woq.recipe import Recipe
 from onnx_woq.results import QuantizeReport, TuneResult
 from onnx_woq.version import version
@@ -23,40 +27,53 @@ from onnx_woq.version import version
 LAYERS = "onnx_woq.layers"
 """Key of a written model's metadata that says what became of each tap."""
 
-WORST = 6
-"""Weights whose histograms are shown."""
-
-BINS = 80
+_PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
 
 
-def summary(result: QuantizeReport | TuneResult, model: str | Path, command: str = "") -> dict[str, Any]:
+def summary(result: QuantizeReport | TuneResult, model: str | Path | None = None, command: str = "") -> dict[str, Any]:
     """What a report holds; JSON-ready, numbers that are not finite being None.
 
     Args:
-        result: of `quantize` or `tune`.
-        model: the float model, or its folder: its weights are read for the histograms.
+        result: of `quantize` or `tune`; the model it speaks of must still be on the disk.
+        model: the float model, or its folder, where it is no longer where it was.
         command: how the run was started.
+
+    Raises:
+        OutputError: the result does not say which model it is of, and neither does `model`.
     """
-    written = result.output if isinstance(result, QuantizeReport) else result.path
-    layers = layers_of(written) if written else []
-    recipe = result.recipe if isinstance(result, QuantizeReport) else result.best and result.best.recipe
     tuned = result if isinstance(result, TuneResult) else None
+    named = result.model if model is None else model
+    if named is None:
+        raise OutputError("the result does not name the float model: give write_report(…, model=PATH)")
+    source = load(find_model(named))
+    written = result.output if isinstance(result, QuantizeReport) else result.path
+    made = result if isinstance(result, QuantizeReport) else result.best
+    recipe = made.recipe if made else None
+    properties = load(written).ir.metadata_props if written else {}
+    layers = layers_of(written) if written else []
+    if written and all(row["error"] is None for row in layers):
+        known = weight_errors(named, written, layers)
+        layers = [row | {"weight_error": known.get(row["name"])} for row in layers]
+    skipped, tables = _beside(source, recipe)
     found = {
         "kind": "tuning" if tuned else "quantization",
         "version": version(),
+        "versions": _versions(),
         "command": command,
-        "model": str(model),
-        "output": written and str(written),
+        "model": named,
+        "output": written,
         "bytes_before": tuned.float_bytes if tuned else result.bytes_before,  # type: ignore[union-attr]
         "bytes_after": _bytes_after(result),
         "seconds": result.seconds,
         "recipe": recipe and recipe.to_dict(),
-        "calibration": _property(written, "onnx_woq.calibration"),
-        "needs_onnxruntime": _property(written, "onnx_woq.minimum_onnxruntime"),
+        "calibration": properties.get("onnx_woq.calibration", ""),
+        "source": properties.get("onnx_woq.source", ""),
+        "needs_onnxruntime": properties.get("onnx_woq.minimum_onnxruntime", ""),
         "tuning": tuned and _tuning(tuned),
-        "layers": layers,
-        "skipped": [] if tuned else [asdict(node) for node in result.skipped],  # type: ignore[union-attr]
-        "worst": histograms(model, written, layers) if written else [],
+        "layers": _with_float(source, layers),
+        "embeddings": tables,
+        "skipped": skipped,
+        "worst": histograms(named, written, layers) if written else [],
     }
     plain: dict[str, Any] = json.loads(json.dumps(_finite(found)))
     return plain
@@ -64,87 +81,50 @@ def summary(result: QuantizeReport | TuneResult, model: str | Path, command: str
 
 def layers_of(path: Path) -> list[dict[str, Any]]:
     """What became of each tap of a written model, and where it belongs in a picture of the network."""
-    text = _property(path, LAYERS)
+    text = load(path).ir.metadata_props.get(LAYERS, "")
     rows: list[dict[str, Any]] = json.loads(text) if text else []
-    for row, (layer, kind) in zip(rows, places([row["name"] for row in rows]), strict=True):
-        row |= {"layer": layer, "kind": kind}
-    return rows
+    return _placed([row | {"weight_error": None} for row in rows])
 
 
-def places(names: Sequence[str]) -> list[tuple[int | None, str]]:
-    """Layer and kind of each name: the number that tells the repetitions of a pattern apart, and the pattern.
-
-    `/layers.3/mlp/down_proj/MatMul` is layer 3 of `/layers.#/mlp/down_proj/MatMul`. A name that repeats nowhere has no
-    layer.
-    """
-    patterns = defaultdict(list)
-    for name in names:
-        patterns[re.sub(r"\d+", "#", name)].append([int(number) for number in re.findall(r"\d+", name)])
-    slots = {
-        pattern: max(range(len(rows[0])), key=lambda slot: len({row[slot] for row in rows}), default=None)
-        for pattern, rows in patterns.items()
-        for rows in [[row for row in rows if len(row) == len(rows[0])]]
-        if len(rows) > 1 and rows[0]
-    }
-    found: list[tuple[int | None, str]] = []
-    for name in names:
-        pattern = re.sub(r"\d+", "#", name)
-        slot = slots.get(pattern)
-        numbers = re.findall(r"\d+", name)
-        found.append((None, name) if slot is None else (int(numbers[slot]), _kind(name, slot)))
-    return found
+def _placed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = places([row["name"] for row in rows], [(row["k"], row["n"]) for row in rows])
+    return [row | {"layer": layer, "kind": kind} for row, (layer, kind) in zip(rows, found, strict=True)]
 
 
-def _kind(name: str, slot: int) -> str:
-    """The name with its layer's number left open."""
-    count = iter(range(len(name)))
-    return re.sub(r"\d+", lambda match: "#" if next(count) == slot else match[0], name)
+def _with_float(source: Model, layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The taps in graph order, those that stay float too: what the written model does not speak of."""
+    everything, _ = find_taps(source, Recipe("rtn"))
+    done = {site for row in layers for site in row["sites"]}
+    order = {site.name: number for number, tap in enumerate(everything) for site in tap.sites}
+    rows = [*layers, *(_float_row(tap) for tap in everything if not any(site.name in done for site in tap.sites))]
+    return _placed(sorted(rows, key=lambda row: order.get(row["name"], len(order))))
 
 
-def histograms(model: str | Path, written: Path, layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The weights with the largest output errors: how the float ones and their rounding errors are spread.
+def _float_row(tap: Tap) -> dict[str, Any]:
+    unknown = dict.fromkeys(("bits", "group_size", "symmetric", "error", "weight_error"))
+    sites = [site.name for site in tap.sites]
+    shape = {"k": tap.k, "n": tap.n, "bytes": tap.weight_bytes}
+    return {"name": tap.name, "sites": sites, "scaling": "", **shape, **unknown}
 
-    What a written weight is, its own node says: it is run on an identity matrix, whatever it is stored as.
-    """
-    from onnx_woq.runtime.weights import acting_weight
 
-    ranked = sorted((row for row in layers if row["error"] is not None), key=lambda row: -row["error"])
-    ranked += [row for row in layers if row["error"] is None]
-    sites = {site.name: site for tap in find_taps(load(find_model(model)), Recipe("rtn"))[0] for site in tap.sites}
-    quantized = load(written)
-    found = []
-    for row in ranked[:WORST]:
-        name = row["sites"][0]
-        if name not in sites:
+def _beside(source: Model, recipe: Recipe | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Nodes that stay float, with reasons, and what becomes of embeddings."""
+    if recipe is None:
+        return [], []
+    taps, skipped = find_taps(source, recipe)
+    embeddings, left = find_embeddings(source, recipe, taps)
+    return [asdict(node) for node in (*skipped, *left)], [asdict(table_report(table)) for table in embeddings]
+
+
+def _versions() -> dict[str, str]:
+    """Of what did the work; a package under another name is left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True), "onnx-woq": version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version_of(name)
+        except PackageNotFoundError:
             continue
-        weight = np.array(sites[name].finite_view(), np.float32)
-        scaled = bool(row["scaling"])  # its input is divided elsewhere: the error cannot be told from here
-        error = None if scaled else acting_weight(quantized, name, sites[name].k)
-        entry = {"name": name, "layer": row["layer"], "kind": row["kind"], "bits": row["bits"], "error": row["error"]}
-        found.append(entry | {"weight": _counted(weight)} | _error_of(error, weight, sites[name]))
     return found
-
-
-def _error_of(acting: np.ndarray | None, weight: np.ndarray, site: Site) -> dict[str, Any]:
-    if acting is None or acting.shape != (site.k, site.n):
-        return {"rounding": None}
-    return {"rounding": _counted(acting - weight)}
-
-
-def _counted(array: np.ndarray) -> dict[str, Any]:
-    """A histogram over all but the outermost numbers, which are counted beside it."""
-    flat = array.ravel()
-    low, high = (float(q) for q in np.quantile(flat[:: max(1, len(flat) // 1_000_000)], (0.0005, 0.9995)))
-    if not low < high:
-        low, high = low - 1e-9, high + 1e-9
-    counts, edges = np.histogram(flat, BINS, (low, high))
-    return {
-        "edges": [float(edge) for edge in edges],
-        "counts": [int(count) for count in counts],
-        "outside": int(len(flat) - counts.sum()),
-        "largest": float(np.abs(flat).max(initial=0)),
-        "rms": float(np.sqrt(np.square(flat, dtype=np.float64).mean())),
-    }
 
 
 def _tuning(result: TuneResult) -> dict[str, Any]:
@@ -158,10 +138,6 @@ def _bytes_after(result: QuantizeReport | TuneResult) -> int | None:
     if isinstance(result, QuantizeReport):
         return result.bytes_after
     return result.best.bytes if result.best else None
-
-
-def _property(path: Path | None, name: str) -> str:
-    return "" if path is None else load(path).ir.metadata_props.get(name, "")
 
 
 def _finite(value: Any) -> Any:

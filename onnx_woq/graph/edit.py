@@ -46,15 +46,9 @@ def graph_of(item: ir.Node | ir.Value) -> ir.Graph:
     return graph
 
 
-def add_initializer(
-    graph: ir.Graph,
-    name: str,
-    array: np.ndarray,
-    dtype: ir.DataType | None = None,
-    shape: Sequence[int] | None = None,
-) -> ir.Value:
-    """A new initializer of `graph`, called `name` if nothing else is; `shape` is another one for the same bytes."""
-    return add_constant(graph, name, ir.Tensor(array, dtype=dtype, shape=None if shape is None else ir.Shape(shape)))
+def add_initializer(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+    """A new initializer of `graph`, called `name` if nothing else is."""
+    return add_constant(graph, name, ir.Tensor(array, dtype=dtype))
 
 
 def add_constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:

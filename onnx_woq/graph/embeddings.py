@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnx_woq.graph import dense
 from onnx_woq.graph.constants import FLOATS, Constant, readers, resolve
 from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import SMALLEST_K, Part, Site, Skipped, Tap
@@ -46,6 +47,8 @@ class Embedding:
         head: a site whose weight is this table, if there is one that is quantized.
         shared: the head is on the same grid, so its codes are those of the table.
         counted: a tap has this table among its weights, and its bytes.
+        expands: the model's opset has what expands 3-bit codes when it is loaded (`onnx_woq.graph.dense`).
+        half_scales: scales of its own are stored in float16 whatever is gathered.
     """
 
     name: str
@@ -60,16 +63,18 @@ class Embedding:
     head: Site | None
     shared: bool
     counted: bool
+    expands: bool
+    half_scales: bool
 
     @property
     def dense(self) -> bool:
-        """Whether codes of its own take no more than their bits in the file: they are as the kernel reads them."""
-        return False
+        """Whether codes of its own take no more than their bits in the file."""
+        return self.expands and self.spec.bits == dense.BITS
 
     @property
     def scale_dtype(self) -> type[np.float32] | type[np.float16]:
         """What scales of its own are stored in."""
-        return np.float16 if self.dtype == ir.DataType.FLOAT16 else np.float32
+        return np.float16 if self.half_scales or self.dtype == ir.DataType.FLOAT16 else np.float32
 
     def parts(self) -> list[Part]:
         """The table as the weight `[k, n]` of a tap, read where it lies."""
@@ -115,7 +120,8 @@ def find_embeddings(model: Model, recipe: Recipe, taps: Iterable[Tap]) -> tuple[
         if reason := _read_otherwise(table.root, tables, sites):
             skipped += [_skip(node, table, reason) for node in nodes]
         else:
-            found.append(_embedding(nodes, table, spec, sites))
+            expands = (model.ir.opset_imports.get("") or 0) >= dense.OPSET
+            found.append(_embedding(nodes, table, spec, sites, expands=expands, half_scales=recipe.half_scales))
     return found, skipped
 
 
@@ -192,7 +198,13 @@ def _read_otherwise(
 
 
 def _embedding(
-    nodes: Sequence[ir.Node], table: Constant, spec: Spec, sites: Mapping[ir.Node, tuple[Site, Spec]]
+    nodes: Sequence[ir.Node],
+    table: Constant,
+    spec: Spec,
+    sites: Mapping[ir.Node, tuple[Site, Spec]],
+    *,
+    expands: bool,
+    half_scales: bool,
 ) -> Embedding:
     tied = [(site, grid) for site, grid in sites.values() if _is_transpose_of(site, table)]
     tied.sort(key=lambda pair: pair[1] != spec)  # one on the same grid first
@@ -210,6 +222,8 @@ def _embedding(
         head=head,
         shared=bool(tied) and tied[0][1] == spec,
         counted=any(site.root is table.root for site, _ in sites.values()),
+        expands=expands,
+        half_scales=half_scales,
     )
 
 

@@ -2,34 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
+from onnx_woq.errors import OnnxWoqError
 from onnx_woq.graph.model import Model
 from onnx_woq.runtime.replay import cut_out
 from onnx_woq.runtime.session import make_session, run
 from onnx_woq.runtime.structure import Structure
 
-ROWS = 1024  # of the identity matrix at a time
+Rows = Callable[[Sequence[int]], np.ndarray]
+"""Gives rows of a matrix `[K, N]` by their numbers."""
 
 
-def acting_weight(model: Model, output: str, k: int) -> np.ndarray | None:
-    """The matrix [K, N] that the product called `output` multiplies by: its part of the graph, run on an identity.
+def acting_rows(model: Model, structure: Structure, entry: str, output: str, k: int) -> Rows | None:
+    """The rows of the matrix [K, N] that takes the value `entry` to the value `output`, bias left out.
 
-    None where it cannot be cut out: in a body, or with an input that is not one activation.
+    What lies between the two is run on rows of the identity: codes, factors beside them, a scale of the input.
+
+    Args:
+        model: holds both values in its main graph.
+        structure: of it.
+        entry: an activation [..., K].
+        output: a linear function of it, [..., N].
+        k: input channels.
+
+    Returns:
+        None where it cannot be cut out: in a body, or when something else is read on the way.
     """
-    structure = Structure(model)
-    value = structure.named.get(output)
-    node = value.producer() if value is not None else None
-    if node is None or not node.inputs or node.inputs[0] is None:
+    if not {entry, output} <= structure.named.keys():
         return None
-    entry = node.inputs[0].name or ""
-    part, inputs = cut_out(model, structure, {entry}, [output], {entry: np.dtype(np.float32)})
-    if inputs != (entry,):
+    try:
+        part, inputs = cut_out(model, structure, {entry}, [output], {entry: np.dtype(np.float32)})
+        if inputs != (entry,):
+            return None
+        session = make_session(part, for_calibration=True)
+        zero = run(session, [output], {entry: np.zeros((1, 1, k), np.float32)}, "zero")[0]
+    except (OnnxWoqError, RuntimeError):  # the latter is how copying a part says that it reads something outside
         return None
-    session = make_session(part, for_calibration=True)
-    rows = []
-    zero = run(session, [output], {entry: np.zeros((1, 1, k), np.float32)}, "zero")[0]
-    for start in range(0, k, ROWS):
-        identity = np.eye(min(ROWS, k - start), k, start, np.float32)[None]
-        rows.append((run(session, [output], {entry: identity}, "an identity matrix")[0] - zero)[0])
-    return np.concatenate(rows)
+
+    def rows(numbers: Sequence[int]) -> np.ndarray:
+        hot = np.zeros((1, len(numbers), k), np.float32)
+        hot[0, np.arange(len(numbers)), numbers] = 1
+        return (run(session, [output], {entry: hot}, "an identity matrix")[0] - zero)[0]
+
+    return rows

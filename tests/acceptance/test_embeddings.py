@@ -148,6 +148,21 @@ def test_inspect_says_what_becomes_of_it(tied, embedding, lm, tied_lm, tmp_path)
     json.dumps(found.to_dict()), json.dumps(done.to_dict())
 
 
+@pytest.mark.parametrize("half_scales", [False, True])
+def test_inspect_foretells_the_file_of_three_bits(half_scales, tmp_path):
+    """Codes without gaps, of a table as of a head; its rows are what the same codes give in four bits."""
+    rows = {}
+    for opset in (17, 18):
+        model = zoo.language_model(tmp_path / f"{opset}.onnx", tied=True, opset=opset)
+        recipe, out = Recipe(spec=FOUR, embedding=Spec(3, 32), half_scales=half_scales), tmp_path / f"q{opset}.onnx"
+        found, done = inspect(model, recipe), quantize(model, out, recipe)
+        assert found.bytes_after == pytest.approx(done.bytes_after, rel=0.01)
+        (row,) = done.embeddings
+        assert row.bytes_after == zoo.VOCAB * (zoo.HIDDEN * (3 if opset == 18 else 4) // 8 + (5 if half_scales else 9))
+        rows[opset] = rows_read(out)
+    np.testing.assert_array_equal(rows[17], rows[18])
+
+
 def test_what_stays_float_and_why(cli, tied_lm, tmp_path):
     shown = cli.ok("inspect", tied_lm).stdout
     assert "an embedding, left float without --embedding-bits" in shown

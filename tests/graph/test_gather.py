@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -53,9 +54,9 @@ def lowered(path, recipe, *, input_scale=None):
     for tap in taps:
         scale = 1 if input_scale is None else input_scale[:, None]
         q = rounded(tap.weight() * scale, tap.spec, tap.scale_dtype)
-        lower_tap(
-            model, tap, [pack(q.columns(part), tap.scale_dtype) for _, part in tap.slices()][:1], accuracy_level=0
-        )
+        (columns,) = {(part.start, part.stop) for _, part in tap.slices()}
+        packed = pack(q.columns(slice(*columns)), tap.scale_dtype, dense=tap.dense)
+        lower_tap(model, tap, [packed], accuracy_level=0)
         for one in found:
             if one.shared:
                 share_codes(model, one, input_scale)
@@ -63,7 +64,7 @@ def lowered(path, recipe, *, input_scale=None):
     for one in found:
         if not one.shared:
             q = rounded(one.parts()[0].read(), one.spec, one.scale_dtype)
-            lower_embedding(model, one, pack(q, one.scale_dtype))
+            lower_embedding(model, one, pack(q, one.scale_dtype, dense=one.dense))
             meant[one.name] = q.dequantize().T
     out = path.with_name("q.onnx")
     save(model, out, metadata={})
@@ -72,11 +73,13 @@ def lowered(path, recipe, *, input_scale=None):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("half_scales", [False, True])
 @pytest.mark.parametrize("columns", [33, 200, 576])
-def test_rows_are_those_of_the_codes_bit_for_bit(tmp_path, dtype, columns):
+def test_rows_are_those_of_the_codes_bit_for_bit(tmp_path, dtype, columns, half_scales):
     need("1.27", "2-bit tables, and zero points of rows that do not fill bytes")
     specs = [Spec(b, g, s) for b, g, s in itertools.product(range(2, 9), (16, 32, 48, 64, 128, 256, -1), (False, True))]
-    recipe = Recipe(overrides={f"^y{i}$": spec for i, spec in enumerate(specs)}, embedding=Spec())
+    overrides = {f"^y{i}$": spec for i, spec in enumerate(specs)}
+    recipe = Recipe(overrides=overrides, embedding=Spec(), half_scales=half_scales)
     rows = SMALLEST_TABLE // columns // np.dtype(dtype).itemsize + 1
     ids = np.array([[0, 5, rows - 1], [7, 7, -1]], np.int64)
     path = tables(tmp_path / "m.onnx", columns, dtype, count=len(specs), rows=rows)
@@ -100,19 +103,22 @@ def table(path, i=0):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("columns", [33, 40, 576])
-@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, False), (8, True)])
-def test_a_tied_head_and_its_table_are_one_set_of_codes(tmp_path, dtype, columns, bits, symmetric):
+@pytest.mark.parametrize("opset", [17, 21])
+@pytest.mark.parametrize("half_scales", [False, True])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (3, True), (4, False), (8, True)])
+def test_a_tied_head_and_its_table_are_one_set_of_codes(tmp_path, dtype, columns, bits, symmetric, half_scales, opset):
     need("1.27", "2-bit tables, and zero points of rows that do not fill bytes")
     spec = Spec(bits, 32, symmetric)
-    path = tables(tmp_path / "m.onnx", columns, dtype, tied=True)
-    out, meant, (found,), _ = lowered(path, Recipe(spec=spec, embedding=spec))
+    path = tables(tmp_path / "m.onnx", columns, dtype, tied=True, opset=opset)
+    out, meant, (found,), _ = lowered(path, Recipe(spec=spec, embedding=spec, half_scales=half_scales))
     assert (found.shared, found.head.name) == (True, "logits")
     x = random(4, columns, seed=9, dtype=dtype)
     rows, logits = run(out, {"ids": IDS, "x": x})
     np.testing.assert_array_equal(rows, meant["y0"][IDS].astype(dtype))
     assert relative(logits, x.astype(np.float32) @ meant["y0"].T) < (1e-5 if dtype is np.float32 else 2e-3)
     stored = [t for t in load(out).ir.graph.initializers.values() if t.const_value.nbytes > 64]
-    assert len(stored) == (2 if symmetric else 3), "codes, scales, zero points: once each"
+    codes = 3 if bits == 3 and opset >= 18 else 1  # arrays of them
+    assert len(stored) == codes + (1 if symmetric else 2), "codes, scales, zero points: once each"
     assert sum(t.const_value.nbytes for t in stored) == out.with_name("q.onnx.data").stat().st_size - padding(out)
 
 
@@ -126,9 +132,9 @@ def padding(out):
 
 def test_what_a_table_takes_is_what_is_written(tmp_path):
     path = tables(tmp_path / "m.onnx", 200, tied=True)
-    for own in (Spec(4, 32), Spec(8, 64, True), Spec(4, 128)):
-        out, _, (found,), _ = lowered(path, Recipe(embedding=own))
-        head = embedding_bytes(found, Spec(), None)  # the same numbers from the other side
+    for own, half in itertools.product((Spec(4, 32), Spec(8, 64, True), Spec(4, 128), Spec(3, 32)), (False, True)):
+        out, _, (found,), _ = lowered(path, Recipe(embedding=own, half_scales=half))
+        head = embedding_bytes(replace(found, head=None), Spec(), None)  # the same numbers from the other side
         assert (found.shared, found.counted) == (own == Spec(), True)
         written = out.with_name("q.onnx.data").stat().st_size - padding(out)
         assert written == head + embedding_bytes(found, own, Spec())

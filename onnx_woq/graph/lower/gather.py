@@ -7,14 +7,14 @@ loads the model, shows them to both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
 from onnx_woq.graph.embeddings import Embedding
-from onnx_woq.graph.lower.matmulnbits import DOMAIN, Packed, packed_bytes
+from onnx_woq.graph.lower.matmulnbits import DOMAIN, Packed, add_packed, packed_bytes
 from onnx_woq.graph.model import Model
 from onnx_woq.recipe import Spec
 
@@ -28,7 +28,8 @@ def embedding_bytes(embedding: Embedding, spec: Spec | None, head: Spec | None) 
         return 0
     if spec is None:
         return embedding.weight_bytes
-    return packed_bytes(embedding.k, embedding.n, spec, embedding.scale_dtype)
+    own = replace(embedding, spec=spec)
+    return packed_bytes(own.k, own.n, spec, own.scale_dtype, dense=own.dense)
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,16 @@ def lower_embedding(model: Model, embedding: Embedding, packed: Packed) -> None:
 
     Nodes and outputs keep their names. The float table goes when nothing reads it any more.
     """
-    graph = model.ir.graph  # also for nodes in bodies: sessions take large tensors from outside only there
-    (bytes_,) = packed.codes  # dense ones would have to be expanded
-    flat = (packed.n, bytes_[0].size)
-    codes = add_initializer(graph, f"{embedding.weight_name}_Q{packed.width}_rows", bytes_, shape=flat)
-    scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
-    zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
+    name = f"{embedding.weight_name}_Q{packed.width}_table"
+    codes, scales, zeros = add_packed(model, name, packed, embedding.dtype)
+    if codes is None or scales is None:
+        raise ValueError(f"{embedding.name!r} has no codes or no scales")
+    stored = codes.const_value
+    if isinstance(stored, ir.Tensor):  # as the kernel reads them, but for the shape
+        codes.const_value = ir.Tensor(stored.raw, name=codes.name, shape=_flat(packed))
+        codes.shape = _flat(packed)
+    else:
+        codes = _rows(model, codes, embedding)
     _rewrite(model, embedding, _Table(codes, scales, zeros, packed.bits, packed.block), None)
 
 
@@ -79,15 +84,24 @@ def share_codes(model: Model, embedding: Embedding, input_scale: np.ndarray | No
     codes, scales = head.inputs[1], head.inputs[2]
     if codes is None or scales is None:
         raise ValueError(f"{embedding.head and embedding.head.name!r} has no codes or no scales")
-    graph = model.ir.graph
-    shape = add_initializer(graph, f"{codes.name}_flat", np.array([embedding.n, -1], np.int64))
-    maker = codes.producer()  # of what is stored, where that is not what kernels read
-    before = graph[0] if maker is None else None
-    rows = add_node("Reshape", [codes, shape], f"{codes.name}_rows", before=before, after=maker)
-    rows.type = ir.TensorType(ir.DataType.UINT8)
     zeros = head.inputs[3] if len(head.inputs) > 3 else None
     bits, block = (head.attributes[name].as_int() for name in ("bits", "block_size"))
-    _rewrite(model, embedding, _Table(rows, scales, zeros, bits, block), input_scale)
+    _rewrite(model, embedding, _Table(_rows(model, codes, embedding), scales, zeros, bits, block), input_scale)
+
+
+def _flat(packed: Packed) -> ir.Shape:
+    (codes,) = packed.codes
+    return ir.Shape((packed.n, codes[0].size))
+
+
+def _rows(model: Model, codes: ir.Value, embedding: Embedding) -> ir.Value:
+    """Codes [V, blocks, bytes] as [V, bytes], by a node behind what makes them, or in front of everything else."""
+    graph = model.ir.graph  # also for nodes in bodies: sessions fold what they can only there
+    shape = add_initializer(graph, f"{codes.name}_flat", np.array([embedding.n, -1], np.int64))
+    maker = codes.producer()
+    rows = add_node("Reshape", [codes, shape], f"{codes.name}_rows", before=None if maker else graph[0], after=maker)
+    rows.type = ir.TensorType(ir.DataType.UINT8)
+    return rows
 
 
 def _rewrite(model: Model, embedding: Embedding, table: _Table, input_scale: np.ndarray | None) -> None:
