@@ -121,7 +121,7 @@ def task_bytes(tap: Tap, recipe: Recipe) -> int:
     with_data = needs_data(recipe)
     stats = 4 * tap.k * tap.k if with_data else 0
     itemsize = 4 if with_data else tap.weight_bytes // max(1, tap.k * tap.n)
-    solving = solve_bytes(recipe.method, tap.k, tap.n, tap.spec)
+    solving = solve_bytes(recipe.method, tap.k, tap.n, tap.spec, tuple(recipe.options.items()))
     if tap.rank:
         held = result_bytes(tap.k, tap.n, tap.spec) + 4 * tap.k * tap.n
         solving = max(solving, held + lowrank.working_bytes(tap.k, tap.n, tap.rank))

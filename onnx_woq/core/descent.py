@@ -69,6 +69,19 @@ def descend(
     return replace(q, codes=codes, scales=scales)
 
 
+def working_bytes(k: int, n: int, group_size: int, width: int, itemsize: int) -> int:
+    """About the most that `descend` holds at once beyond the weight [k, n], a float32 Gram matrix and both results.
+
+    Args:
+        k, n, group_size: of the weight.
+        width: columns of a tile.
+        itemsize: bytes of a number that is computed with.
+    """
+    converted = k * k * itemsize if itemsize != np.dtype(np.float32).itemsize else 0
+    groups, some = -(-k // group_size), max(2 * group_size, 3 * min(group_size, 2 * ROWS))  # residuals and the like
+    return converted + k * n + 4 * groups * n + (2 * k + some + 4 * groups) * width * itemsize
+
+
 class _Tile:
     """Some columns: `level [K, n]` (code − zero), `delta [K, n]` (ΔW), `scales [G, n]`."""
 

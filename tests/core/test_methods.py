@@ -147,7 +147,7 @@ def test_what_a_solver_returns_is_well_formed(name, scale_dtype):
             assert np.isfinite(q.effective()).all()
 
 
-@pytest.mark.parametrize("name", ["gptq", "awq"])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.needs_data])
 def test_missing_or_foreign_statistics_are_refused(name):
     weight = np.ones((32, 2), np.float32)
     for stats in (None, Stats.empty(31)):
@@ -172,17 +172,33 @@ def test_weights_are_taken_in_any_dtype_and_order(name, dtype, order):
         METHODS[name].solve(bad, stats, Spec(4, 32))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("rtn", {}),
+        ("gptq", {}),
+        ("gptq", {"actorder": True}),
+        ("gptq", {"enable_mse_search": True, "mse_range": (0.9, 1, 0.1)}),
+        ("gptq", {"descent_passes": 1}),
+        ("gptq", {"scaling": "awq"}),
+        ("gptq", {"scaling": "teq", "descent_passes": 2}),
+        ("awq", {"mse_range": (0.9, 1, 0.1)}),
+        ("teq", {}),
+        ("hqq", {}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("group_size", [32, -1])
-@pytest.mark.parametrize(("k", "n"), [(576, 960), (1024, 300), (300, 4000)])
-def test_the_memory_a_solver_says_it_takes_is_what_it_takes(name, group_size, k, n):
+@pytest.mark.parametrize(("k", "n"), [(576, 960), (1024, 300), (300, 4000), (440, 1200)])
+def test_the_memory_a_solver_says_it_takes_is_what_it_takes(name, options, group_size, k, n):
     rng = np.random.default_rng(0)
     weight, stats = rng.standard_normal((k, n), dtype=np.float32), Stats.empty(k)
-    stats.update(rng.standard_normal((k + 9, k), dtype=np.float32) * np.linspace(0.1, 5, k, dtype=np.float32))
-    METHODS[name].solve(weight[:, :9], stats, Spec(4, group_size))  # libraries are loaded by now
-    options = {"mse_range": (0.9, 1, 0.1)} if name == "awq" else {}
+    size = np.linspace(0.1, 5, k, dtype=np.float32)
+    stats.update(rng.standard_normal((k + 9, k), dtype=np.float32) * np.where(np.arange(k) % 50, size, 50))
+    METHODS[name].solve(weight[:, :9], stats, Spec(4, group_size), **options)  # libraries are loaded by now
     peak = peak_bytes(lambda: METHODS[name].solve(weight, stats, Spec(4, group_size), **options))
-    assert 0.8 * peak <= solve_bytes(name, k, n, Spec(4, group_size)) <= 1.25 * peak
+    told = solve_bytes(name, k, n, Spec(4, group_size), tuple(options.items()))
+    assert 0.8 * peak <= told <= 1.25 * peak
 
 
 def backwards(fn, pieces):

@@ -32,14 +32,14 @@ class Method:
         name: what recipes call it.
         solve: the function; `stats` may be None when `needs_data` is false.
         needs_data: whether it reads calibration statistics (see the function of that name for a whole recipe).
-        working_bytes: `(k, n, spec)` -> about the most bytes that solving holds at once beyond weight, statistics and
-            result.
+        working_bytes: `(k, n, spec, **options)` -> about the most bytes that solving holds at once beyond weight,
+            statistics and result.
     """
 
     name: str
     solve: Callable[..., Any]
     needs_data: bool
-    working_bytes: Callable[[int, int, Spec], int]
+    working_bytes: Callable[..., int]
 
     @property
     def options(self) -> dict[str, Any]:
@@ -65,9 +65,15 @@ def needs_data(recipe: Recipe) -> bool:
 
 
 @lru_cache(maxsize=256)
-def solve_bytes(method: str, k: int, n: int, spec: Spec) -> int:
-    """About the most bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included."""
-    return METHODS[method].working_bytes(k, n, spec) + result_bytes(k, n, spec)
+def solve_bytes(method: str, k: int, n: int, spec: Spec, options: tuple[tuple[str, Any], ...] = ()) -> int:
+    """About the most bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included.
+
+    Args:
+        method: its name.
+        k, n, spec: the weight's.
+        options: names and values of those that are not left at their defaults.
+    """
+    return METHODS[method].working_bytes(k, n, spec, **dict(options)) + result_bytes(k, n, spec)
 
 
 def result_bytes(k: int, n: int, spec: Spec) -> int:

@@ -233,7 +233,7 @@ def _scored(
     return tile, best, float(least.sum())
 
 
-def working_bytes(k: int, n: int, spec: Spec) -> int:
+def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
     """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
     sample, few = (-(-n // -(-n // most)) for most in (SAMPLE, SCREEN))
     width = min(TILE, n)

@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from onnx_woq.core import descent
 from onnx_woq.core.clip import fitter
 from onnx_woq.core.cpu import Each
-from onnx_woq.core.descent import descend
-from onnx_woq.core.grid import QuantizedTensor, fit, quantize
+from onnx_woq.core.grid import TILE_COLUMNS, TILE_ROWS, QuantizedTensor, fit, quantize
 from onnx_woq.core.lapack import cholesky, invert_lower
 from onnx_woq.core.stats import Stats
 from onnx_woq.recipe import Spec
@@ -118,22 +118,44 @@ def solve(
         return replace(quantize(weight, *grid(weight, diagonal), spec), input_scale=scale)
 
     static = g < k and (static_groups or actorder)
+    factors = factors[0].astype(sweep_dtype(k, n), copy=False), factors[1]  # of two precisions one will do
+    q = _swept(weight, factors, order, grid, spec, static=static, dead=diagonal == 0, block_size=block_size, each=each)
+    del factors  # descent takes as much
+    return descent.descend(
+        weight, replace(q, input_scale=scale), stats.gram, descent_passes,
+        damp=percdamp, tiles=column_tiles(k, n), dtype=sweep_dtype(k, n), scale_dtype=scale_dtype, each=each,
+    )  # fmt: skip
+
+
+def _swept(
+    weight: NDArray[Any],
+    factors: tuple[Float, NDArray[np.float32]],
+    order: NDArray[np.intp],
+    grid: GridOf,
+    spec: Spec,
+    *,
+    static: bool,
+    dead: NDArray[np.bool_],
+    block_size: int,
+    each: Each,
+) -> QuantizedTensor:
+    """All rows in `order [K]`, with what `factorize` gave for it; where `static`, grids are fixed beforehand."""
+    k, n = weight.shape
+    g = spec.resolved_group(k)
     group_of = order // g if static else np.arange(k) // g  # of the sweep, which counts groups as it meets them
     place_of = slice(None) if static else order[::g] // g  # the group of the weight that is met first, second, …
-    dead = diagonal == 0
-    dtype = sweep_dtype(k, n)
-    feedback, importance = factors[0].astype(dtype, copy=False), factors[1]
-    del factors  # where the factor was float64 and the rest is not, one of them will do
+    ordered = not np.array_equal(order, np.arange(k))
+    feedback, importance = factors
     codes = np.empty((k, n), np.uint8)
     scales, zeros = np.empty((-(-k // g), n), np.float32), np.empty((-(-k // g), n), np.uint8)
 
     def finish(columns: slice) -> None:
-        work = np.array(weight[:, columns], dtype, order="C")
+        work = np.array(weight[:, columns], feedback.dtype, order="C")
         if not (np.isfinite(work.min()) and np.isfinite(work.max())):
             raise FloatingPointError("cannot fit a grid to weights that are NaN or infinite")
         work[dead] = 0
         fixed = grid(work, importance[np.argsort(order)]) if static else None
-        if actorder or group_order:
+        if ordered:
             work = work[order]
         sweep = _Sweep(work, feedback, group_of, spec)
         if fixed is not None:
@@ -147,11 +169,7 @@ def solve(
 
     for _ in each(finish, column_tiles(k, n)):
         pass
-    q = QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale)
-    return descend(
-        weight, q, stats.gram, descent_passes,
-        damp=percdamp, tiles=column_tiles(k, n), dtype=dtype, scale_dtype=scale_dtype, each=each,
-    )  # fmt: skip
+    return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 
 
 def _input_scale(
@@ -195,14 +213,31 @@ def column_tiles(k: int, n: int) -> list[slice]:
     return [slice(c, min(c + width, n)) for c in range(0, n, width)]
 
 
-def working_bytes(k: int, n: int, spec: Spec) -> int:
+def working_bytes(
+    k: int,
+    n: int,
+    spec: Spec,
+    *,
+    enable_mse_search: bool = False,
+    descent_passes: int = 0,
+    scaling: str = "none",
+    **_: Any,
+) -> int:
     """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
+    from onnx_woq.core.methods import teq
+
+    g = spec.resolved_group(k)
     size, factor = (np.dtype(d).itemsize for d in (sweep_dtype(k, n), factor_dtype(k)))
     feedback = k * k * (factor if factor == size else factor + size)
-    columns = column_tiles(k, n)[0]
-    width = columns.stop - columns.start
-    grids = -(-k // spec.resolved_group(k)) * width * 4 * size
-    return max(feedback, k * k * size + 2 * k * width * size + grids + min(COPIED, k) * width * size)
+    width = column_tiles(k, n)[0].stop
+    grids = -(-k // g) * width * 4 * size
+    tile = max(g * 64, TILE_ROWS * TILE_COLUMNS)  # of a search, two are held at once
+    fitting = 3 * min(g * width, 2 * tile) if enable_mse_search else min(g * width, tile)
+    solving = k * k * size + (2 * k * width + max(fitting, min(COPIED, k) * width)) * size + grids
+    descending = descent.working_bytes(k, n, g, width, size) if descent_passes else 0
+    scaled = 0 if scaling == "none" else 4 * (k * k + k * n)
+    choosing = 0 if scaling == "none" else teq.working_bytes(k, n, spec)
+    return max(choosing, scaled + max(feedback, solving, descending))
 
 
 class _Sweep:

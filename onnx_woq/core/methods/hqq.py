@@ -10,7 +10,8 @@ each group by itself until its error |w − ŵ| no longer falls. The best z is k
 
 The paper stores z as a float. No fast kernel takes one, so here it is rounded, the codes are taken anew, and the scale
 is fitted by least squares; a group keeps its plain grid where that is closer to its weights. What the float is worth
-is mostly lost by rounding: see docs/experiments.md.
+is mostly lost by rounding: of the demo model's weights in 4 bits, groups of 32, it leaves .88 of the squared error of
+rounding to nearest, the rounded one .96, a clip search .92 (2 bits: .88, .78 by the fitted scale, .67).
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def _error(w: Float, s: Float, z: Float, top: int) -> Float:
     return out
 
 
-def working_bytes(k: int, n: int, spec: Spec) -> int:
+def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
     """About the most that `solve` holds at once beyond the weight [k, n] and the result."""
     tile = max(TILE_ROWS * TILE_COLUMNS, min(spec.resolved_group(k), k) * 64)
     return 32 * min(tile, k * n)

@@ -68,7 +68,7 @@ def solve(
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 
 
-def working_bytes(k: int, n: int, spec: Spec) -> int:
+def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
     """About the most that `solve` holds at once beyond the weight [k, n] and the result."""
     g = spec.resolved_group(k)
     pieces = tiles(k, n, g, whole=g <= TALL)

@@ -159,6 +159,6 @@ def loss_and_gradient(
     return float(column_errors(delta, gram).sum()), gradient
 
 
-def working_bytes(k: int, n: int, spec: Spec) -> int:
+def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
     """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
     return max(awq.working_bytes(k, n, spec), 4 * (7 * k * min(SAMPLE, n) + 10 * k))
