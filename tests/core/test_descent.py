@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_woq.core import descent
 from onnx_woq.core.descent import descend
 from onnx_woq.core.methods import METHODS, gptq, rtn
 from onnx_woq.core.stats import output_error
@@ -31,10 +34,12 @@ def naive(weight, q, gram, damp):
         rows = range(group * g, min(k, group * g + g))
         values = lambda: (codes - np.repeat(zeros, g, 0)[:k]) * np.repeat(scales, g, 0)[:k]  # noqa: E731
         for i in rows:
+            if gram[i, i] == 0:  # says nothing about its weights
+                continue
             for c in range(n):
                 rest = values()[:, c] - W[:, c]
                 rest[i] = 0
-                best = W[i, c] - H[i] @ rest / H[i, i] if H[i, i] > 0 else values()[i, c]
+                best = W[i, c] - H[i] @ rest / H[i, i]
                 codes[i, c] = np.clip(np.round(best / scales[group, c]) + zeros[group, c], 0, top)
         for c in range(n):
             level = np.zeros(k)
@@ -47,10 +52,11 @@ def naive(weight, q, gram, damp):
     return codes, scales
 
 
+@pytest.mark.parametrize("dead", [(), (0, 7, 8, 151)], ids=["", "dead inputs"])
 @pytest.mark.parametrize("group_size", [16, 32, 160, -1])
-@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (2, False)])
-def test_one_pass_is_the_naive_one(bits, symmetric, group_size):
-    weight, stats = problem(152, 5, seed=bits)
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (2, False), (3, True), (8, False)])
+def test_one_pass_is_the_naive_one(bits, symmetric, group_size, dead):
+    weight, stats = problem(152, 5, seed=bits, dead=dead)
     q = gptq.solve(weight, stats, Spec(bits, group_size, symmetric))
     better = descend(weight, q, stats.gram, 1, damp=0.01)
     codes, scales = naive(weight, q, stats.gram, 0.01)
@@ -85,6 +91,51 @@ def test_the_loss_never_rises(k, n, bits, group_size, symmetric, scale_dtype, se
         assert (q.scales != 0).all()
         np.testing.assert_array_equal(q.scales.astype(scale_dtype).astype(np.float32), q.scales)
         assert q.codes.max(initial=0) < 2**bits
+
+
+@given(
+    st.integers(1, 150),
+    st.sampled_from([2, 3, 4, 8]),
+    st.sampled_from([16, 32, 48, -1]),
+    st.booleans(),
+    st.sampled_from([(np.float32, 1), (np.float16, 1), (np.float16, 1e-7)]),  # the last scales are hardly told apart
+    st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_no_half_step_raises_the_loss_of_any_column(k, bits, group_size, symmetric, stored, seed):
+    scale_dtype, size = stored
+    rng = np.random.default_rng(seed)
+    weight, stats = problem(k, 4, seed, tokens=int(rng.integers(1, 200)), dead=rng.choice(k, k // 5, replace=False))
+    weight *= np.float32(size)
+    q = rtn.solve(weight, None, Spec(bits, group_size, symmetric), scale_dtype=scale_dtype)
+    H = stats.gram.astype(float)
+    small = 1e-9 * np.square(weight).sum(axis=0) * H.max()
+    losses = [column_losses(q.dequantize() - weight, H)]
+    with pytest.MonkeyPatch.context() as patch:
+
+        def measure_after(half):
+            def measured(tile, *args):
+                out = half(tile, *args)
+                values = tile.level * np.repeat(tile.scales, tile.g, axis=0)[:k]
+                np.testing.assert_allclose(tile.delta, values - weight, atol=1e-6 * size)  # nothing has drifted
+                losses.append(column_losses(tile.delta, H))
+                return out
+
+            patch.setattr(descent._Tile, half.__name__, measured)
+
+        measure_after(descent._Tile.take)  # the rows of a group, or some of them
+        measure_after(descent._Tile.refit)  # its scale
+        better = descend(weight, q, stats.gram, 2, scale_dtype=scale_dtype)
+    if H.any():
+        assert len(losses) > 4 * len(q.scales)
+    for before, after in itertools.pairwise(losses):
+        assert (after <= before * (1 + 1e-9) + small).all()
+    assert (column_losses(better.dequantize() - weight, H) <= losses[0] * (1 + 1e-5) + 1e3 * small).all()
+
+
+def column_losses(delta, H):
+    delta = np.asarray(delta, float)
+    return np.sum(delta * (H @ delta), axis=0)
 
 
 def test_passes_add_up_and_tiles_leave_no_trace():
