@@ -60,7 +60,7 @@ class Recipe:
     """Everything that decides what `quantize` does to a model, apart from the calibration data.
 
     Attributes:
-        method: "rtn", "gptq" or "awq" (`onnx_woq.core.methods.METHODS`).
+        method: "rtn", "gptq", "awq", "teq" or "hqq" (`onnx_woq.core.methods.METHODS`).
         spec: the grid of every weight that no override names.
         options: keyword arguments of the method's solver; unknown ones are refused before any work.
         include: regular expressions; when given, only sites where one is found are quantized.

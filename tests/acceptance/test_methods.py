@@ -172,11 +172,14 @@ def test_awq_scales_where_channels_differ(options, norm, tmp_path):
     assert awq < 0.9 * rtn
 
 
-def test_awq_with_folding_inserts_no_node(enc, enc_data, tmp_path):
+SCALING = [("awq", {}), ("teq", {"steps": 10}), ("gptq", {"scaling": "awq"}), ("gptq", {"scaling": "teq"})]
+
+
+@pytest.mark.parametrize(("method", "options"), SCALING, ids=str)
+def test_with_folding_no_node_is_inserted(method, options, enc, enc_data, tmp_path):
     """Whatever is scaled is folded exactly: nothing new runs, and at 8 bits the function stays what it was."""
-    folded = written(
-        enc, tmp_path / "f.onnx", Recipe("awq", Spec(8, 32), options={"folding": True}, accuracy_level=0), enc_data
-    )
+    recipe = Recipe(method, Spec(8, 32), options={"folding": True} | options, accuracy_level=0)
+    folded = written(enc, tmp_path / "f.onnx", recipe, enc_data)
 
     def kinds(path: Path) -> list[str]:
         import onnx
@@ -189,9 +192,10 @@ def test_awq_with_folding_inserts_no_node(enc, enc_data, tmp_path):
 
 
 @pytest.mark.parametrize("folding", [False, True])
-def test_awq_leaves_the_function_alone(folding, lm, lm_data, tmp_path):
+@pytest.mark.parametrize(("method", "options"), SCALING, ids=str)
+def test_a_scale_leaves_the_function_alone(method, options, folding, lm, lm_data, tmp_path):
     """At 8 bits every misplaced scale would show: residual readers of a scaled norm, attention, the wrong sibling."""
-    recipe = Recipe("awq", Spec(8, 32), options={"folding": folding}, accuracy_level=0)
+    recipe = Recipe(method, Spec(8, 32), options={"folding": folding} | options, accuracy_level=0)
     out = written(lm, tmp_path / "q.onnx", recipe, lm_data)
     assert measure.sqnr(measure.run(lm, lm_data)["logits"], measure.run(out, lm_data)["logits"]) > 35
 
