@@ -46,8 +46,11 @@ logger = logging.getLogger(__name__)
 COLUMNS = 256
 """Output channels, evenly spread, on which local losses are measured: columns are independent of each other."""
 
-ROUNDED = 8
-"""Bits from which on local losses are those of rounding to nearest."""
+FINE = 4
+"""Bits up to which local losses are measured; each more halves the step, and makes a quarter of the loss.
+
+On SmolLM2 with GPTQ, 5 bits lose .235 to .265 of what 4 do, 6 lose .057 to .068, and 8 .0035 to .0043.
+"""
 
 POLISH = ("descent_passes",)
 """Options left out in local losses: what takes a few percent off every choice and costs as much as all the rest."""
@@ -137,9 +140,8 @@ def statistics_recipe(recipe: Recipe) -> Recipe:
 def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> Losses:
     """What a unit loses by each of `specs`, solved on a sample of its columns; and what by rounding it to `NOISE`.
 
-    Specs of `ROUNDED` bits and more are rounded to nearest: what they lose is next to nothing either way. The
-    statistics of the task are those of its input; where they are empty every loss is 0. A task without statistics is a
-    table's.
+    What more than `FINE` bits lose follows from what those do. The statistics of the task are those of its input; where
+    they are empty every loss is 0. A task without statistics is a table's.
 
     Args:
         task: of the tap or of the table.
@@ -162,13 +164,16 @@ def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> L
         return local, float(np.square(delta, dtype=np.float64).sum()) * share
 
     def solved(spec: Spec) -> QuantizedTensor:
-        if spec.bits < ROUNDED and (stats is None or stats.gram.diagonal().any()):
+        if stats is None or stats.gram.diagonal().any():
             return solve(weight, stats, spec, scale_dtype=scale_dtype, **options)
         full_range = bool(options.get("enable_full_range", False))
         return rtn.solve(weight, None, spec, scale_dtype=scale_dtype, enable_full_range=full_range)
 
     try:
-        pairs = [loss(solved(spec)) for spec in specs]
+        coarse = [replace(spec, bits=min(spec.bits, FINE)) for spec in specs]
+        measured = {spec: loss(solved(spec)) for spec in dict.fromkeys(coarse)}
+        finer = [4.0 ** (least.bits - spec.bits) for least, spec in zip(coarse, specs, strict=True)]
+        pairs = [(measured[spec][0] * part, measured[spec][1] * part) for spec, part in zip(coarse, finer, strict=True)]
         local, plain = loss(rtn.solve(weight, None, NOISE, scale_dtype=scale_dtype))
     except FloatingPointError as error:
         raise not_finite(task, task.weights[0].name) from error
@@ -286,6 +291,6 @@ def _key(run: Run, recipe: Recipe, unit: Unit) -> str:
     """What the journal knows the sensitivity of a unit by: everything that it follows from."""
     collecting = statistics_recipe(recipe)
     follows: list[object] = [recipe.method, dict(recipe.options), collecting.to_dict(), str(unit.specs)]
-    follows += [COLUMNS, ROUNDED, str(NOISE), PROBES, PROBE_TOKENS, unit.names]
+    follows += [COLUMNS, FINE, str(NOISE), PROBES, PROBE_TOKENS, unit.names]
     digest = hashlib.blake2b(json.dumps(follows, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
     return f"{run.key}/sensitivity/{digest}/{unit.name}"

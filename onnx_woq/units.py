@@ -14,7 +14,7 @@ from onnx_woq.graph.model import Model
 from onnx_woq.graph.taps import Tap, find_taps, shared_copy_bytes
 from onnx_woq.recipe import Recipe, Spec
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 
 
@@ -120,8 +120,8 @@ def _unit(source: Model, base: Recipe, tap: Tap | None, table: Embedding | None)
 def _worthwhile(size: Callable[[Spec], int]) -> tuple[Spec, ...]:
     """The grids that no other is better than in no more bytes.
 
-    Better are more bits for the same groups (than 3 bits that are stored as 4), and smaller groups for the same bits
-    (than 128 where the last group is padded).
+    Better are more bits for the same groups (than 3 bits that are stored as 4, the opset being too old for less), and
+    smaller groups for the same bits (than 128 where the last group is padded).
     """
     every = [Spec(bits, group, symmetric) for group in GROUPS for bits in BITS for symmetric in (False, True)]
     sizes = {spec: size(spec) for spec in every}

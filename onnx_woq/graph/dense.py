@@ -1,83 +1,146 @@
-"""Three-bit codes without gaps in the file: the session that loads it expands them, once.
+"""Codes without gaps in the file where no kernel has their width: the session that loads it expands them, once.
 
-MatMulNBits has no 3-bit kernel, and in its 4-bit one two codes of three bits are a byte `0ccc0ccc`. The bytes of each
-block fall into quarters Q0 … Q3. The file has P0, P1, P2: the first three quarters with the fourth in their gaps, bits
-3 and 7, such that in every byte
+MatMulNBits has kernels of 2, 4 and 8 bits; a code of another width lies in the next wider container and leaves gaps:
+two codes of three bits are a byte `0ccc0ccc`, one of five is `000ccccc`. The bytes of each block fall into equal parts.
+The file has the first of them as planes P0, P1, …, with the others hidden in their gaps, such that in every byte
 
-    (Q0, Q1, Q2, Q3) = (P0, P1, P2, T) & 0x77,    T = ((P2 >> 1 ^ P1) >> 1 ^ P0) >> 1 = P0 >> 1 ^ P1 >> 2 ^ P2 >> 3
+    (Q0, …, Qm) = (P0, P1, …, T, …) & mask,    T = P_a >> s_a ^ P_b >> s_b ^ …
 
-What is `>> 1` has its gaps at bits 2 and 6, what is `>> 2` at 1 and 5, what is `>> 3` at 0 and 4: each bit of Q3 is
-decided by one gap, whatever codes get there as well. Without zero points the kernel takes 8 for zero, so symmetric
-codes are doubled and their scales halved, which is exact: bytes `ccc0ccc0`, and the same mirrored.
+Each bit of a hidden part is decided by one gap bit that is shifted there, whatever codes get there as well. With three
+bits the gaps are bits 3 and 7, and `T = P0 >> 1 ^ P1 >> 2 ^ P2 >> 3`.
 
-These are seven operators, of opset 18, that ONNX Runtime folds. It keeps what lies between them until all weights are
+Without zero points the kernel takes the middle of the container for zero, so symmetric codes are moved up by the width
+of the gap, bytes `ccc0ccc0` and the same mirrored, and their scales are divided by as much. That is exact but for
+float16 scales which leave its normal range (below 2**-13 with 3 bits): values then move by at most 4e-6.
+
+These are a few operators, of opset 18, that ONNX Runtime folds. It keeps what lies between them until all weights are
 done, so that their outputs are what loading takes in memory: docs/storage.md has figures, and other forms tried.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.graph.edit import add_initializer, add_node
 
-BITS, OPSET = 3, 18
-"""Of codes, and the first opset with bitwise operators: what older ones have takes too much time and memory to load."""
-
-PLANES = 3
-"""Arrays that the file has for the codes of a weight."""
+OPSET = 18
+"""The first with bitwise operators: what older ones have takes too much time and memory to load."""
 
 _TILE = 1 << 18  # bytes worked on at once, which stay in the cache
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where the three bits lie in their four.
+class Form:
+    """How codes of one width lie in the file.
 
     Attributes:
-        mask: the bits of a byte that codes take.
-        gaps: the bits of T that the gaps of P0, P1 and P2 decide.
-        direction: of the shifts that make T.
-        shift: does that.
-        back: undoes it.
+        gap: bits of a container that its code leaves.
+        mask: bits of a byte that codes take, gaps above them.
+        planes: arrays that the file has.
+        hidden: for each part that has no plane, the planes and how far each is shifted.
     """
 
+    gap: int
     mask: int
-    gaps: tuple[int, int, int]
-    direction: str
-    shift: Callable[[np.ndarray, np.uint8], np.ndarray]
-    back: Callable[[np.ndarray, np.uint8], np.ndarray]
+    planes: int
+    hidden: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def parts(self) -> int:
+        """Into which a block falls."""
+        return self.planes + len(self.hidden)
 
 
-LOW = Layout(0x77, (0x44, 0x22, 0x11), "RIGHT", np.right_shift, np.left_shift)
-HIGH = Layout(0xEE, (0x22, 0x44, 0x88), "LEFT", np.left_shift, np.right_shift)
+def _chain(gap: int, mask: int, planes: int) -> Form:
+    """The form of a width that is a multiple of its gap: one part hidden in all others."""
+    return Form(gap, mask, planes, (tuple((i, gap * (i + 1)) for i in range(planes)),))
 
 
-def layout_of(*, symmetric: bool) -> Layout:
-    """The layout of a weight without zero points, or with them."""
-    return HIGH if symmetric else LOW
+FORMS: Mapping[int, Form] = {
+    1: _chain(1, 0x55, 1),
+    3: _chain(1, 0x77, 3),
+    # Two parts take the gaps of one plane and two bits of another's; what these have left goes to the third.
+    5: Form(3, 0x1F, 5, (((0, 3), (1, 6)), ((2, 3), (3, 6)), ((4, 3), (1, 5), (3, 4)))),
+    6: _chain(2, 0x3F, 3),
+    7: _chain(1, 0x7F, 7),
+}
+"""By bits of a code."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A form, or its mirror image for codes without zero points."""
+
+    form: Form
+    mirrored: bool
+
+    @property
+    def mask(self) -> int:
+        """The bits of a byte that codes take."""
+        return self.form.mask << self.form.gap & 0xFF if self.mirrored else self.form.mask
+
+    @property
+    def direction(self) -> str:
+        """Of the shifts that make hidden parts."""
+        return "LEFT" if self.mirrored else "RIGHT"
+
+    @property
+    def shift(self) -> Callable[[np.ndarray, np.uint8], np.ndarray]:
+        """Does that."""
+        return np.left_shift if self.mirrored else np.right_shift
+
+    @property
+    def back(self) -> Callable[[np.ndarray, np.uint8], np.ndarray]:
+        """Undoes it."""
+        return np.right_shift if self.mirrored else np.left_shift
+
+    def owned(self) -> list[list[int]]:
+        """For each hidden part, the bits of it that the gaps of each of its planes decide."""
+        free = [~self.mask & 0xFF] * self.form.planes
+        found = []
+        for terms in self.form.hidden:
+            left, owned = self.mask, []
+            for plane, by in terms:
+                bits = left & (free[plane] << by if self.mirrored else free[plane] >> by)
+                free[plane] ^= bits >> by if self.mirrored else bits << by
+                left ^= bits
+                owned.append(bits)
+            found.append(owned)
+        return found
+
+
+def layout_of(bits: int, *, symmetric: bool) -> Layout:
+    """The layout of codes of so many bits, one of `FORMS`, without zero points or with them."""
+    return Layout(FORMS[bits], symmetric)
 
 
 def planes_of(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
-    """P0, P1, P2, uint8 `[N, blocks, bytes / 4]`, of codes `[N, blocks, bytes]` that lie as `layout` says."""
+    """The planes, uint8 `[N, blocks, bytes / parts]`, of codes `[N, blocks, bytes]` that lie as `layout` says."""
     n, blocks, width = codes.shape
-    planes = tuple(np.empty((n, blocks, width // 4), np.uint8) for _ in range(PLANES))
+    form, owned = layout.form, layout.owned()
+    planes = tuple(np.empty((n, blocks, width // form.parts), np.uint8) for _ in range(form.planes))
     step = max(1, _TILE // max(1, blocks * width))
     for top in range(0, n, step):
-        rows = slice(top, top + step)
-        *quarters, last = np.split(codes[rows], 4, axis=-1)
-        wrong = _fourth(quarters, layout) ^ last
-        for i, (plane, quarter) in enumerate(zip(planes, quarters, strict=True)):
-            plane[rows] = quarter | layout.back(wrong & np.uint8(layout.gaps[i]), np.uint8(i + 1))
+        parts = np.split(codes[top : top + step], form.parts, axis=-1)
+        made = [plane[top : top + step] for plane in planes]
+        for plane, part in zip(made, parts, strict=False):
+            plane[...] = part
+        for terms, decided, part in zip(form.hidden, owned, parts[form.planes :], strict=True):
+            wrong = _hidden(made, terms, layout) ^ part
+            for (index, by), bits in zip(terms, decided, strict=True):
+                made[index] |= layout.back(wrong & np.uint8(bits), np.uint8(by))
     return planes
 
 
 def codes_of(planes: Sequence[np.ndarray], layout: Layout) -> np.ndarray:
     """The codes `[N, blocks, bytes]` that `planes_of` has made planes of."""
-    return np.concatenate((*planes, _fourth(planes, layout)), axis=-1) & np.uint8(layout.mask)
+    hidden = (_hidden(planes, terms, layout) for terms in layout.form.hidden)
+    return np.concatenate((*planes, *hidden), axis=-1) & np.uint8(layout.mask)
 
 
 def add_expansion(graph: ir.Graph, name: str, planes: Sequence[np.ndarray], layout: Layout) -> ir.Value:
@@ -90,40 +153,45 @@ def add_expansion(graph: ir.Graph, name: str, planes: Sequence[np.ndarray], layo
         layout: the same.
     """
     first = graph[0]
-    one, mask = (_number(graph, value) for value in (1, layout.mask))
     stored = [add_initializer(graph, f"{name}_plane{i}", plane) for i, plane in enumerate(planes)]
-    mixed = stored[-1]
-    for plane in (*stored[-2::-1], None):
-        fourth = add_node("BitShift", [mixed, one], f"{name}_shifted", before=first, direction=layout.direction)
-        if plane is not None:
-            mixed = add_node("BitwiseXor", [fourth, plane], f"{name}_mixed", before=first)
-    whole = add_node("Concat", [*stored, fourth], f"{name}_unmasked", before=first, axis=-1)
-    codes = add_node("BitwiseAnd", [whole, mask], name, before=first)
+
+    def shifted(plane: int, by: int) -> ir.Value:
+        amount = _number(graph, by)
+        return add_node(
+            "BitShift", [stored[plane], amount], f"{name}_shifted", before=first, direction=layout.direction
+        )
+
+    def mixed(one: ir.Value, other: ir.Value) -> ir.Value:
+        return add_node("BitwiseXor", [one, other], f"{name}_mixed", before=first)
+
+    hidden = [reduce(mixed, [shifted(*term) for term in terms]) for terms in layout.form.hidden]
+    whole = add_node("Concat", [*stored, *hidden], f"{name}_unmasked", before=first, axis=-1)
+    codes = add_node("BitwiseAnd", [whole, _number(graph, layout.mask)], name, before=first)
     n, blocks, width = planes[0].shape
-    codes.type, codes.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape((n, blocks, 4 * width))
+    codes.type, codes.shape = ir.TensorType(ir.DataType.UINT8), ir.Shape((n, blocks, layout.form.parts * width))
     return codes
 
 
 def planes_behind(codes: ir.Value) -> tuple[list[ir.Value], Layout] | None:
     """The initializers that `add_expansion` has made of planes, and how the codes lie; None for other values."""
-    last = codes.producer()
-    whole = _maker(last.inputs[0], "Concat") if last is not None and last.op_type == "BitwiseAnd" else None
-    if whole is None or len(whole.inputs) != PLANES + 1:
+    last = _maker(codes, "BitwiseAnd")
+    whole = _maker(last.inputs[0], "Concat") if last is not None else None
+    mask = last.inputs[1].const_value if last is not None and last.inputs[1] is not None else None
+    if whole is None or mask is None:
         return None
-    stored = [value for value in whole.inputs[:PLANES] if value is not None and value.const_value is not None]
-    shift = _maker(whole.inputs[PLANES], "BitShift")
-    if len(stored) < PLANES or shift is None:
+    layouts = (Layout(form, mirrored) for form in FORMS.values() for mirrored in (False, True))
+    layout = next((one for one in layouts if mask.size == 1 and one.mask == mask.numpy()), None)
+    if layout is None or len(whole.inputs) != layout.form.parts:
         return None
-    return stored, LOW if shift.attributes["direction"].as_string() == LOW.direction else HIGH
+    stored = [
+        value for value in whole.inputs[: layout.form.planes] if value is not None and value.const_value is not None
+    ]
+    return (stored, layout) if len(stored) == layout.form.planes else None
 
 
-def _fourth(planes: Sequence[np.ndarray], layout: Layout) -> np.ndarray:
-    """T."""
-    one = np.uint8(1)
-    mixed = planes[-1]
-    for plane in planes[-2::-1]:
-        mixed = layout.shift(mixed, one) ^ plane
-    return layout.shift(mixed, one)
+def _hidden(planes: Sequence[np.ndarray], terms: Sequence[tuple[int, int]], layout: Layout) -> np.ndarray:
+    """A hidden part, with what lies outside the mask."""
+    return reduce(np.bitwise_xor, (layout.shift(planes[plane], np.uint8(by)) for plane, by in terms))
 
 
 def _maker(value: ir.Value | None, op_type: str) -> ir.Node | None:

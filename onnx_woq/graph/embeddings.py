@@ -47,7 +47,7 @@ class Embedding:
         head: a site whose weight is this table, if there is one that is quantized.
         shared: the head is on the same grid, so its codes are those of the table.
         counted: a tap has this table among its weights, and its bytes.
-        expands: the model's opset has what expands 3-bit codes when it is loaded (`onnx_woq.graph.dense`).
+        expands: the model's opset has what expands dense codes when it is loaded (`onnx_woq.graph.dense`).
         half_scales: scales of its own are stored in float16 whatever is gathered.
     """
 
@@ -69,7 +69,7 @@ class Embedding:
     @property
     def dense(self) -> bool:
         """Whether codes of its own take no more than their bits in the file."""
-        return self.expands and self.spec.bits == dense.BITS
+        return self.expands and self.spec.bits in dense.FORMS
 
     @property
     def scale_dtype(self) -> type[np.float32] | type[np.float16]:

@@ -48,7 +48,11 @@ def _settled(value: ir.Value) -> ir.TensorProtocol | None:
         stored, layout = found
         tensors = [plane.const_value for plane in stored if plane.const_value is not None]
         n, blocks, width = (int(d) for d in tensors[0].shape.numpy())
-        return _later(value, (n, blocks, 4 * width), lambda: codes_of([tensor.numpy() for tensor in tensors], layout))
+        return _later(
+            value,
+            (n, blocks, layout.form.parts * width),
+            lambda: codes_of([tensor.numpy() for tensor in tensors], layout),
+        )
     constant = resolve(value)
     if constant is None:
         return None

@@ -159,7 +159,7 @@ class Tap:
     @property
     def dense(self) -> bool:
         """Whether the codes take no more than their bits in the file."""
-        return self.densely and self.spec.bits == dense.BITS
+        return self.densely and self.spec.bits in dense.FORMS
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:

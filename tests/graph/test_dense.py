@@ -1,4 +1,4 @@
-"""Codes of 3 bits and float16 scales: small in the file, and the same numbers wherever the file is run."""
+"""Codes of odd widths and float16 scales: small in the file, and the same numbers wherever the file is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtimes import need_opset
 
-from onnx_woq.graph.dense import HIGH, LOW, codes_of, planes_of
+from onnx_woq.graph.dense import FORMS, codes_of, layout_of, planes_of
 from onnx_woq.graph.fold import divide_input
 from onnx_woq.graph.lower.lowrank import tap_bytes
 from onnx_woq.graph.lower.matmulnbits import lower_tap, pack, packed_bytes, required_runtime
@@ -32,7 +32,7 @@ OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def quantized(path, recipe, level, out, *, dense=True):
-    """The model lowered by rounding and saved; `dense=False` stores 3 bits as 4."""
+    """The model lowered by rounding and saved; `dense=False` stores what the kernel reads."""
     model = load(path)
     taps, skipped = find_taps(model, recipe)
     assert taps, skipped
@@ -91,26 +91,33 @@ codes = st.integers(1, 5).flatmap(
 
 @settings(deadline=None)
 @given(codes)
-def test_planes_hold_three_bits_of_each_code_and_give_them_back(case):
+def test_planes_hold_the_bits_of_each_code_and_give_them_back(case):
     n, blocks, width, seed = case
-    three = np.random.default_rng(seed).integers(0, 8, (n, blocks, 2 * width), np.uint8)
-    packed = three[..., ::2] | three[..., 1::2] << 4
-    for layout, bytes_ in ((LOW, packed), (HIGH, packed << 1)):
-        planes = planes_of(bytes_, layout)
-        assert 8 * sum(p.nbytes for p in planes) == 3 * three.size
-        np.testing.assert_array_equal(codes_of(planes, layout), bytes_)
+    for bits in FORMS:
+        container = next(c for c in (2, 4, 8) if c > bits)
+        codes = np.random.default_rng(seed).integers(0, 1 << bits, (n, blocks, width, 8 // container), np.uint8)
+        for symmetric in (False, True):
+            moved = codes << (container - bits if symmetric else 0)
+            packed = np.bitwise_or.reduce(moved << np.arange(0, 8, container, dtype=np.uint8), axis=-1)
+            layout = layout_of(bits, symmetric=symmetric)
+            planes = planes_of(packed, layout)
+            assert 8 * sum(p.nbytes for p in planes) == bits * codes.size
+            np.testing.assert_array_equal(codes_of(planes, layout), packed)
 
 
 def test_every_tile_of_a_large_weight_is_packed():
-    bytes_ = np.random.default_rng(0).integers(0, 256, (3000, 3, 128), np.uint8) & 0x77
-    np.testing.assert_array_equal(codes_of(planes_of(bytes_, LOW), LOW), bytes_)
+    for bits in FORMS:
+        layout = layout_of(bits, symmetric=False)
+        bytes_ = np.random.default_rng(0).integers(0, 256, (3000, 3, 128), np.uint8) & np.uint8(layout.mask)
+        np.testing.assert_array_equal(codes_of(planes_of(bytes_, layout), layout), bytes_)
 
 
+@pytest.mark.parametrize("bits", FORMS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize("k", [200, 1024])
 @pytest.mark.parametrize("level", LEVELS)
-def test_dense_files_compute_bit_for_bit_what_those_with_four_bits_do(tmp_path, dtype, k, level):
-    specs = [Spec(3, g, s) for g, s in itertools.product(GROUPS, (False, True))]
+def test_dense_files_compute_bit_for_bit_what_those_of_the_kernel_do(tmp_path, bits, dtype, k, level):
+    specs = [Spec(bits, g, s) for g, s in itertools.product(GROUPS, (False, True))]
     path, recipe = many(tmp_path / "m.onnx", dtype, k, specs, 18), by_node(specs)
     dense, wide = (quantized(path, recipe, level, tmp_path / f"{d}.onnx", dense=d) for d in (True, False))
     for rows in (1, 5):
@@ -139,7 +146,9 @@ def nodes_of(path):
 
 @pytest.mark.parametrize("opset", [18, 21, 22, 23, 24, 25])
 @pytest.mark.parametrize("optimization", ["ORT_ENABLE_BASIC", "ORT_ENABLE_ALL"])
-@pytest.mark.parametrize("spec", [Spec(3, 32), Spec(3, 32, True), Spec(4, 32), Spec(8, 64, True)])
+@pytest.mark.parametrize(
+    "spec", [Spec(3, 32), Spec(3, 32, True), Spec(5, 32, True), Spec(6, 16), Spec(4, 32), Spec(8, 64, True)]
+)
 @pytest.mark.parametrize("half", [False, True])
 def test_sessions_fold_everything_so_that_kernels_see_constants(tmp_path, opset, optimization, spec, half):
     need_opset(opset)
@@ -162,7 +171,7 @@ def test_sessions_fold_everything_so_that_kernels_see_constants(tmp_path, opset,
 @pytest.mark.parametrize("half", [False, True])
 def test_without_any_optimization_the_numbers_are_right_too(tmp_path, level, dtype, half):
     """Scales that are computed beside constant codes are garbage at level 4: see docs/storage.md."""
-    specs = [Spec(b, g, s) for b, g, s in itertools.product((3, 4, 8), (16, 32, 128, -1), (False, True))]
+    specs = [Spec(b, g, s) for b, g, s in itertools.product((3, 4, 5, 6, 8), (16, 32, 128, -1), (False, True))]
     path, recipe = many(tmp_path / "m.onnx", dtype, 200, specs, 21), by_node(specs, half_scales=half)
     out = quantized(path, recipe, level, tmp_path / "q.onnx")
     taps, _ = find_taps(load(path), recipe)
@@ -173,7 +182,7 @@ def test_without_any_optimization_the_numbers_are_right_too(tmp_path, level, dty
         assert close(got, x.astype(np.float32) @ want[f"y{i}"], bound), specs[i]
 
 
-@pytest.mark.parametrize("spec", [Spec(3, 32), Spec(3, 32, True), Spec(4, 32)])
+@pytest.mark.parametrize("spec", [Spec(3, 32), Spec(3, 32, True), Spec(5, 64), Spec(6, 32, True), Spec(4, 32)])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("level", LEVELS)
 def test_readers_in_bodies_and_shared_weights(tmp_path, spec, half, level):
@@ -182,7 +191,8 @@ def test_readers_in_bodies_and_shared_weights(tmp_path, spec, half, level):
     out, wide = (quantized(path, recipe, level, tmp_path / f"{d}.onnx", dense=d) for d in (True, False))
     stored = onnx.load(out).graph
     assert all(not n.input or n.op_type == "If" or n.output[0].startswith(("W_Q", "V")) for n in stored.node)
-    assert sum(t.name.startswith("W_Q3_plane") for t in stored.initializer) == (3 if spec.bits == 3 else 0)
+    planes = FORMS[spec.bits].planes if spec.bits in FORMS else 0
+    assert sum(t.name.startswith(f"W_Q{spec.bits}_plane") for t in stored.initializer) == planes
     for flag in (True, False):
         feeds = {"x": random(3, 64), "flag": np.array(flag)}
         (want,), (got,), (plain,) = run(wide, feeds), run(out, feeds), run_with(out, feeds, OFF)
@@ -243,7 +253,7 @@ def test_a_name_that_is_taken_is_left_alone(tmp_path):
     assert close(run(model, {"x": x})[0], x @ q.dequantize() + 7, 1e-5)
 
 
-@pytest.mark.parametrize("spec", [Spec(3, 32), Spec(3, 32, True), Spec(4, 32)])
+@pytest.mark.parametrize("spec", [Spec(3, 32), Spec(3, 32, True), Spec(5, 64), Spec(6, 32, True), Spec(4, 32)])
 @pytest.mark.parametrize("half", [False, True])
 def test_own_sessions_get_constants_and_nothing_else(tmp_path, spec, half):
     """What calibration does to its part of a model that is quantized already."""
@@ -258,10 +268,10 @@ def test_own_sessions_get_constants_and_nothing_else(tmp_path, spec, half):
     assert [n.op_type for n in part.ir.graph] == ["If"]
     assert all(v.uses() for v in part.ir.graph.initializers.values())
     np.testing.assert_array_equal(run(part, feeds)[0], want[0])
-    assert [n.op_type for n in model.ir.graph] != ["If"] or not (half or spec.bits == 3), "the model itself is kept"
+    assert [n.op_type for n in model.ir.graph] != ["If"] or not (half or spec.bits in FORMS), "the model itself is kept"
 
 
-@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("bits", [3, 4, 5])
 def test_dividing_what_a_quantized_layer_makes_keeps_its_scales_in_float16(tmp_path, bits):
     main = graph(
         [node("MatMul", ["x", "W"], ["h"], name="first"), node("MatMul", ["h", "V"], ["y"], name="second")],
@@ -295,7 +305,7 @@ def test_half_scales_take_half_and_are_rounded_before_codes_are_chosen(tmp_path)
     assert packed.scales.dtype == np.float16
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_the_runtime_that_half_scales_need_is_that_of_float32(tmp_path, bits):
     """Also when the file is read again, where nothing says the type of what is computed."""
     path = linear(tmp_path / "m.onnx", random(256, 64))
@@ -317,7 +327,7 @@ def test_packed_arrays_can_be_exchanged(tmp_path):
     assert replace(again, codes=packed.codes, scales=packed.scales, zeros=packed.zeros) == packed
 
 
-def test_only_codes_of_three_bits_are_dense(tmp_path):
+def test_only_codes_that_leave_gaps_are_dense(tmp_path):
     """Whatever a tap was found with: a mix gives it another spec afterwards."""
     (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
     assert tap.dense

@@ -2,7 +2,7 @@
 
 Its CPU kernels take less than its schema says, and not all they take is fast; the constants below are what was tried.
 Other widths are stored in the next wider one and other groups in smaller blocks with repeated scales: same numbers.
-Codes of 3 bits are dense in the file where the model's opset allows it, and scales may be float16 there; the session
+These codes are dense in the file where the model's opset allows it, and scales may be float16 there; the session
 that loads it makes of them what the kernels read (`onnx_woq.graph.dense`, docs/storage.md).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.graph.constants import resolve
-from onnx_woq.graph.dense import BITS, PLANES, add_expansion, layout_of, planes_of
+from onnx_woq.graph.dense import FORMS, add_expansion, layout_of, planes_of
 from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
 from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
 from onnx_woq.graph.model import Model
@@ -41,7 +41,7 @@ class Packed:
     """One weight `[K, N]` as MatMulNBits stores it; nothing but arrays and numbers, so it can be sent and kept.
 
     Attributes:
-        codes: uint8 [N, blocks, bytes per block]; or the `PLANES` arrays of `dense.planes_of`, a quarter as wide.
+        codes: uint8 [N, blocks, bytes per block]; or the arrays of `dense.planes_of`, a part of that as wide.
         scales: float32 or float16 [N, blocks].
         zeros: uint8 [N, bytes], None where all of them are the middle of the range.
         k, n: of the weight.
@@ -63,6 +63,11 @@ class Packed:
     def arrays(self) -> tuple[np.ndarray, ...]:
         """What there is to store, in the order of the operator's inputs."""
         return (*self.codes, self.scales) if self.zeros is None else (*self.codes, self.scales, self.zeros)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the codes are planes."""
+        return 8 * self.codes[0].shape[-1] != self.block * self.bits
 
     def with_arrays(self, arrays: Sequence[np.ndarray]) -> Packed:
         """The same weight with other arrays, given as `arrays` gives them."""
@@ -123,7 +128,8 @@ def packed_shapes(
     blocks = -(-k // block)
     byte = np.dtype(np.uint8)
     width = block * container // 8
-    codes = (((n, blocks, width // 4), byte),) * PLANES if dense else (((n, blocks, width), byte),)
+    form = FORMS[spec.bits] if dense else None
+    codes = (((n, blocks, width // form.parts), byte),) * form.planes if form else (((n, blocks, width), byte),)
     shapes = (*codes, ((n, blocks), np.dtype(scale_dtype)))
     return shapes if spec.symmetric else (*shapes, ((n, -(-blocks * container // 8)), byte))
 
@@ -137,13 +143,13 @@ def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, 
 def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, *, dense: bool = False) -> Packed:
     """The `Packed` that has these `arrays`, of the shapes that `packed_shapes` gives."""
     container, block = native_layout(spec.bits, spec.group_size, k)
-    count = PLANES if dense else 1
+    count = FORMS[spec.bits].planes if dense else 1
     scales, *zeros = arrays[count:]
     return Packed(tuple(arrays[:count]), scales, zeros[0] if zeros else None, k, n, container, block, spec.bits)
 
 
 def pack(q: QuantizedTensor, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
-    """What is stored of `q` for MatMulNBits, its scales in `scale_dtype`, its codes of 3 bits dense if so asked."""
+    """What is stored of `q` for MatMulNBits, its scales in `scale_dtype`, its codes dense if so asked."""
     k, n = q.codes.shape
     container, block = native_layout(q.bits, q.group_size, k)
     # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
@@ -151,14 +157,15 @@ def pack(q: QuantizedTensor, scale_dtype: type[np.floating], *, dense: bool = Fa
     scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
     zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
     codes = pack_codes(q.codes, container, block, shift)
-    if dense and q.bits != BITS:
+    if dense and q.bits not in FORMS:
         raise ValueError(f"codes of {q.bits} bits have no dense form")
     if not dense:
         return Packed((codes,), scales, zeros, k, n, container, block, q.bits)
     if q.symmetric:
-        codes <<= 1
-        scales /= 2
-    planes = planes_of(codes, layout_of(symmetric=q.symmetric))
+        gap = FORMS[q.bits].gap
+        codes <<= gap
+        scales /= 1 << gap
+    planes = planes_of(codes, layout_of(q.bits, symmetric=q.symmetric))
     return Packed(planes, scales, zeros, k, n, container, block, q.bits)
 
 
@@ -252,8 +259,8 @@ def add_packed(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> t
     """
     graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
     cast = packed.scales.dtype == np.float16 and dtype != ir.DataType.FLOAT16
-    if len(packed.codes) == PLANES:
-        codes = add_expansion(graph, name, packed.codes, layout_of(symmetric=packed.zeros is None))
+    if packed.dense:
+        codes = add_expansion(graph, name, packed.codes, layout_of(packed.width, symmetric=packed.zeros is None))
     elif cast:
         stored = add_initializer(graph, f"{name}_stored", packed.codes[0])
         codes = add_node("Identity", [stored], name, before=graph[0])
