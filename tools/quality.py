@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from onnx_woq import PRESETS, Recipe, evaluate, quantize, tune
 from onnx_woq.runtime.evaluate import Metrics
@@ -29,6 +30,14 @@ from onnx_woq.runtime.evaluate import Metrics
 CLIP = {"enable_mse_search": True}
 ORDER = CLIP | {"group_order": True}
 BALANCED = PRESETS["BALANCED_4BIT"]
+
+
+STEPS: Mapping[str, dict[str, Any]] = {
+    "rotated": {"rotation": True},
+    "true sequential": {"true_sequential": True, "sequential_unit": "block"},
+    "both streams": {"both_streams": True, "sequential_unit": "block"},
+}
+"""What goes on top of a preset: fields of its recipe."""
 
 
 def _with(option: str, value: object) -> Recipe:
@@ -54,7 +63,11 @@ METHODS: Mapping[str, Recipe] = {
     "BALANCED_4BIT, 2 descents": _with("descent_passes", 2),
     "BALANCED_4BIT, bias correction": replace(BALANCED, bias_correction=True),
     "BALANCED_4BIT, rank 16": replace(BALANCED, lowrank=16),
-    "BALANCED_4BIT, true sequential": replace(BALANCED, true_sequential=True, sequential_unit="block"),
+    "BALANCED_4BIT, groups of 64, rank 24": replace(BALANCED.with_spec(group_size=64), lowrank=24),
+} | {
+    f"{preset}, {step}": replace(PRESETS[preset], **fields)
+    for preset in ("BALANCED_4BIT", "BEST_2BIT")
+    for step, fields in STEPS.items()
 }
 
 
@@ -170,7 +183,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there as well")
     arguments = parser.parse_args()
     known = {**METHODS, **PRESETS}
-    recipes = {name: recipe_of(known[name], arguments) for name in arguments.methods or METHODS}
+    four = [name for name, recipe in METHODS.items() if recipe.spec.bits == 4]
+    recipes = {name: recipe_of(known[name], arguments) for name in arguments.methods or four}
     table = (alone if arguments.alone else together)(arguments, recipes)
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2))
