@@ -31,6 +31,9 @@ FORMS = {  # (bits, half scales, dense)
     "4 bits": (4, False, False),
     "4 bits, float16 scales": (4, True, False),
     "3 bits dense, float16 scales": (3, True, True),
+    "5 bits in 8": (5, False, False),
+    "5 bits dense": (5, False, True),
+    "6 bits dense": (6, False, True),
 }
 BARE = "4 bits, float16 scales, codes constant"  # what must not be written
 
