@@ -15,8 +15,14 @@ import onnx
 import pytest
 
 from onnx_woq import Recipe, Spec, TuneResult, quantize, tune
+from onnx_woq.core.methods import METHODS
+from onnx_woq.core.stats import Stats, output_error
 from onnx_woq.errors import RecipeError
+from onnx_woq.graph.model import load
+from onnx_woq.graph.taps import find_taps
 from onnx_woq.runtime.evaluate import compare
+from onnx_woq.sensitivity import unit_losses
+from onnx_woq.solving import task_of
 
 from . import measure, zoo
 
@@ -263,16 +269,45 @@ def test_a_table_of_its_own_is_a_unit_of_its_own(lm, data, tmp_path):
     assert "tokens" not in [layer.name for layer in result.layers]
 
 
-def test_three_bits_take_three_bits_where_the_opset_has_them(tmp_path, data):
+@pytest.mark.parametrize(("target", "bits"), [(3.75, 3), (5.25, 5)])
+def test_widths_that_no_kernel_has_take_their_bits_where_the_opset_has_what_expands_them(target, bits, tmp_path, data):
     model = zoo.language_model(tmp_path / "m.onnx", opset=18)
     options = {"configs": [replace(BASE, half_scales=True)], "workdir": tmp_path / "work"}
-    result = tune(model, None, data, target_bpw=3.75, output=tmp_path / "o.onnx", **options)
-    three = [layer for layer in result.layers if layer.spec and layer.spec.bits == 3]
-    assert three
-    assert all(3 < layer.bits < 4 for layer in three if layer.k % layer.spec.group_size == 0)
+    result = tune(model, None, data, target_bpw=target, output=tmp_path / "o.onnx", **options)
+    chosen = [layer for layer in result.layers if layer.spec and layer.spec.bits == bits]
+    assert chosen
+    assert all(bits < layer.bits < bits + 1 for layer in chosen if layer.k % layer.spec.group_size == 0)
     size = file_bytes(result.path)
     again = tune(model, None, data, target_size=size, output=tmp_path / "s.onnx", **options)
     assert 0.97 * size <= file_bytes(again.path) <= size
+
+
+def test_widths_between_those_of_the_kernels_lose_less_at_equal_bytes(tmp_path, data):
+    """At 5.1 bits 4 and 8 are far away; before opset 18 there is nothing in between."""
+    fresh, losses = zoo.lm_feeds(zoo.token_ids(24, seed=99)), {}
+    for opset in (17, 18):
+        folder = tmp_path / str(opset)
+        folder.mkdir()
+        model = zoo.language_model(folder / "m.onnx", opset=opset)
+        result = tune(model, None, data, configs=[BASE], target_bpw=5.6, workdir=folder / "w", output=folder / "o.onnx")
+        losses[opset] = compare(result.path, model, fresh).kl
+    assert losses[18] < 0.8 * losses[17]
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_what_finer_grids_lose_is_foretold_from_four_bits(method, symmetric, lm):
+    recipe = Recipe(method, options={"enable_full_range": True})
+    rng = np.random.default_rng(0)
+    for tap in find_taps(load(lm), recipe)[0][:3]:
+        x = rng.standard_normal((400, tap.k)).astype(np.float32) @ rng.standard_normal((tap.k, tap.k))
+        stats = Stats.empty(tap.k)
+        stats.update(x.astype(np.float32))
+        task, specs = task_of(recipe, tap, stats), [Spec(bits, 32, symmetric) for bits in (4, 5, 6, 8)]
+        foretold = unit_losses(task, specs).tap
+        for spec, loss in zip(specs, foretold, strict=True):
+            q = METHODS[method].solve(tap.weight(), stats, spec, **recipe.options)
+            assert loss == pytest.approx(output_error(q.effective() - tap.weight(), stats.gram), rel=0.25), spec
 
 
 def test_a_tied_head_of_three_bits_lends_its_table_what_they_mean(tmp_path, data):
