@@ -16,7 +16,7 @@ from onnx_woq.core import racing
 from onnx_woq.core.methods import needs_data
 from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
 from onnx_woq.executors import leaves_process
-from onnx_woq.folder import destination, find_model, work_folder
+from onnx_woq.folder import Destination, destination, find_model, work_folder
 from onnx_woq.graph.lower.matmulnbits import required_runtime
 from onnx_woq.graph.model import Model, file_bytes, load, model_hash
 from onnx_woq.graph.taps import Tap, find_taps
@@ -146,20 +146,14 @@ def tune(
         mixer = mixer_for(run, base, place.onnx if place else None) if target else None
         if target and mixer:
             check_reachable(mixer, target, source, held_out)
-        if eval_fn is not None:
-            run.say("evaluate", 0, 1)
-            judge = user_judge(
-                eval_fn,
-                path,
-                run.journal,
-                run.key,
-                tolerance=tolerance if max_loss is None else max_loss,
-                criterion=criterion if max_loss is None else "absolute",
-                higher_is_better=higher_is_better,
-            )
-        else:
+        if eval_fn is None:
             judge = built_in_judge(source, held_out, judge_limit if target is None else limit_of(target, judge_limit))
             run.race = objective == "best"
+        else:
+            run.say("evaluate", 0, 1)
+            worse, by = (tolerance, criterion) if max_loss is None else (max_loss, "absolute")
+            known = (run.journal, run.key)
+            judge = user_judge(eval_fn, path, *known, tolerance=worse, criterion=by, higher_is_better=higher_is_better)
         with SharedStatistics(source, [*calibrated.values()], calibration, with_means) as shared:
             found = Mixed()
             if target and mixer:
@@ -172,11 +166,8 @@ def tune(
             if best is not None and best.path is None:
                 best = made_again(run, best, shared)
         final = best.path if best else None
-        if best and place and final:
-            chosen = load(final)
-            write(chosen, place, {}, path.parent)  # the trial's file says already what it is
-            warn_of_old_runtime(required_runtime(chosen))
-            final = place.onnx
+        if place and final:
+            final = _delivered(final, place, path.parent)
     return TuneResult(
         met=bool(best and (best.met or (target and target.kind in ("bpw", "size")))),
         best=best,
@@ -194,6 +185,14 @@ def tune(
         layers=found.layers,
         model=path,
     )
+
+
+def _delivered(made: Path, place: Destination, companions: Path) -> Path:
+    """Writes the model of a trial to where it goes."""
+    chosen = load(made)
+    write(chosen, place, {}, companions)  # the trial's file says already what it is
+    warn_of_old_runtime(required_runtime(chosen))
+    return place.onnx
 
 
 def _check(

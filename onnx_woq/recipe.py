@@ -26,8 +26,8 @@ class Spec:
     """The integer grid of one weight.
 
     Attributes:
-        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are run in the next wider one, values unchanged, and take
-            no more than their bits in the file where the model's opset is 18 or newer (docs/storage.md).
+        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are run in the next wider one, values unchanged, and
+            take no more than their bits in the file where the model's opset is 18 or newer (docs/storage.md).
         group_size: how many consecutive input channels (rows of `weight [K, N]`) share one scale;
             -1 for all of them (per output channel), otherwise a multiple of 16.
         symmetric: zero point fixed at `2**(bits-1)` instead of one per group.
