@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from onnx_woq import evaluate, quantize
+from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 
 
@@ -12,9 +15,10 @@ from onnx_woq.recipe import Recipe
 def distance(models, text, tmp_path_factory):
     """method -> 1 − cosine to the float embeddings, 4 bits g32 asym, level 0."""
     found = {}
-    for method in ("rtn", "gptq", "awq"):
+    recipes = {method: Recipe(method) for method in ("rtn", "gptq", "awq")} | {"best": preset("BEST_4BIT")}
+    for method, base in recipes.items():
         folder = tmp_path_factory.mktemp(method)
-        recipe = Recipe(method, accuracy_level=0, nsamples=64, pad_max_length=128)
+        recipe = replace(base, accuracy_level=0, nsamples=64, pad_max_length=128)
         quantize(models / "minilm", folder, recipe, text / "calib.txt")
         metrics = evaluate(folder, models / "minilm", text / "dev.txt", samples=64, seqlen=128)
         found[method] = 1 - metrics.cosine
@@ -24,3 +28,8 @@ def distance(models, text, tmp_path_factory):
 def test_calibrated_methods_beat_rounding(distance):
     assert distance["gptq"] < distance["rtn"]
     assert distance["awq"] < distance["rtn"]
+
+
+def test_best_keeps_more_than_either(distance):
+    assert distance["best"] < 0.4 * distance["rtn"]
+    assert distance["best"] < distance["gptq"]

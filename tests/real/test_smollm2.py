@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import onnx_woq.runtime.calibrate
 from onnx_woq import evaluate, inspect, quantize, tune
 from onnx_woq.core.stats import Stats
+from onnx_woq.mixed import MIX
+from onnx_woq.presets import TUNED, preset
 from onnx_woq.recipe import Recipe
 
 GENERATE = """
@@ -50,6 +53,31 @@ def test_gptq_loses_far_less_than_rtn(divergence):
     assert divergence["awq"].kl < divergence["rtn"].kl
 
 
+def test_best_loses_a_fraction_of_what_gptq_does(divergence, models, text, tmp_path):
+    recipe = replace(preset("BEST_4BIT"), lm_head=False, accuracy_level=0, nsamples=16, pad_max_length=512)
+    quantize(models / "smollm2-permuted", tmp_path / "best", recipe, text / "calib.txt")
+    best = evaluate(tmp_path / "best", models / "smollm2-permuted", text / "dev.txt", samples=8, seqlen=512)
+    assert best.kl < 0.26 * divergence["rtn"].kl
+    assert best.kl < 0.6 * divergence["gptq"].kl
+
+
+def test_a_mix_loses_less_than_the_best_uniform_model_of_its_size(models, text, tmp_path):
+    """Head and embedding included, on other text than either was made with."""
+    source, given = models / "smollm2-permuted", {"samples": 16, "seqlen": 512}
+    best = preset("BEST_4BIT")
+    uniform = replace(best, embedding=best.spec, accuracy_level=0)
+    size = quantize(source, tmp_path / "uniform.onnx", uniform, text / "calib.txt", **given).bytes_after
+    base = {"mixes": replace(MIX, accuracy_level=0)}
+    out = tmp_path / "mix.onnx"
+    tune(source, None, text / "calib.txt", configs=base, target_size=size, output=out, **given)
+    assert sum(file.stat().st_size for file in tmp_path.glob("mix.onnx*")) <= size
+    kl = {
+        name: evaluate(tmp_path / f"{name}.onnx", source, text / "dev.txt", samples=8, seqlen=512, tokenizer=source).kl
+        for name in ("uniform", "mix")
+    }
+    assert kl["mix"] < 0.6 * kl["uniform"]
+
+
 def test_the_permutation_leaves_the_model_what_it_was(models, text):
     metrics = evaluate(models / "smollm2-permuted", models / "smollm2", text / "dev.txt", samples=2, seqlen=512)
     assert abs(metrics.kl) < 1e-6
@@ -66,12 +94,15 @@ def test_every_body_matmul_is_found_and_the_tied_copy_is_counted(models):
 def test_five_presets_in_one_calibration_and_one_forward_per_sample(models, text, tmp_path, monkeypatch):
     tokens, walks = [], []
     update, walk = Stats.update, onnx_woq.runtime.calibrate.walk
-    monkeypatch.setattr(Stats, "update", lambda stats, x: (tokens.append(np.shape(x)), update(stats, x))[1])
+    monkeypatch.setattr(
+        Stats, "update", lambda stats, x, *more: (tokens.append(np.shape(x)), update(stats, x, *more))[1]
+    )
     monkeypatch.setattr(onnx_woq.runtime.calibrate, "walk", lambda *a, **k: (walks.append(1), walk(*a, **k))[1])
     result = tune(
         models / "smollm2-permuted",
         None,
         text / "calib.txt",
+        configs=TUNED[:5],
         judge_limit=1e-6,
         samples=16,
         seqlen=512,
