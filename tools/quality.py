@@ -63,7 +63,7 @@ METHODS: Mapping[str, Recipe] = {
     "BALANCED_4BIT, 2 descents": _with("descent_passes", 2),
     "BALANCED_4BIT, bias correction": replace(BALANCED, bias_correction=True),
     "BALANCED_4BIT, rank 16": replace(BALANCED, lowrank=16),
-    "BALANCED_4BIT, groups of 64, rank 24": replace(BALANCED.with_spec(group_size=64), lowrank=24),
+    "BALANCED_4BIT, groups of 64, rank 16": replace(BALANCED.with_spec(group_size=64), lowrank=16),
 } | {
     f"{preset}, {step}": replace(PRESETS[preset], **fields)
     for preset in ("BALANCED_4BIT", "BEST_2BIT")
