@@ -26,7 +26,7 @@ from onnx_woq.making import layers_json, report_of
 from onnx_woq.pipeline import metadata, prepared
 from onnx_woq.recipe import Recipe, Spec
 from onnx_woq.results import LayerChoice
-from onnx_woq.units import Unit, bytes_on, freed
+from onnx_woq.units import Unit, bytes_of, freed
 
 Count = Literal["stored", "written"]
 """What a unit takes, see `Unit`."""
@@ -122,15 +122,17 @@ class Mixer:
     def layers(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
         """What each unit becomes by a recipe."""
         taps = find_taps(self.source, recipe)[0]
-        specs = {site.name: tap.spec for tap in taps for site in tap.sites}
-        specs |= {table.name: table.spec for table in find_embeddings(self.source, recipe, taps)[0]}
+        tap_of = {site.name: tap for tap in taps for site in tap.sites}
+        table_of = {table.name: table for table in find_embeddings(self.source, recipe, taps)[0]}
         found = []
         for unit in self.units:
-            spec, main = specs.get(unit.name), unit.main
-            at = unit.specs.index(spec) if spec in unit.specs else None
-            size = unit.stored[at] if at is not None else bytes_on(unit.tap, unit.table, spec)
-            loss = unit.losses[at] if at is not None and unit.losses else None
-            nodes = tuple(names[0] for names in unit.names)
+            tap = tap_of.get(unit.name)
+            table = table_of.get(unit.table.name) if unit.table and (tap or not unit.tap) else None
+            made = tap or table
+            spec = made.spec if made else None
+            size = bytes_of(tap, table) if made else unit.main.weight_bytes
+            loss = unit.losses[unit.specs.index(spec)] if spec in unit.specs and unit.losses else None
+            nodes, main = tuple(names[0] for names in unit.names), unit.main
             found.append(LayerChoice(unit.name, nodes, main.k, main.n, spec, size, unit.alpha, loss))
         return tuple(found)
 

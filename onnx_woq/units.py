@@ -101,15 +101,22 @@ def bytes_on(tap: Tap | None, table: Embedding | None, spec: Spec | None) -> int
     return table.weight_bytes if spec is None else embedding_bytes(table, spec, None)
 
 
+def bytes_of(tap: Tap | None, table: Embedding | None) -> int:
+    """Bytes of a tap and its table, or of a table, each on its own grid."""
+    if tap is not None:
+        return tap_bytes(tap) + (embedding_bytes(table, table.spec, tap.spec) if table else 0)
+    if table is None:
+        raise ValueError("a unit without a weight")
+    return embedding_bytes(table, table.spec, None)
+
+
 def _unit(source: Model, base: Recipe, tap: Tap | None, table: Embedding | None) -> Unit:
     size = lambda spec: bytes_on(tap, table, spec)  # noqa: E731
     main = tap or table
     if main is None:
         raise ValueError("a unit without a weight")
     if any(_named(names, base) for names in _node_names(tap, table)):
-        taken = size(main.spec)
-        if tap is not None and table is not None:
-            taken += embedding_bytes(table, table.spec, tap.spec)
+        taken = bytes_of(tap, table)
         return Unit(tap, table, (main.spec,), (taken,), (taken,))
     specs = _worthwhile(size)
     unit = Unit(tap, table, (*specs, None), (), ())

@@ -84,6 +84,21 @@ def test_bits_per_weight_are_those_of_the_file(target, lm, data, tmp_path):
     assert len({layer.spec for layer in result.layers}) > 1
 
 
+def test_configurations_beside_the_mixes_count_their_own_scales(lm, data, tmp_path):
+    """A mix may store scales in float16 where a configuration that it is held against does not."""
+    configs = {"mixes": replace(BASE, half_scales=True), "whole scales": BASE}
+    whole = quantize(lm, tmp_path / "whole.onnx", BASE, data[:16]).output
+    bits = 8 * matrix_bytes(whole) / WEIGHTS
+    options = {"configs": configs, "workdir": tmp_path / "w"}
+    for points, target, tried in ((1, {"objective": "pareto"}, True), (0, {"target_bpw": bits - 0.1}, False)):
+        result = tune(lm, None, data, points=points, **target, **options)
+        found = {point.name: point.bpw for point in result.frontier if point.name}
+        assert ("whole scales" in found) == tried
+        if tried:
+            assert found["whole scales"] == pytest.approx(bits, rel=1e-12)
+            assert found["mixes"] == pytest.approx(bits - 16 / 32, rel=1e-2)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_three_bits_are_chosen_where_they_take_three(half, data, tmp_path):
     source = zoo.language_model(tmp_path / "float.onnx", opset=18)
