@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnx_woq.errors import OutputError, RecipeError
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from onnx_woq.results import FrontierPoint, TuneResult
 
 MIX, UNIFORM, CHOSEN, INK = "#1f6fb4", "#8a5a1a", "#c8312b", "#333333"
+MARKERS = "Ds^vPX<>ph"
 
 _LOSSES = {
     "kl": "mean KL divergence from the float model, nats per token",
@@ -53,14 +55,14 @@ def draw_frontier(result: TuneResult, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(11, 5.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _decorate(axes, result)
     _curve(axes, result.frontier)
     _measured(axes, [p for p in result.frontier if p.measured is not None])
     _limits(axes, result)
-    axes.legend(loc="upper right", frameon=False, fontsize=9)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.8)
     try:
         figure.savefig(path)
     except OSError as error:
@@ -86,49 +88,27 @@ def _curve(axes: Axes, points: Sequence[FrontierPoint]) -> None:
 
 
 def _measured(axes: Axes, points: Sequence[FrontierPoint]) -> None:
-    for kind, color, marker, label in (
-        ("mix", MIX, "o", "mixes, measured ± standard error"),
-        ("uniform", UNIFORM, "D", "uniform configurations"),
-    ):
-        some = [p for p in points if p.kind == kind and p.measured is not None and p.measured > 0]
-        if not some:
-            continue
-        errors = [p.standard_error or 0.0 for p in some]
-        axes.errorbar(
-            [p.bytes / 1e6 for p in some],
-            [p.measured or 0.0 for p in some],
-            yerr=[[min(e, 0.95 * (p.measured or 0)) for e, p in zip(errors, some, strict=True)], errors],
-            fmt=marker,
-            color=color,
-            markersize=6,
-            elinewidth=1.2,
-            capsize=3,
-            label=label,
-            zorder=3,
-        )
-    for point in points:
-        if point.measured is None or not point.measured > 0:
-            continue
-        at = (point.bytes / 1e6, point.measured)
-        if point.kind == "uniform":
-            axes.annotate(point.name, at, (8, 6), textcoords="offset points", fontsize=8, color=UNIFORM)
-        if point.chosen:
-            axes.plot(
-                *at, "o", markersize=14, markerfacecolor="none", markeredgecolor=CHOSEN, markeredgewidth=2, zorder=4
-            )
-            error = f" ± {point.standard_error:.2g}" if point.standard_error else ""
-            text = f"chosen: {point.bytes / 1e6:.1f} MB, {point.bpw:.2f} bits per weight, {point.measured:.3g}{error}"
-            axes.annotate(
-                text,
-                at,
-                (14, -20),
-                textcoords="offset points",
-                fontsize=9,
-                color=CHOSEN,
-                weight="bold",
-                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
-                zorder=5,
-            )
+    """What was measured. Names stand in the legend: configurations of one size would write over each other."""
+    some = [p for p in points if p.measured is not None and p.measured > 0]
+    series = [("mixes, measured ± standard error", [p for p in some if p.kind == "mix"], MIX, "o")]
+    uniform = sorted((p for p in some if p.kind == "uniform"), key=lambda p: -(p.measured or 0.0))
+    series += [(p.name, [p], UNIFORM, marker) for p, marker in zip(uniform, itertools.cycle(MARKERS), strict=False)]
+    for label, found, color, marker in series:
+        losses, errors = [p.measured or 0.0 for p in found], [p.standard_error or 0.0 for p in found]
+        down = [min(error, 0.95 * loss) for error, loss in zip(errors, losses, strict=True)]
+        style: dict[str, Any] = {"color": color, "markersize": 6, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
+        if found:
+            axes.errorbar([p.bytes / 1e6 for p in found], losses, [down, errors], fmt=marker, label=label, **style)
+    for p in (p for p in some if p.chosen):
+        error = f" ± {p.standard_error:.2g}" if p.standard_error else ""
+        text = f"chosen: {p.bytes / 1e6:.1f} MB, {p.bpw:.2f} bits per weight,\n{p.measured:.3g}{error}"
+        ring: dict[str, Any] = {
+            "markersize": 14,
+            "markerfacecolor": "none",
+            "markeredgecolor": CHOSEN,
+            "markeredgewidth": 2,
+        }
+        axes.plot(p.bytes / 1e6, p.measured or 0.0, "o", label=text, zorder=4, **ring)
 
 
 def _limits(axes: Axes, result: TuneResult) -> None:
