@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from quality import distance, measure, recipe_of, show
+from quality import distance, measure, parser_of, recipe_of, show
 
 from onnx_woq import PRESETS, Recipe, quantize, tune
 from onnx_woq.mixed import MIX
@@ -39,13 +39,7 @@ def row(arguments: argparse.Namespace, name: str, make: Callable[[Path], object]
 
 def main() -> None:
     """Reads the command line and prints both rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", required=True, help="calibration text")
-    parser.add_argument("--dev", required=True, help="text to judge on, another than the calibration's")
-    parser.add_argument("--samples", type=int, default=32)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--rows", type=int, default=8, help="sequences judged")
+    parser = parser_of(__doc__)
     parser.add_argument("--workdir", type=Path, help="of the mix: sensitivities are kept there for other targets")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bpw", type=float)

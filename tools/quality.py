@@ -164,15 +164,21 @@ def alone(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[
     return rows
 
 
-def main() -> None:
-    """Reads the command line and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A command line that names a model, and what it is calibrated and judged on."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", required=True, help="calibration text")
     parser.add_argument("--dev", required=True, help="text to judge on, another than the calibration's")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8, help="sequences judged")
+    return parser
+
+
+def main() -> None:
+    """Reads the command line and prints the table."""
+    parser = parser_of(__doc__)
     parser.add_argument("--head", action="store_true", help="quantize the head as well")
     parser.add_argument("--accuracy-level", type=int, default=0)
     parser.add_argument("--bits", type=int, help="of every row")

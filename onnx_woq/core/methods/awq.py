@@ -92,20 +92,35 @@ def solve(
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("awq needs the statistics of the weight's inputs, as many of them as it has rows")
     kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
+    grids = grids_of(spec, mse_range if enable_mse_search else None, **kinds)
+    scale = best_scale(weight, stats, spec, grids[:1], scale_dtype, each) if enable_auto_scale else None
+    return scaled_where_better(weight, scale, stats.gram, spec, grids, each)
+
+
+def grids_of(spec: Spec, mse_range: Sequence[float] | None = None, **kinds: Any) -> list[GridOf]:
+    """The plain grid, and that of clipped ranges if there are factors to try."""
 
     def plain(tile: F32, _: NDArray[Any], __: Grid | None) -> Grid:
         return fit(tile, spec, **kinds)
 
+    if mse_range is None:
+        return [plain]
+
     def clipped(tile: F32, row_weights: NDArray[Any], before: Grid | None) -> Grid:
         return search(tile, spec, mse_range, row_weights=row_weights, plain=before, **kinds)
 
-    grids = [plain, clipped] if enable_mse_search else [plain]
-    scale = best_scale(weight, stats, spec, [plain], scale_dtype, each) if enable_auto_scale else None
+    return [plain, clipped]
+
+
+def scaled_where_better(
+    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], each: Each
+) -> QuantizedTensor:
+    """`weight [K, N]` with its rows scaled, or not where that loses no more on the plain grid, the first of `grids`."""
     if scale is not None:
-        scaled, loss = quantize_scaled(weight, scale, stats.gram, spec, grids, each)
-        if loss < loss_of(weight, None, stats.gram, spec, [plain], each=each):
+        scaled, loss = quantize_scaled(weight, scale, gram, spec, grids, each)
+        if loss < loss_of(weight, None, gram, spec, grids[:1], each=each):
             return scaled
-    return quantize_scaled(weight, None, stats.gram, spec, grids, each)[0]
+    return quantize_scaled(weight, None, gram, spec, grids, each)[0]
 
 
 def best_scale(

@@ -23,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_woq.core import descent
 from onnx_woq.core.clip import fitter
 from onnx_woq.core.cpu import Each
-from onnx_woq.core.grid import TILE_COLUMNS, TILE_ROWS, QuantizedTensor, fit, quantize
+from onnx_woq.core.grid import TILE_COLUMNS, TILE_ROWS, QuantizedTensor, quantize
 from onnx_woq.core.lapack import cholesky, invert_lower
 from onnx_woq.core.stats import Stats
 from onnx_woq.recipe import Spec
@@ -183,7 +183,7 @@ def _input_scale(
         return None
     if scaling == "teq":
         return teq.trained_scale(weight, stats, spec, each=each, **kinds)
-    return awq.best_scale(weight, stats, spec, [lambda tile, *_: fit(tile, spec, **kinds)], scale_dtype, each)
+    return awq.best_scale(weight, stats, spec, awq.grids_of(spec, **kinds), scale_dtype, each)
 
 
 def row_order(diagonal: NDArray[Any], group: int) -> NDArray[np.intp]:

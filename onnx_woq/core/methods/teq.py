@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.clip import search
 from onnx_woq.core.cpu import Each
 from onnx_woq.core.grid import QuantizedTensor, fit, project
 from onnx_woq.core.methods import awq
-from onnx_woq.core.methods.awq import F32, LARGEST, LEAST, Grid
+from onnx_woq.core.methods.awq import F32, LARGEST, LEAST
 from onnx_woq.core.stats import Stats, column_errors
 from onnx_woq.recipe import Spec
 
@@ -73,22 +72,11 @@ def solve(
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("teq needs the statistics of the weight's inputs, as many of them as it has rows")
     kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
-
-    def plain(tile: F32, _: NDArray[Any], __: Grid | None) -> Grid:
-        return fit(tile, spec, **kinds)
-
-    def clipped(tile: F32, row_weights: NDArray[Any], before: Grid | None) -> Grid:
-        return search(tile, spec, mse_range, row_weights=row_weights, plain=before, **kinds)
-
-    grids = [plain, clipped] if enable_mse_search else [plain]
+    grids = awq.grids_of(spec, mse_range if enable_mse_search else None, **kinds)
     scale = None
     if enable_auto_scale:
         scale = trained_scale(weight, stats, spec, steps, learning_rate, each=each, **kinds)
-    if scale is not None:
-        scaled, loss = awq.quantize_scaled(weight, scale, stats.gram, spec, grids, each)
-        if loss < awq.loss_of(weight, None, stats.gram, spec, [plain], each=each):
-            return scaled
-    return awq.quantize_scaled(weight, None, stats.gram, spec, grids, each)[0]
+    return awq.scaled_where_better(weight, scale, stats.gram, spec, grids, each)
 
 
 def trained_scale(
@@ -104,11 +92,8 @@ def trained_scale(
 ) -> F32 | None:
     """The α [K] of least loss met in training on a sample of output channels, None where no scale is better."""
     kinds: dict[str, Any] = {"full_range": full_range, "scale_dtype": scale_dtype}
-
-    def plain(tile: F32, _: NDArray[Any], __: Grid | None) -> Grid:
-        return fit(tile, spec, **kinds)
-
-    start = awq.best_scale(weight, stats, spec, [plain], scale_dtype, each)
+    grids = awq.grids_of(spec, **kinds)
+    start = awq.best_scale(weight, stats, spec, grids, scale_dtype, each)
     sample = awq.spread(weight, SAMPLE)
     log = np.zeros(len(sample)) if start is None else np.log(start.astype(np.float64))
     velocity = np.zeros(len(sample))
@@ -124,7 +109,7 @@ def trained_scale(
             break
         velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size
         log -= learning_rate * (1 - step / steps) * velocity
-    unscaled = awq.loss_of(sample, None, stats.gram, spec, [plain])
+    unscaled = awq.loss_of(sample, None, stats.gram, spec, grids)
     return best if least < unscaled else None
 
 
