@@ -89,7 +89,8 @@ class Recipe:
         both_streams: make up for the errors of what is quantized already (see `onnx_woq.core.target`): each tap is
             solved for the outputs that the float model has, given the inputs of the quantized one. Every method then
             needs data, and `true_sequential` is implied.
-        stream_share: how far, from above 0 to 1.
+        stream_share: how far, from above 0 to 1. All the way is the least error on the calibration data; on tens of
+            thousands of tokens a good part of it is chance, which adds up from layer to layer (docs/experiments.md).
         nsamples: calibration samples used at most.
         pad_max_length: longest calibration sample, in tokens.
         use_max_length: use only samples of exactly `pad_max_length` tokens.
@@ -112,7 +113,7 @@ class Recipe:
     true_sequential: bool = False
     sequential_unit: str = "tap"
     both_streams: bool = False
-    stream_share: float = 1.0
+    stream_share: float = 0.25
     nsamples: int = 128
     pad_max_length: int = 2048
     use_max_length: bool = False
