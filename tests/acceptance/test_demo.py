@@ -98,6 +98,20 @@ def test_the_judge_agrees_with_one_of_our_own(files, texts, cli):
     assert found["kl"] == pytest.approx(np.mean(kl), rel=0.1)
 
 
+def test_both_streams_do_not_follow_chance_by_default(files, texts, tmp_path):
+    """On 3072 tokens, judged on other text, the default share is better than none of the way and than all of it."""
+    from onnx_woq import Spec, evaluate, quantize
+
+    what = {"lm_head": False, "accuracy_level": 0, "nsamples": 24, "pad_max_length": 128, "sequential_unit": "block"}
+    loss = {}
+    for name, share in (("default", {}), ("all", {"stream_share": 1.0})):
+        recipe = Recipe("gptq", Spec(3, 32), both_streams=True, **what, **share)
+        quantize(DEMO / "model.onnx", tmp_path / name, recipe, texts[0])
+    for name, path in (("none", files["gptq"].parent), ("default", tmp_path / "default"), ("all", tmp_path / "all")):
+        loss[name] = evaluate(path, DEMO / "model.onnx", texts[1], samples=16, seqlen=128).kl
+    assert loss["default"] < min(loss["none"], loss["all"]), loss
+
+
 def test_its_embedding_in_low_bits(files, texts, cli, tmp_path):
     """The head is the embedding transposed: in 8 bits it costs next to nothing, with the head's 4 bits no bytes."""
     judge = ("--reference", DEMO / "model.onnx", "--data", texts[1], "--samples", 16, "--seqlen", 128)
