@@ -6,27 +6,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_woq.autotune import tune
+    from onnx_woq.core.spec import Spec
+    from onnx_woq.engine.inspection import evaluate, inspect
+    from onnx_woq.engine.quantize import quantize
     from onnx_woq.errors import OnnxWoqError
-    from onnx_woq.examine import evaluate, inspect
-    from onnx_woq.page import write_report
-    from onnx_woq.pipeline import quantize
     from onnx_woq.presets import PRESETS
-    from onnx_woq.recipe import Recipe, Spec
-    from onnx_woq.results import TuneResult
+    from onnx_woq.recipe import Recipe
+    from onnx_woq.report.html_page import write_report
+    from onnx_woq.tuning.results import TuneResult
+    from onnx_woq.tuning.tune import tune
 
 # Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
 _HOMES = {
     "PRESETS": "presets",
     "OnnxWoqError": "errors",
     "Recipe": "recipe",
-    "Spec": "recipe",
-    "TuneResult": "results",
-    "evaluate": "examine",
-    "inspect": "examine",
-    "quantize": "pipeline",
-    "tune": "autotune",
-    "write_report": "page",
+    "Spec": "core.spec",
+    "TuneResult": "tuning.results",
+    "evaluate": "engine.inspection",
+    "inspect": "engine.inspection",
+    "quantize": "engine.quantize",
+    "tune": "tuning.tune",
+    "write_report": "report.html_page",
 }
 
 __all__ = [

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from onnx_woq.core.spec import Spec
 from onnx_woq.errors import RecipeError, nearest
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import Recipe
 
 _G32 = Spec(bits=4, group_size=32, symmetric=False)
 _G128 = Spec(bits=4, group_size=128, symmetric=False)

@@ -6,53 +6,25 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
+from onnx_woq.core.methods.registry import METHODS, check_options
+from onnx_woq.core.spec import Spec
 from onnx_woq.errors import RecipeError, nearest
 
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 SEQUENTIAL_UNITS = ("tap", "block")
 _SWITCHES = (
-    "lm_head", "half_scales", "attention_weighted", "bias_correction", "rotation", "true_sequential", "both_streams",
+    "lm_head", "half_scales", "attention_weighted", "bias_correction", "rotation", "true_sequential",
+    "asymmetric_calibration",
     "use_max_length",
 )  # fmt: skip
+_WRITTEN = {"asymmetric_calibration": "both_streams", "asymmetric_strength": "stream_share"}
+"""What fields are called in files, where that is another name: files of the first version are read as they are."""
+
 RANKS, MOST_RANK = 16, 1024  # of low-rank factors: the smallest block a kernel knows
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The integer grid of one weight.
-
-    Attributes:
-        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are run in the next wider one, values unchanged, and
-            take no more than their bits in the file where the model's opset is 18 or newer (docs/storage.md).
-        group_size: how many consecutive input channels (rows of `weight [K, N]`) share one scale;
-            -1 for all of them (per output channel), otherwise a multiple of 16.
-        symmetric: zero point fixed at `2**(bits-1)` instead of one per group.
-    """
-
-    bits: int = 4
-    group_size: int = 32
-    symmetric: bool = False
-
-    def __post_init__(self) -> None:
-        for name, kind in (("bits", int), ("group_size", int), ("symmetric", bool)):
-            value = getattr(self, name)
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise RecipeError(f"{name} must be {kind.__name__}, not {value!r}")
-        if not 1 <= self.bits <= 8:
-            raise RecipeError(f"bits={self.bits} is out of range: choose 1 to 8 (2, 4 and 8 are native)")
-        if self.group_size != -1 and (self.group_size < 16 or self.group_size % 16):
-            raise RecipeError(
-                f"group_size={self.group_size} is out of range: choose -1 (one group per output channel) "
-                "or a multiple of 16 (16, 32, 64, 128 and 256 are native)"
-            )
-
-    def resolved_group(self, k: int) -> int:
-        """Rows per group for a weight with `k` input channels: never more than `k`."""
-        return k if self.group_size == -1 else min(self.group_size, k)
 
 
 @dataclass(frozen=True)
@@ -60,14 +32,14 @@ class Recipe:
     """Everything that decides what `quantize` does to a model, apart from the calibration data.
 
     Attributes:
-        method: "rtn", "gptq", "awq", "teq" or "hqq" (`onnx_woq.core.methods.METHODS`).
+        method: "rtn", "gptq", "awq", "teq" or "hqq" (`onnx_woq.core.methods.registry.METHODS`).
         spec: the grid of every weight that no override names.
         options: keyword arguments of the method's solver; unknown ones are refused before any work.
         include: regular expressions; when given, only sites where one is found are quantized.
         exclude: regular expressions; sites where one is found stay float.
             All expressions are searched in the node name, output value name and weight name of a site.
         overrides: expression -> Spec for the sites it finds, or None to leave them float; the last match wins.
-        embedding: grid of the tables that Gather reads rows of (see `onnx_woq.graph.embeddings`), along their columns;
+        embedding: grid of the tables that Gather reads rows of (see `onnx_woq.graph.find.embeddings`), along their columns;
             None leaves them float. `include`, `exclude` and `overrides` hold for them as well. A head that is the same
             table on the same grid shares its codes.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
@@ -76,20 +48,20 @@ class Recipe:
             when the model is loaded: 16 bits less for each group. They are rounded before codes are chosen. The int8
             kernel runs only in sessions that optimize their graph (docs/storage.md).
         attention_weighted: what makes keys and values is calibrated with each token weighted by the attention it
-            receives (see `onnx_woq.graph.attention`); needs a method with data.
+            receives (see `onnx_woq.graph.find.attention`); needs a method with data.
         bias_correction: add to each output what rounding has taken off its mean on the calibration data (see
-            `onnx_woq.core.bias`); every method then needs data.
-        lowrank: rank of the factors that make up for rounding errors (see `onnx_woq.core.lowrank`), a multiple of 16
+            `onnx_woq.core.refine.bias`); every method then needs data.
+        lowrank: rank of the factors that make up for rounding errors (see `onnx_woq.core.refine.low_rank`), a multiple of 16
             or 0 for none; every method then needs data.
         rotation: first rotate the residual stream of a model with RMSNorm, which leaves what it computes as it is and
-            spreads channels that stick out (see `onnx_woq.graph.rotate`).
+            spreads channels that stick out (see `onnx_woq.graph.rewrite.rotate`).
         true_sequential: collect each tap's statistics with what comes before it already quantized.
         sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
-            `onnx_woq.graph.blocks`).
-        both_streams: make up for the errors of what is quantized already (see `onnx_woq.core.target`): each tap is
+            `onnx_woq.graph.find.blocks`).
+        asymmetric_calibration: make up for the errors of what is quantized already (see `onnx_woq.core.refine.asymmetric`): each tap is
             solved for the outputs that the float model has, given the inputs of the quantized one. Every method then
             needs data, and `true_sequential` is implied.
-        stream_share: how far, from above 0 to 1. All the way is the least error on the calibration data; on tens of
+        asymmetric_strength: how far, from above 0 to 1. All the way is the least error on the calibration data; on tens of
             thousands of tokens a good part of it is chance, which adds up from layer to layer (docs/experiments.md).
         nsamples: calibration samples used at most.
         pad_max_length: longest calibration sample, in tokens.
@@ -112,15 +84,19 @@ class Recipe:
     rotation: bool = False
     true_sequential: bool = False
     sequential_unit: str = "tap"
-    both_streams: bool = False
-    stream_share: float = 0.25
+    asymmetric_calibration: bool = False
+    asymmetric_strength: float = 0.25
     nsamples: int = 128
     pad_max_length: int = 2048
     use_max_length: bool = False
+    both_streams: InitVar[bool | None] = None
+    stream_share: InitVar[float | None] = None
 
-    def __post_init__(self) -> None:
-        from onnx_woq.core.methods import METHODS, check_options
-
+    def __post_init__(self, both_streams: bool | None, stream_share: float | None) -> None:
+        if both_streams is not None:
+            object.__setattr__(self, "asymmetric_calibration", both_streams)
+        if stream_share is not None:
+            object.__setattr__(self, "asymmetric_strength", stream_share)
         if self.method not in METHODS:
             raise RecipeError(f"unknown method {self.method!r}: {nearest(str(self.method), METHODS)}")
         check_options(METHODS[self.method], self.options)
@@ -138,10 +114,10 @@ class Recipe:
         rank = self.lowrank
         if not isinstance(rank, int) or isinstance(rank, bool) or rank % RANKS or not 0 <= rank <= MOST_RANK:
             raise RecipeError(f"lowrank={rank!r} must be 0 or a multiple of {RANKS} up to {MOST_RANK}: 16 is a start")
-        share = self.stream_share
+        share = self.asymmetric_strength
         if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-            raise RecipeError(f"stream_share={share!r} must be above 0 and at most 1")
-        if self.both_streams:
+            raise RecipeError(f"asymmetric_strength={share!r} must be above 0 and at most 1")
+        if self.asymmetric_calibration:
             object.__setattr__(self, "true_sequential", True)
         if self.sequential_unit not in SEQUENTIAL_UNITS:
             raise RecipeError(f"unknown sequential_unit: {nearest(str(self.sequential_unit), SEQUENTIAL_UNITS)}")
@@ -151,6 +127,12 @@ class Recipe:
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in sorted(self.options.items())}
         object.__setattr__(self, "options", MappingProxyType(options))
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+
+    @property
+    def needs_data(self) -> bool:
+        """Tells whether carrying it out takes calibration data: for its method, or for what is added to the weights."""
+        added = self.bias_correction or self.lowrank > 0 or self.asymmetric_calibration
+        return METHODS[self.method].needs_data or added
 
     def spec_for(self, *names: str, default: Spec | None = None) -> tuple[Spec | None, str]:
         """The spec of what is known by `names` (`default`, or `spec`, where no override names it), or None with the
@@ -168,7 +150,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` gives the same recipe back."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        out = {_WRITTEN.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
         return out | {
             "spec": asdict(self.spec),
             "embedding": self.embedding and asdict(self.embedding),
@@ -187,7 +169,7 @@ class Recipe:
         """
         data = dict(_table("recipe", data))
         options = dict(_table("options", data.pop("options", {})))
-        known = {f.name for f in fields(cls)} - {"options"}
+        known = ({f.name for f in fields(cls)} | set(_WRITTEN.values())) - {"options"}
         data |= {name: options.pop(name) for name in list(options) if name in known}
         if unknown := next((name for name in data if name not in known), None):
             raise RecipeError(f"unknown recipe field {unknown!r}: {nearest(unknown, sorted(known | {'options'}))}")

@@ -72,36 +72,36 @@ def random(*shape: int, seed: int = 0, dtype: type[np.floating] = np.float32) ->
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def rtn(tap):
+def rtn(group):
     """The tap's weight rounded to nearest on its own grid, a QuantizedTensor."""
-    from onnx_woq.core import grid
+    from onnx_woq.core.grids import integer as grid
 
-    weight = tap.weight()
-    scales, zeros = grid.fit(weight, tap.spec, scale_dtype=tap.scale_dtype)
-    group = tap.spec.resolved_group(tap.k)
-    codes = grid.encode(weight, scales, zeros, tap.spec.bits, group)
-    return grid.QuantizedTensor(codes, scales, zeros, tap.spec.bits, group, tap.spec.symmetric)
+    weight = group.weight()
+    scales, zeros = grid.fit(weight, group.spec, scale_dtype=group.scale_dtype)
+    size = group.spec.resolved_group(group.k)
+    codes = grid.encode(weight, scales, zeros, group.spec.bits, size)
+    return grid.QuantizedTensor(codes, scales, zeros, group.spec.bits, size, group.spec.symmetric)
 
 
-def pack_tap(tap, q):
+def pack_tap(group, q):
     """Each distinct weight of a tap packed from its columns of `q`, as `lower_tap` takes them."""
-    from onnx_woq.graph.lower.matmulnbits import pack
+    from onnx_woq.targets.matmulnbits import pack
 
-    columns = dict.fromkeys((part.start, part.stop) for _, part in tap.slices())
-    return [pack(q.columns(slice(*place)), tap.scale_dtype, dense=tap.dense) for place in columns]
+    columns = dict.fromkeys((part.start, part.stop) for _, part in group.slices())
+    return [pack(q.columns(slice(*place)), group.scale_dtype, dense=group.dense) for place in columns]
 
 
 def lower(model, recipe=None, *, accuracy_level: int = 0):
     """Quantizes every tap of a loaded model by rounding; returns taps, their QuantizedTensors and what was skipped."""
-    from onnx_woq.graph.lower.matmulnbits import lower_tap
-    from onnx_woq.graph.taps import find_taps
+    from onnx_woq.graph.find.linears import find_linear_groups
     from onnx_woq.recipe import Recipe
+    from onnx_woq.targets.matmulnbits import lower_group
 
-    taps, skipped = find_taps(model, recipe or Recipe())
-    solved = [rtn(tap) for tap in taps]
-    for tap, q in zip(taps, solved, strict=True):
-        lower_tap(model, tap, pack_tap(tap, q), accuracy_level=accuracy_level)
-    return taps, solved, skipped
+    groups, skipped = find_linear_groups(model, recipe or Recipe())
+    solved = [rtn(group) for group in groups]
+    for group, q in zip(groups, solved, strict=True):
+        lower_group(model, group, pack_tap(group, q), accuracy_level=accuracy_level)
+    return groups, solved, skipped
 
 
 def run(source, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None = None) -> list[np.ndarray]:
@@ -113,7 +113,7 @@ def run(source, feeds: Mapping[str, np.ndarray], outputs: Sequence[str] | None =
     options.log_severity_level = 3
     if isinstance(source, Path):
         return ort.InferenceSession(str(source), options).run(outputs, dict(feeds))
-    from onnx_woq.graph.model import memory_tensors, serialize
+    from onnx_woq.graph.io.model import memory_tensors, serialize
 
     arrays = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in memory_tensors(source).items()}
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(source.path.parent))

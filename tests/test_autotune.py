@@ -11,13 +11,18 @@ import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import Recipe, Spec, autotune, memory, partial, pipeline, solving, tune
-from onnx_woq.cli import main
+from onnx_woq import Recipe, Spec, tune
+from onnx_woq.cli.commands import main
 from onnx_woq.core.stats import Stats
+from onnx_woq.engine import memory
+from onnx_woq.engine import quantize as pipeline
+from onnx_woq.engine import solve as solving
+from onnx_woq.engine.resume import store as partial
+from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.errors import DiskError, NothingToQuantize
-from onnx_woq.graph.model import model_hash
+from onnx_woq.graph.io.model import model_hash
 from onnx_woq.presets import TUNED
-from onnx_woq.shared_statistics import SharedStatistics
+from onnx_woq.tuning import tune as autotune
 
 
 @pytest.fixture

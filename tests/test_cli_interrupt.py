@@ -6,8 +6,8 @@ import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import making
-from onnx_woq.cli import main
+from onnx_woq.cli.commands import main
+from onnx_woq.engine import execute as making
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import os
 
 import pytest
 
+from onnx_woq.engine.output import companions_copied, destination, make_folder
 from onnx_woq.errors import ModelError, OutputError
-from onnx_woq.folder import companions_copied, destination, find_model, make_folder
+from onnx_woq.graph.io.find_model import find_model
 
 
 def test_a_folder_stands_for_its_only_model_or_the_one_called_model(tmp_path):

@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 from onnx_woq import Recipe, Spec, quantize
-from onnx_woq.histograms import WORST, histograms, weight_errors
-from onnx_woq.summary import layers_of, summary
+from onnx_woq.report.summary import layers_of, summary
+from onnx_woq.report.weight_errors import WORST, histograms, weight_errors
 from tests.acceptance import architectures as arch
 from tests.acceptance import measure, zoo
 
@@ -59,10 +59,10 @@ def test_every_number_of_a_tap_is_counted_and_the_error_is_that_of_the_file(deco
     report = quantize(decoder, tmp_path / "q.onnx", recipe, data)
     before, after = measure.float_weights(decoder), effective(report.output)
     entries = histograms(decoder, report.output, layers_of(report.output))
-    assert [e["name"] for e in entries] == [t.name for t in sorted(report.taps, key=lambda t: -t.error)][:WORST]
+    assert [e["name"] for e in entries] == [t.name for t in sorted(report.groups, key=lambda t: -t.error)][:WORST]
     for entry in entries:
-        weight = np.concatenate([before[site].ravel() for site in entry["sites"]])
-        error = np.concatenate([(after[site] - before[site]).ravel() for site in entry["sites"]])
+        weight = np.concatenate([before[linear].ravel() for linear in entry["sites"]])
+        error = np.concatenate([(after[linear] - before[linear]).ravel() for linear in entry["sites"]])
         for part, numbers in ((entry["weight"], weight), (entry["rounding"], error)):
             assert sum(part["counts"]) + part["outside"] == numbers.size
             inside = (numbers >= part["edges"][0]) & (numbers <= part["edges"][-1])
@@ -82,7 +82,7 @@ def test_of_a_rotated_model_the_rotated_weights_are_meant(decoder, data, tmp_pat
 def test_where_a_scale_went_into_a_weight_its_rounding_error_is_left_out(tmp_path):
     path = gated(tmp_path / "g.onnx")
     report = quantize(path, tmp_path / "q.onnx", Recipe("awq", Spec(4, 32), accuracy_level=0), wild(4))
-    assert {tap.name: tap.scaling for tap in report.taps}["down"] == "linear"
+    assert {group.name: group.scaling for group in report.groups}["down"] == "linear"
     before, after = measure.float_weights(path)["up"], measure.decoded(report.output)["up"]
     factors = (before * after).sum(0) / np.square(before).sum(0)
     assert factors.max() > 1.5 * factors.min(), "columns of up are scaled, so its difference is no rounding error"
@@ -93,7 +93,7 @@ def test_where_a_scale_went_into_a_weight_its_rounding_error_is_left_out(tmp_pat
 def test_a_scale_in_a_node_of_its_own_counts(tmp_path):
     path = zoo.siblings(tmp_path / "s.onnx", {"a": zoo.weight(1, 96, 32)})  # a graph input: nothing to fold into
     report = quantize(path, tmp_path / "q.onnx", Recipe("awq", Spec(4, 32), accuracy_level=0), wild(4))
-    assert report.taps[0].scaling == "mul"
+    assert report.groups[0].scaling == "mul"
     (entry,) = summary(report)["worst"]
     values = measure.tensors(onnx.load(report.output))
     (factor,) = [node for node in onnx.load(report.output).graph.node if node.op_type == "Mul"]
@@ -107,10 +107,10 @@ def test_without_data_weights_rank_by_their_own_error(decoder, tmp_path):
     report = quantize(decoder, tmp_path / "q.onnx", recipe)
     before, after = measure.float_weights(decoder), measure.decoded(report.output)
     found = weight_errors(decoder, report.output, layers_of(report.output))
-    for tap in report.taps:
-        error = sum(np.square(after[site] - before[site]).sum() for site in tap.sites)
-        energy = sum(np.square(before[site]).sum() for site in tap.sites)
-        assert found[tap.name] == pytest.approx(error / energy, rel=1e-3), "small weights are looked at whole"
+    for group in report.groups:
+        error = sum(np.square(after[linear] - before[linear]).sum() for linear in group.nodes)
+        energy = sum(np.square(before[linear]).sum() for linear in group.nodes)
+        assert found[group.name] == pytest.approx(error / energy, rel=1e-3), "small weights are looked at whole"
     assert summary(report)["worst"][0]["name"] == "layer1.o"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from onnx_woq import journal
+from onnx_woq.tuning import journal
 
 
 def test_a_cut_line_loses_only_itself(tmp_path, caplog):

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from onnx_woq.executors import Serial, leaves_process, pickled
-from onnx_woq.judge import judged_there, looks
+from onnx_woq.engine.executors import Serial, leaves_process, pickled
+from onnx_woq.tuning.judge import judge_remotely, stamp_files
 
 
 def size(path: Path, _: object) -> float:
@@ -33,38 +33,38 @@ def model(tmp_path):
 
 
 def test_a_verdict_from_elsewhere(model):
-    verdict = judged_there(model, pickle.dumps(size), looks([model]))
+    verdict = judge_remotely(model, pickle.dumps(size), stamp_files([model]))
     assert (verdict.metric, verdict.error) == (5.0, "")
 
 
 @pytest.mark.parametrize("change", ["other", "older", "gone"])
 def test_another_file_is_not_judged(change, model):
-    seen = looks([model])
+    seen = stamp_files([model])
     if change == "gone":
         model.unlink()
     else:
         model.write_bytes(b"model" if change == "older" else b"others")
         os.utime(model, (1, 1))
-    verdict = judged_there(model, pickle.dumps(size), seen)
+    verdict = judge_remotely(model, pickle.dumps(size), seen)
     assert verdict.error.startswith("FileNotFoundError")
     assert str(model) in verdict.error
 
 
 def test_a_worker_lives_on(model):
-    assert "it ends the program: no m.onnx" in judged_there(model, pickle.dumps(ends), looks([model])).error
-    assert "UnpicklingError" in judged_there(model, b"nonsense", looks([model])).error
+    assert "it ends the program: no m.onnx" in judge_remotely(model, pickle.dumps(ends), stamp_files([model])).error
+    assert "UnpicklingError" in judge_remotely(model, b"nonsense", stamp_files([model])).error
 
 
 def test_a_worker_is_quiet():
     """Where nobody has set up logging, Python prints warnings."""
     code = """
 import logging, pickle, sys
-from onnx_woq.judge import judged_there
+from onnx_woq.tuning.judge import judge_remotely
 def score(path, report):
-    logging.getLogger("onnx_woq.graph.model").warning("from a worker")
+    logging.getLogger("onnx_woq.graph.io.model").warning("from a worker")
     return 1.0
-assert judged_there(None, pickle.dumps(score), {}).metric == 1
-logging.getLogger("onnx_woq.graph.model").warning("from here")
+assert judge_remotely(None, pickle.dumps(score), {}).metric == 1
+logging.getLogger("onnx_woq.graph.io.model").warning("from here")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "from here\n")

@@ -9,12 +9,13 @@ import sys
 import pytest
 from builders import graph, node, random, value, write
 
-from onnx_woq import making, quantize
+from onnx_woq import quantize
+from onnx_woq.engine import execute as making
 
 KEPT = """
 import threading
 import numpy as np
-from onnx_woq.memory import give_back_at_once, resident
+from onnx_woq.engine.memory import give_back_at_once, resident
 give_back_at_once()
 ready = threading.Barrier(7)
 def work():

@@ -15,12 +15,13 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from onnx_woq import Recipe, Spec, charts, quantize, tune, write_report
-from onnx_woq.cli import main
+from onnx_woq import Recipe, Spec, quantize, tune, write_report
+from onnx_woq.cli.commands import main
 from onnx_woq.errors import OutputError
-from onnx_woq.page import page
-from onnx_woq.places import labels, places
-from onnx_woq.summary import layers_of, summary
+from onnx_woq.report import charts
+from onnx_woq.report.html_page import page
+from onnx_woq.report.layer_names import labels, places
+from onnx_woq.report.summary import layers_of, summary
 from tests.acceptance import architectures as arch
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -70,7 +71,7 @@ def test_layers_are_those_of_the_written_model(decoder, data, tmp_path):
     recipe = Recipe("gptq", Spec(4, 32), overrides={"down": Spec(8, 32)}, exclude=("layer2.o",))
     report = quantize(decoder, tmp_path / "q.onnx", recipe, data)
     rows = layers_of(report.output)
-    assert [(r["name"], r["bits"], r["error"]) for r in rows] == [(t.name, t.spec.bits, t.error) for t in report.taps]
+    assert [(r["name"], r["bits"], r["error"]) for r in rows] == [(t.name, t.spec.bits, t.error) for t in report.groups]
     found = summary(report)
     assert [row for row in found["layers"] if row["bits"] is not None] == json.loads(json.dumps(rows))
     (left,) = [row for row in found["layers"] if row["bits"] is None]
@@ -215,7 +216,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(decoder, tmp_path):
 
 
 def test_without_plotly_the_way_to_it_is_named(decoder, tmp_path, monkeypatch):
-    monkeypatch.setattr("onnx_woq.page.find_spec", lambda _: None)
+    monkeypatch.setattr("onnx_woq.report.html_page.find_spec", lambda _: None)
     done = CliRunner().invoke(main, ["quantize", str(decoder), "-o", str(tmp_path / "q.onnx"), "--report", "r.html"])
     assert done.exit_code == 2
     assert "onnx-woq[report]" in done.output

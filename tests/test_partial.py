@@ -22,13 +22,15 @@ from acceptance import zoo
 from builders import FLOAT16, graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq import Recipe, Spec, partial, pipeline, quantize
-from onnx_woq.cli import main
+from onnx_woq import Recipe, Spec, quantize
+from onnx_woq.cli.commands import main
+from onnx_woq.engine import quantize as pipeline
+from onnx_woq.engine.resume import store as partial
+from onnx_woq.engine.resume.store import partial_folder
 from onnx_woq.errors import DataError, ModelError, OutputError
-from onnx_woq.graph import save as saving
-from onnx_woq.graph.model import load
-from onnx_woq.partial import partial_folder
-from onnx_woq.runtime.shelf import Shelf
+from onnx_woq.graph.io import save as saving
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.calibration.hidden_states import HiddenStateStore
 
 AWQ = Recipe("awq", Spec(group_size=32))
 RECIPES = {
@@ -118,15 +120,15 @@ def test_an_interrupted_run_continues_to_the_same_bytes(name, after, model, data
     again = Stop()
     report = quantize(model, out, RECIPES[name], data, resume=True, progress=again)
     assert contents(out) == whole(name)
-    assert len(report.taps) == 9
+    assert len(report.groups) == 9
     assert len(again.seen) <= 9 - after + 4  # at most the rest of a block is done again
     assert after < 5 or len(again.seen) < 9
 
 
 def test_reports_of_taps_taken_over_are_the_same(model, data, tmp_path):
-    want = quantize(model, tmp_path / "whole.onnx", AWQ, data).taps
+    want = quantize(model, tmp_path / "whole.onnx", AWQ, data).groups
     interrupted(model, tmp_path / "q.onnx", AWQ, data, 6)
-    assert quantize(model, tmp_path / "q.onnx", AWQ, data, resume=True).taps == want
+    assert quantize(model, tmp_path / "q.onnx", AWQ, data, resume=True).groups == want
 
 
 def test_it_may_be_interrupted_again_and_again(model, data, whole, tmp_path):
@@ -171,7 +173,8 @@ def test_half_precision_continues_to_the_same_bytes(proto, sequential, tmp_path)
 
 KILLED = """
 import os, signal, sys
-from onnx_woq import Recipe, partial, quantize
+from onnx_woq import Recipe, quantize
+from onnx_woq.engine.resume import store as partial
 import numpy as np
 calls = 0
 def dying(original):
@@ -562,14 +565,14 @@ def test_a_disk_that_is_full_in_the_end_keeps_all(what, model, data, whole, tmp_
 
 def test_a_disk_that_is_full_of_hidden_states_keeps_what_is_done(model, data, whole, tmp_path):
     out, recipe = tmp_path / "q.onnx", RECIPES["gptq, tap by tap"]
-    append, count = Shelf._append, itertools.count(1)
+    append, count = HiddenStateStore._append, itertools.count(1)
 
     def full(self, array):
         if next(count) >= 20:
             raise OSError(errno.ENOSPC, "No space left on device")
         return append(self, array)
 
-    with changed((Shelf, "_append", full)), pytest.raises(OutputError, match="make room") as caught:
+    with changed((HiddenStateStore, "_append", full)), pytest.raises(OutputError, match="make room") as caught:
         quantize(model, out, recipe, data)
     assert 0 < kept(str(caught.value), out) < 9
     quantize(model, out, recipe, data, resume=True)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from builders import graph, node, random, value, write
 
-from onnx_woq import pipeline
-from onnx_woq.executors import Serial
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.core.spec import Spec
+from onnx_woq.engine import quantize as pipeline
+from onnx_woq.engine.executors import Serial
+from onnx_woq.recipe import Recipe
 
 
 @pytest.mark.parametrize(("installed", "warned"), [("1.23.2", True), ("1.24.0", False), ("1.31.1", False)])

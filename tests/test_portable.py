@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from acceptance import zoo
 
-from onnx_woq import Recipe, executors, memory, quantize
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq import Recipe, quantize
+from onnx_woq.engine import executors, memory
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 
 TESTS = Path(__file__).parent
 
@@ -62,11 +63,11 @@ def test_tuning_leaves_the_result_alone(as_on_windows):
 
 def test_where_the_result_cannot_be_mapped_the_plan_counts_it(monkeypatch, tmp_path):
     model, recipe = load(zoo.language_model(tmp_path / "lm.onnx", layers=2)), Recipe("rtn")
-    taps, _ = find_taps(model, recipe)
+    groups, _ = find_linear_groups(model, recipe)
     monkeypatch.setattr(memory, "resident", lambda: 1 << 20)
-    mapped = memory.plan_memory(model, taps, [], recipe, None, 1).peak
+    mapped = memory.plan_memory(model, groups, [], recipe, None, 1).peak
     monkeypatch.setattr(memory, "MAPS", False)
-    assert memory.plan_memory(model, taps, [], recipe, None, 1).peak - mapped == sum(map(memory.tap_bytes, taps))
+    assert memory.plan_memory(model, groups, [], recipe, None, 1).peak - mapped == sum(map(memory.group_bytes, groups))
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])

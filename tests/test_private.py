@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
+from onnx_woq.engine.resume.locked_folder import clear, locked, own_file, own_folder, remove
 from onnx_woq.errors import OutputError
-from onnx_woq.private import clear, locked, own_file, own_folder, remove
 
 BUSY = """
 import os, sys
 from pathlib import Path
 from onnx_woq.errors import OutputError
-from onnx_woq.private import locked, own_file, own_folder, remove
+from onnx_woq.engine.resume.locked_folder import locked, own_file, own_folder, remove
 folder, got = Path(sys.argv[1]), 0
 while got < 100:
     try:

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnx_woq.core.spec import Spec
 from onnx_woq.errors import RecipeError
 from onnx_woq.presets import MEANINGS, PRESETS, TUNED, preset
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import Recipe
 
 SPECS = st.builds(
     Spec, bits=st.integers(1, 8), group_size=st.sampled_from([-1, 16, 32, 48, 128, 1024]), symmetric=st.booleans()

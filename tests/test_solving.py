@@ -15,15 +15,17 @@ from builders import FLOAT16, graph, linear, node, random, value, write
 from click.testing import CliRunner
 from core.measure import peak_bytes
 
-from onnx_woq import Recipe, Spec, executors, quantize, solving
-from onnx_woq.cli import main
+from onnx_woq import Recipe, Spec, quantize
+from onnx_woq.cli.commands import main
 from onnx_woq.core.stats import Stats
+from onnx_woq.engine import executors
+from onnx_woq.engine import solve as solving
+from onnx_woq.engine.executors import Serial, built_in, pool_map, workers_of
+from onnx_woq.engine.memory import task_bytes
+from onnx_woq.engine.solve import Solved, solve_all, solve_task, task_of
 from onnx_woq.errors import ModelError, RecipeError
-from onnx_woq.executors import Serial, built_in, helped, workers_of
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
-from onnx_woq.memory import task_bytes
-from onnx_woq.solving import Solved, solve_all, solve_task, task_of
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 
 
 def taps_of(tmp_path, dtype=np.float32, recipe=None, weights=None):
@@ -33,7 +35,7 @@ def taps_of(tmp_path, dtype=np.float32, recipe=None, weights=None):
     nodes = [node("MatMul", ["x", "A"], ["a"]), node("Gemm", ["x", "B"], ["b"], transB=1, alpha=0.5)]
     outputs = [value("a", ("t", 40), proto), value("b", ("t", 24), proto)]
     main = graph(nodes, [value("x", ("t", 96), proto)], outputs, weights)
-    return find_taps(load(write(tmp_path / "m.onnx", main, external=True)), recipe or Recipe())[0]
+    return find_linear_groups(load(write(tmp_path / "m.onnx", main, external=True)), recipe or Recipe())[0]
 
 
 def stats_of(k):
@@ -50,8 +52,8 @@ def arrays(solved: Solved):
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq"])
 def test_a_task_that_has_travelled_gives_the_same_bits(method, dtype, tmp_path):
     recipe = Recipe(method, Spec(3, 32), options={"enable_mse_search": True})
-    (tap,) = taps_of(tmp_path, dtype, recipe)
-    task = task_of(recipe, tap, stats_of(96) if method != "rtn" else None)
+    (group,) = taps_of(tmp_path, dtype, recipe)
+    task = task_of(recipe, group, stats_of(96) if method != "rtn" else None)
     here, sent = solve_task(task), pickle.dumps(task)
     (tmp_path / "m.onnx.data").unlink()  # what has been read travels along
     there = solve_task(pickle.loads(sent))
@@ -66,8 +68,8 @@ ADDED = Recipe("rtn", lowrank=16, bias_correction=True)
 
 
 def test_what_is_added_travels_too(tmp_path):
-    (tap,) = taps_of(tmp_path, recipe=ADDED)
-    task = task_of(ADDED, tap, stats_of(96))
+    (group,) = taps_of(tmp_path, recipe=ADDED)
+    task = task_of(ADDED, group, stats_of(96))
     here, there = solve_task(task), solve_task(pickle.loads(pickle.dumps(task)))
     assert [(p.k, p.n) for p in here.factors] == [(96, 16), (16, 40), (16, 24)]
     assert [b.shape for b in here.bias] == [(40,), (24,)]
@@ -79,17 +81,17 @@ def test_what_is_added_travels_too(tmp_path):
 
 
 def test_nothing_can_be_added_without_statistics(tmp_path):
-    (tap,) = taps_of(tmp_path, recipe=ADDED)
+    (group,) = taps_of(tmp_path, recipe=ADDED)
     with pytest.raises(ValueError, match="statistics"):
-        solve_task(task_of(ADDED, tap, None))
+        solve_task(task_of(ADDED, group, None))
 
 
 @pytest.mark.parametrize("field", [{"lowrank": 16}, {"bias_correction": True}, {"method": "gptq"}], ids=str)
 def test_what_is_solved_another_way_is_not_taken_for_the_same(field, tmp_path):
     plain, other = Recipe(), Recipe(**field)
-    (tap,), (twin,) = (taps_of(tmp_path, recipe=recipe) for recipe in (plain, other))
-    assert solving.known_as(plain, tap) == solving.known_as(plain, taps_of(tmp_path, recipe=plain)[0])
-    assert solving.known_as(plain, tap) != solving.known_as(other, twin)
+    (group,), (twin,) = (taps_of(tmp_path, recipe=recipe) for recipe in (plain, other))
+    assert solving.cache_key(plain, group) == solving.cache_key(plain, taps_of(tmp_path, recipe=plain)[0])
+    assert solving.cache_key(plain, group) != solving.cache_key(other, twin)
     assert solving.solves_alike(plain, Recipe())
     assert not solving.solves_alike(plain, other)
 
@@ -99,23 +101,23 @@ def test_what_is_solved_another_way_is_not_taken_for_the_same(field, tmp_path):
 def test_what_is_added_takes_the_memory_that_was_planned(method, k, n, tmp_path):
     recipe = Recipe(method, lowrank=32, bias_correction=True)
     solve_task(task_of(recipe, taps_of(tmp_path, recipe=recipe)[0], stats_of(96)))  # libraries are loaded
-    (tap,) = find_taps(load(linear(tmp_path / "large.onnx", random(k, n), external=True)), recipe)[0]
-    task = task_of(recipe, tap, stats_of(k))
+    (group,) = find_linear_groups(load(linear(tmp_path / "large.onnx", random(k, n), external=True)), recipe)[0]
+    task = task_of(recipe, group, stats_of(k))
     peak = peak_bytes(lambda: solve_task(task))
-    assert peak <= task_bytes(tap, recipe) - 4 * k * k <= 1.4 * peak  # the statistics are there already
+    assert peak <= task_bytes(group, recipe) - 4 * k * k <= 1.4 * peak  # the statistics are there already
 
 
 def test_half_precision_travels_as_it_is_stored(tmp_path):
-    (tap,) = taps_of(tmp_path, np.float16)
+    (group,) = taps_of(tmp_path, np.float16)
     scaled = 4 * 96 * 24  # alpha is multiplied in as the model would
-    assert len(pickle.dumps(task_of(Recipe(), tap, None))) < 2 * 96 * 40 + scaled + 2000
+    assert len(pickle.dumps(task_of(Recipe(), group, None))) < 2 * 96 * 40 + scaled + 2000
 
 
 def test_weights_solved_alone_and_side_by_side_are_the_same(tmp_path):
     """Rounding needs no data, and none is made of several weights."""
-    (tap,) = taps_of(tmp_path)
-    packed = solve_task(task_of(Recipe(), tap, None)).packed
-    whole = solve_task(solving.replace(task_of(Recipe(), tap, None), stats=stats_of(96))).packed
+    (group,) = taps_of(tmp_path)
+    packed = solve_task(task_of(Recipe(), group, None)).packed
+    whole = solve_task(solving.replace(task_of(Recipe(), group, None), stats=stats_of(96))).packed
     for one, other in zip(packed, whole, strict=True):
         np.testing.assert_array_equal(one.codes, other.codes)
         np.testing.assert_array_equal(one.scales, other.scales)
@@ -126,8 +128,8 @@ def test_weights_solved_alone_and_side_by_side_are_the_same(tmp_path):
 def test_a_weight_that_is_not_finite_is_named(method, bad, tmp_path):
     weights = {"A": random(96, 40), "B": random(24, 96)}
     weights["B"][3, 5] = bad
-    (tap,) = taps_of(tmp_path, weights=weights)
-    task = task_of(Recipe(method), tap, None if method == "rtn" else stats_of(96))
+    (group,) = taps_of(tmp_path, weights=weights)
+    task = task_of(Recipe(method), group, None if method == "rtn" else stats_of(96))
     for one in (task, pickle.loads(pickle.dumps(task))):
         with pytest.raises(ModelError, match="'B' of 'a' has NaN or infinite"):
             solve_task(one)
@@ -153,7 +155,7 @@ def test_no_more_are_solved_at_once_than_there_is_room_for(workers, most_bytes, 
     running, most, lock = [0], [0], threading.Lock()
     solve = solving.solve_task
 
-    def counted(task, each=map):
+    def counted(task, parallel_map=map):
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
@@ -173,7 +175,7 @@ def test_few_results_wait_behind_a_slow_one(task, monkeypatch):
     drawn, gate = [], threading.Event()
     solve = solving.solve_task
 
-    def first_is_slow(task, each=map, seen=[]):  # noqa: B006
+    def first_is_slow(task, parallel_map=map, seen=[]):  # noqa: B006
         seen.append(task)
         if len(seen) == 1:
             gate.wait(5)
@@ -201,7 +203,7 @@ def test_the_next_is_drawn_only_when_the_last_has_been_taken(task):
 
     with ThreadPoolExecutor(3) as pool:
         settled = lambda number: number % 3 == 2  # noqa: E731
-        for number, _ in solve_all(tasks(), pool, workers=3, most_bytes=99, settled_after=settled):
+        for number, _ in solve_all(tasks(), pool, workers=3, most_bytes=99, barrier_after=settled):
             taken.append(number)
 
 
@@ -256,7 +258,7 @@ def test_a_cluster_that_is_gone_keeps_nobody_waiting(after, task, monkeypatch):
 def test_an_error_of_the_solver_is_raised_once_and_not_tried_again(task, monkeypatch):
     calls = []
 
-    def failing(task, each=map):
+    def failing(task, parallel_map=map):
         calls.append(task)
         raise ValueError("no")
 
@@ -298,7 +300,7 @@ def test_dask_without_distributed_says_what_to_install(tmp_path, monkeypatch):
     [("3GB", 3 * 10**9), ("800MB", 8 * 10**8), ("512MiB", 1 << 29), ("1.5 gb", 15 * 10**8), ("7", 7), ("2KiB", 2048)],
 )
 def test_sizes(text, count):
-    from onnx_woq.cli import Size
+    from onnx_woq.cli.commands import Size
 
     assert Size()(text) == count
 
@@ -337,8 +339,10 @@ def test_threads_with_nothing_to_do_help():
     """Two pieces that wait for each other: with one thread they never end."""
     both = threading.Barrier(2, timeout=20)
     with ThreadPoolExecutor(2) as pool:
-        each = helped(pool)
-        ran = pool.submit(lambda: each(lambda piece: (both.wait(), threading.get_ident(), piece)[1:], "ab")).result()
+        parallel_map = pool_map(pool)
+        ran = pool.submit(
+            lambda: parallel_map(lambda piece: (both.wait(), threading.get_ident(), piece)[1:], "ab")
+        ).result()
     assert [piece for _, piece in ran] == ["a", "b"]
     assert len({thread for thread, _ in ran}) == 2
 
@@ -348,8 +352,8 @@ def test_nobody_waits_for_help_that_never_comes(threads):
     """Every thread of the pool asks for help at once, and in what they do once more."""
     want = [[(a, b) for b in range(7)] for a in range(9)]
     with ThreadPoolExecutor(threads) as pool:
-        each = helped(pool)
-        table = lambda _: each(lambda a: each(lambda b: (a, b), range(7)), range(9))  # noqa: E731
+        parallel_map = pool_map(pool)
+        table = lambda _: parallel_map(lambda a: parallel_map(lambda b: (a, b), range(7)), range(9))  # noqa: E731
         futures = [pool.submit(table, None) for _ in range(2 * threads)]
         assert all(future.result(timeout=20) == want for future in futures)
 
@@ -357,7 +361,7 @@ def test_nobody_waits_for_help_that_never_comes(threads):
 @pytest.mark.parametrize("pieces", [0, 1, 40])
 def test_helped_is_map(pieces):
     with ThreadPoolExecutor(3) as pool:
-        assert pool.submit(helped(pool), str, range(pieces)).result() == list(map(str, range(pieces)))
+        assert pool.submit(pool_map(pool), str, range(pieces)).result() == list(map(str, range(pieces)))
 
 
 @pytest.mark.parametrize("bad", [0, 3, 9])
@@ -371,17 +375,17 @@ def test_what_goes_wrong_in_a_piece_is_raised_and_the_rest_let_be(bad):
         time.sleep(0.01)
 
     with ThreadPoolExecutor(2) as pool, pytest.raises(FloatingPointError, match=f"piece {bad}"):
-        pool.submit(helped(pool), fail, range(1000)).result()
+        pool.submit(pool_map(pool), fail, range(1000)).result()
     assert len(begun) < 100
 
 
 def test_where_memory_is_scarce_nobody_helps(task, monkeypatch):
-    each = []
-    monkeypatch.setattr(solving, "solve_task", lambda task, way=map: (each.append(way), solve_task(task))[1])
+    parallel_map = []
+    monkeypatch.setattr(solving, "solve_task", lambda task, way=map: (parallel_map.append(way), solve_task(task))[1])
     with ThreadPoolExecutor(2) as pool:
         for helping in (True, False):
             list(solve_all(made_of(task)[:1], pool, workers=2, most_bytes=99, helping=helping))
-    assert [way is map for way in each] == [False, True]
+    assert [way is map for way in parallel_map] == [False, True]
 
 
 def test_processes_are_not_waited_for_when_something_is_wrong():

@@ -29,16 +29,16 @@ def test_the_floor_counts_what_the_formulas_say(tmp_path):
     d, f, kv, t = s.hidden, s.ff, s.kv_heads * s.head, samples * length
     # [K, N] of each tap: q k v, o, gate up, down; once more for the head
     layer = [(d, d + 2 * kv), (d, d), (d, 2 * f), (f, d)]
-    taps = [*layer * s.layers, (d, s.vocab)]
+    groups = [*layer * s.layers, (d, s.vocab)]
     attention = 2 * (2 * length * length * d) * samples
     rotary = 2 * (s.head // 2) * t  # angles are a product as well
     linear = sum(2 * k * n * t for k, n in layer)
-    assert found["taps"] == len(taps)
+    assert found["taps"] == len(groups)
     assert found["tokens"] == t
     assert found["least"]["forward"] == s.layers * (linear + attention) + rotary  # the head's product is not needed
-    assert found["least"]["gram"] == sum(k * k * t for k, _ in taps)
-    assert found["least"]["factor"] == pytest.approx(sum(2 * k**3 / 3 for k, _ in taps))
-    assert found["least"]["solve"] == sum(k * k * n for k, n in taps)
+    assert found["least"]["gram"] == sum(k * k * t for k, _ in groups)
+    assert found["least"]["factor"] == pytest.approx(sum(2 * k**3 / 3 for k, _ in groups))
+    assert found["least"]["solve"] == sum(k * k * n for k, n in groups)
     assert found["usual"]["solve"] == 2 * found["least"]["solve"]
     # without the head, the last product needed is the one before the last tap
     body = needed(path, "GPTQ_G32ASYM_DISABLE_LAST_MATMUL", {}, ids)

@@ -119,9 +119,9 @@ def write_llama(
     initializers = [_stored(tensor, tile, shards, rng) for tensor in graph.tensors.values()]
     shards.close()
     (folder / "config.json").write_text(json.dumps(_config(shape, dtype), indent=2))
-    unfinished = folder / ".model.onnx.tmp"
-    unfinished.write_bytes(_proto(graph, initializers, style).SerializeToString())
-    os.replace(unfinished, path)
+    open_store = folder / ".model.onnx.tmp"
+    open_store.write_bytes(_proto(graph, initializers, style).SerializeToString())
+    os.replace(open_store, path)
     return path
 
 

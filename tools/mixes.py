@@ -21,7 +21,7 @@ from pathlib import Path
 from quality import distance, measure, parser_of, recipe_of, show
 
 from onnx_woq import PRESETS, Recipe, quantize, tune
-from onnx_woq.mixed import MIX
+from onnx_woq.tuning.mixed.search import MIX
 
 
 def row(arguments: argparse.Namespace, name: str, make: Callable[[Path], object], first: float) -> tuple[float, int]:

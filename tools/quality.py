@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_woq import PRESETS, Recipe, evaluate, quantize, tune
-from onnx_woq.runtime.evaluate import Metrics
+from onnx_woq.runtime.evaluation.metrics import Metrics
 
 CLIP = {"enable_mse_search": True}
 ORDER = CLIP | {"group_order": True}

@@ -92,17 +92,18 @@ def _save(graph: object, weights: dict[str, np.ndarray], path: Path) -> None:
 def _quantized(path: Path, out: Path, form: tuple[int, bool, bool], *, symmetric: bool, level: int) -> np.ndarray:
     """Rounds to nearest and writes `out`; gives the last weight as the file stands for it."""
     from onnx_woq import Recipe, Spec
-    from onnx_woq.core.methods import METHODS
-    from onnx_woq.graph.lower.matmulnbits import lower_tap, pack
-    from onnx_woq.graph.model import load, save
-    from onnx_woq.graph.taps import find_taps
+    from onnx_woq.core.methods.registry import METHODS
+    from onnx_woq.graph.find.linears import find_linear_groups
+    from onnx_woq.graph.io.model import load
+    from onnx_woq.graph.io.save import save
+    from onnx_woq.targets.matmulnbits import lower_group, pack
 
     bits, half, dense = form
     recipe = Recipe(spec=Spec(bits, 32, symmetric), half_scales=half)
     model = load(path)
-    for tap in find_taps(model, recipe)[0]:
-        q = METHODS["rtn"].solve(tap.weight(), None, tap.spec, scale_dtype=tap.scale_dtype)
-        lower_tap(model, tap, [pack(q, tap.scale_dtype, dense=dense)], accuracy_level=level)
+    for group in find_linear_groups(model, recipe)[0]:
+        q = METHODS["rtn"].solve(group.weight(), None, group.spec, scale_dtype=group.scale_dtype)
+        lower_group(model, group, [pack(q, group.scale_dtype, dense=dense)], accuracy_level=level)
     save(model, out, metadata={})
     return q.dequantize()
 

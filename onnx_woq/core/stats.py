@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from onnx_woq.core.grid import QuantizedTensor
+    from onnx_woq.core.grids.integer import QuantizedTensor
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -23,7 +23,7 @@ FILES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
 @contextmanager
 def solver(method: str, around: Callable[[Solve], Solve]) -> Iterator[None]:
     """Replaces a method's solver by `around` of it; the signature, and so the options, stay."""
-    from onnx_woq.core.methods import METHODS
+    from onnx_woq.core.methods.registry import METHODS
 
     entry = METHODS[method]
     real = entry.solve
@@ -111,7 +111,7 @@ def run_cli(arguments: Sequence[object], **plan: Any) -> subprocess.CompletedPro
 def main() -> None:
     """What the child does."""
     plan, arguments = json.loads(sys.argv[1]), sys.argv[2:]
-    from onnx_woq.cli import main as command_line
+    from onnx_woq.cli.commands import main as command_line
 
     with ExitStack() as stack:
         if "log" in plan:

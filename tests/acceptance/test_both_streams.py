@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from onnx_woq import Recipe, Spec, quantize
+from onnx_woq.engine.execute import open_resources
 from onnx_woq.errors import DataError, RecipeError
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
-from onnx_woq.making import means
-from onnx_woq.runtime.calibrate import walk
-from onnx_woq.runtime.windows import Needs
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.calibration.collect import collect_statistics
+from onnx_woq.runtime.calibration.windows import CalibrationMemory
 
 from . import hooks, measure, zoo
 from .test_engine_executors import Serial
@@ -107,8 +107,8 @@ def test_a_language_model_in_every_way(lm, lm_data, tmp_path):
             np.testing.assert_array_equal(codes[name], w)
     everything = recipe(attention_weighted=True, rotation=True, bias_correction=True, lowrank=16)
     report = quantize(lm, tmp_path / "q.onnx", everything, lm_data)
-    assert all(tap.error is not None and tap.error < 0.2 for tap in report.taps)
-    assert quantize(lm, tmp_path / "q.onnx", recipe("awq"), lm_data).taps
+    assert all(group.error is not None and group.error < 0.2 for group in report.groups)
+    assert quantize(lm, tmp_path / "q.onnx", recipe("awq"), lm_data).groups
 
 
 def test_with_bias_correction_the_mean_output_is_that_of_the_float_model(chained, tmp_path):
@@ -156,12 +156,12 @@ def test_the_plan_counts_the_second_model(lm, lm_data):
     plans = []
     for what in (replace(recipe(), both_streams=False, true_sequential=True), recipe()):
         model = load(lm)
-        taps = find_taps(model, what)[0]
-        with means(model, taps, what, lm_data, None, Serial(), None, None) as found:
+        groups = find_linear_groups(model, what)[0]
+        with open_resources(model, groups, what, lm_data, None, Serial(), None, None) as found:
             plans.append(found.memory)
     assert plans[1].solving > 1.3 * plans[0].solving
     assert plans[1].peak > plans[0].peak
-    one, two = (Needs.of(model, taps, lm_data, streams=streams) for streams in (1, 2))
+    one, two = (CalibrationMemory.of(model, groups, lm_data, streams=streams) for streams in (1, 2))
     assert two.least() >= 1.95 * one.least()
     assert (two.hidden, two.between) == (2 * one.hidden, 2 * one.between)
 
@@ -170,8 +170,10 @@ def test_statistics_are_the_same_whatever_the_budget(lm, lm_data):
     """Nothing is edited here, so both streams are one: cross products are the Gram matrix."""
     for budget in (1, 1 << 30):
         model = load(lm)
-        taps = find_taps(model, recipe())[0]
-        for _, stats in walk(model, taps, lm_data, memory_budget=budget, sequential="tap", both_streams=True):
+        groups = find_linear_groups(model, recipe())[0]
+        for _, stats in collect_statistics(
+            model, groups, lm_data, memory_budget=budget, sequential="tap", both_streams=True
+        ):
             np.testing.assert_allclose(stats.cross, stats.gram, rtol=1e-3, atol=1e-4 * np.abs(stats.gram).max())
 
 

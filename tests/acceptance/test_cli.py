@@ -22,7 +22,7 @@ COMMANDS = ("quantize", "evaluate", "inspect", "configs")
 
 def test_help_imports_nothing_heavy_and_is_fast():
     code = (
-        "import sys, time; start = time.process_time(); import onnx_woq.cli; spent = time.process_time() - start\n"
+        "import sys, time; start = time.process_time(); import onnx_woq.cli.commands; spent = time.process_time() - start\n"
         "heavy = {'onnxruntime', 'onnx_ir', 'onnx', 'scipy', 'tokenizers', 'onnxruntime_extensions', 'torch'}\n"
         "print(sorted(heavy & set(sys.modules)), spent)"
     )
@@ -70,7 +70,7 @@ def test_a_process_of_its_own_prints_json_and_nothing_else(enc, xs, tmp_path):
     (plan,) = done.stderr.splitlines()
     assert "of memory" in plan, "nothing but what it will take, when not a terminal"
     assert len(report["taps"]) == 3
-    assert all(tap["error"] > 0 for tap in report["taps"])
+    assert all(group["error"] > 0 for group in report["taps"])
 
 
 def test_tables_are_quiet_when_not_a_terminal(enc, xs, tmp_path):
@@ -254,7 +254,7 @@ def test_three_bits_in_the_file_are_evaluated_and_inspected_like_any_others(cli,
         found.append(cli.json("evaluate", out, "--reference", source, "--data", ids)["kl"])
         before, after = ({t.name: t for t in onnx.load(path).graph.initializer} for path in (source, out))
         new = [t for name, t in after.items() if name not in before and "uint8" not in name]
-        rows = inspect(source, Recipe(spec=Spec(3, 16), half_scales=half)).taps
+        rows = inspect(source, Recipe(spec=Spec(3, 16), half_scales=half)).groups
         stored = sum(onnx.numpy_helper.to_array(t).nbytes for t in new)
         assert stored == sum(row.bytes_after for row in rows)
         sizes.append(stored)
@@ -370,7 +370,7 @@ def test_eval_is_found_in_the_folder_where_the_command_is_run(enc, xs, tmp_path)
     """The installed script has its own folder on sys.path, not the user's."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "onnx-woq"
-    script.write_text("import sys\nfrom onnx_woq.cli import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom onnx_woq.cli.commands import main\nsys.exit(main())\n")
     (tmp_path / "my_eval.py").write_text(EVAL)
     command = [
         sys.executable,

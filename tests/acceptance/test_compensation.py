@@ -12,7 +12,7 @@ from runtimes import need
 
 from onnx_woq import Recipe, Spec, inspect, quantize, tune
 from onnx_woq.errors import DataError, RecipeError
-from onnx_woq.graph.lower.matmulnbits import minimum_runtime
+from onnx_woq.targets.matmulnbits import minimum_runtime
 
 from . import architectures as arch
 from . import measure, zoo
@@ -141,7 +141,9 @@ def test_every_tap_of_a_whole_model_is_corrected_for_its_own_inputs(method, lm, 
         measure.activations(lm, lm_data), measure.float_weights(lm), measure.decoded(out), biases(out)
     )  # fmt: skip
     assert found.keys() == weights.keys()
-    for name in (site for tap in report.taps if not tap.scaling for site in tap.sites):  # or what is stored is scaled
+    for name in (
+        linear for group in report.groups if not group.scaling for linear in group.linears
+    ):  # or what is stored is scaled
         wanted = inputs[name].mean(axis=0) @ (weights[name] - stored[name])
         np.testing.assert_allclose(found[name], wanted, atol=1e-4 * np.abs(inputs[name]).mean())
 
@@ -166,7 +168,7 @@ def test_awq_did_divide_the_input(tmp_path):
     for norm, scaling in ((True, "norm"), (False, "mul")):
         model = zoo.siblings(tmp_path / "m.onnx", WEIGHTS, norm=norm)
         report = quantize(model, tmp_path / "q.onnx", recipe("awq", lowrank=16, bias_correction=True), shifted(2))
-        assert [tap.scaling for tap in report.taps] == [scaling]
+        assert [group.scaling for group in report.groups] == [scaling]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -289,11 +291,11 @@ def test_bytes_are_those_written(level, dtype, tmp_path):
     what = Recipe("rtn", SPEC, accuracy_level=level, lowrank=32, bias_correction=True)
     looked = inspect(model, what)
     report = quantize(model, tmp_path / "q.onnx", what, data)
-    assert [tap.bytes_after for tap in looked.taps] == [tap.bytes_after for tap in report.taps]
+    assert [group.bytes_after for group in looked.groups] == [group.bytes_after for group in report.groups]
     assert report.bytes_after == sum(p.stat().st_size for p in tmp_path.glob("q.onnx*"))
     stored = sum(a.nbytes for a in measure.tensors(onnx.load(report.output)).values())
-    assert sum(tap.bytes_after for tap in report.taps) == stored
-    assert {tap.rank for tap in report.taps} == {32}
+    assert sum(group.bytes_after for group in report.groups) == stored
+    assert {group.rank for group in report.groups} == {32}
     assert {measure.attributes(n)["accuracy_level"] for n in measure.low_bit(report.output).values()} == {level}
 
 
@@ -304,8 +306,8 @@ def test_a_reported_error_is_that_of_all_that_is_added(tmp_path):
         report = quantize(model, tmp_path / "q.onnx", recipe("gptq", **fields), data)
         before, after = (measure.run(m, data)["a"] for m in (model, tmp_path / "q.onnx"))
         share = np.square(after - before).sum() / np.square(before).sum()
-        assert report.taps[0].error == pytest.approx(share, rel=1e-2)
-        reported.append(report.taps[0].error)
+        assert report.groups[0].error == pytest.approx(share, rel=1e-2)
+        reported.append(report.groups[0].error)
     assert reported == sorted(reported, reverse=True)
     assert reported[2] < reported[1] < reported[0]
 
@@ -317,7 +319,7 @@ def test_rounding_needs_data_then(fields, enc, enc_data, tmp_path):
     assert not list(tmp_path.iterdir())
     report = quantize(enc, tmp_path / "q.onnx", recipe("rtn", **fields), enc_data)
     assert report.calibration
-    assert all(tap.error is not None for tap in report.taps)
+    assert all(group.error is not None for group in report.groups)
 
 
 @pytest.mark.parametrize("rank", [-16, 8, 24, 2048, True, 16.0, "16"])
@@ -329,7 +331,7 @@ def test_a_rank_that_no_kernel_knows_is_refused(rank):
 def test_on_the_command_line(lm, ids, cli, tmp_path):
     arguments = ["quantize", lm, "-o", tmp_path / "q.onnx", "--config", "RTN_G32ASYM", "--calib", ids]
     arguments += ["--option", "lowrank=16", "--option", "bias_correction=true"]
-    assert {tap["rank"] for tap in json.loads(cli.ok(*arguments, "--json").stdout)["taps"]} == {16}
+    assert {group["rank"] for group in json.loads(cli.ok(*arguments, "--json").stdout)["taps"]} == {16}
     assert "4 bit g32 asym + rank 16" in cli.ok(*arguments).stdout
     assert "4 bit g32 asym + rank 16" in cli.ok("inspect", lm, "--option", "lowrank=16").stdout
     written = measure.recipe_of(tmp_path / "q.onnx")

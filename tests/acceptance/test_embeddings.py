@@ -230,7 +230,7 @@ def test_interrupted_again_and_again(unit, embedding, tied_lm, lm_data, tmp_path
 
 
 def test_a_table_that_was_finished_is_not_solved_again(tied_lm, lm_data, tmp_path, monkeypatch):
-    from onnx_woq import making
+    from onnx_woq.engine import execute as making
 
     recipe = Recipe("gptq", FOUR, embedding=EIGHT)
     (tmp_path / "a").mkdir()
@@ -240,7 +240,7 @@ def test_a_table_that_was_finished_is_not_solved_again(tied_lm, lm_data, tmp_pat
         patch.setattr(making, "write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             quantize(tied_lm, tmp_path / "b" / "q.onnx", recipe, lm_data)
-    from onnx_woq import solving
+    from onnx_woq.engine import solve as solving
 
     monkeypatch.setattr(solving, "solve_task", lambda *_: pytest.fail("solved again"))
     quantize(tied_lm, tmp_path / "b" / "q.onnx", recipe, lm_data, resume=True)
@@ -249,7 +249,7 @@ def test_a_table_that_was_finished_is_not_solved_again(tied_lm, lm_data, tmp_pat
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_the_same_bytes_wherever_it_is_solved(method, tied_lm, lm_data, tmp_path, processes, monkeypatch):
-    from onnx_woq import solving
+    from onnx_woq.engine import solve as solving
 
     recipe = Recipe(method, FOUR, embedding=EIGHT)
     for name in ("here", "there", "pieces"):
@@ -274,7 +274,7 @@ def test_tuned_models_have_the_same_bytes(tied_lm, lm_data, tmp_path):
 
 
 def test_both_branches_of_a_merged_decoder(tmp_path, monkeypatch):
-    monkeypatch.setattr("onnx_woq.graph.embeddings.SMALLEST_TABLE", 1 << 10)
+    monkeypatch.setattr("onnx_woq.graph.find.embeddings.SMALLEST_TABLE", 1 << 10)
     model = arch.merged_decoder(tmp_path / "m.onnx")
     report = quantize(model, tmp_path / "q.onnx", Recipe("rtn", EIGHT, embedding=EIGHT, accuracy_level=0))
     (row,) = report.embeddings
@@ -288,14 +288,14 @@ def test_both_branches_of_a_merged_decoder(tmp_path, monkeypatch):
 
 
 def test_a_large_table_takes_memory_for_its_codes_and_for_pieces(tied_lm):
-    from onnx_woq.embedding import table_bytes
-    from onnx_woq.graph.embeddings import find_embeddings
-    from onnx_woq.graph.lower.gather import embedding_bytes
-    from onnx_woq.graph.model import load
-    from onnx_woq.graph.taps import find_taps
+    from onnx_woq.engine.embedding import table_bytes
+    from onnx_woq.graph.find.embeddings import find_embeddings
+    from onnx_woq.graph.find.linears import find_linear_groups
+    from onnx_woq.graph.io.model import load
+    from onnx_woq.targets.gather_block_quantized import embedding_bytes
 
     model, recipe = load(tied_lm), Recipe(embedding=FOUR)
-    (small,), _ = find_embeddings(model, recipe, find_taps(model, recipe)[0])
+    (small,), _ = find_embeddings(model, recipe, find_linear_groups(model, recipe)[0])
     taken = {}
     for rows in (100_000, 10_000_000):
         table = replace(small, n=rows, weight_bytes=4 * rows * small.k)

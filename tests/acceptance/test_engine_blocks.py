@@ -14,9 +14,9 @@ import onnx_ir as ir
 import pytest
 
 from onnx_woq import quantize
-from onnx_woq.graph.blocks import Block, Cut, blocks_of, cuts
-from onnx_woq.graph.model import Model, load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.blocks import Block, Cut, blocks_of, cuts
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import Model, load
 from onnx_woq.recipe import Recipe
 
 from . import architectures as arch
@@ -299,39 +299,39 @@ def test_each_branch_of_a_merged_decoder_is_cut_on_its_own(merged):
 # Taps by block
 
 
-def flat(groups: list[list[Any]]) -> Iterator[Any]:
-    return (tap for group in groups for tap in group)
+def flat(lists: list[list[Any]]) -> Iterator[Any]:
+    return (group for members in lists for group in members)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_taps_by_block(name, model_of):
     model = model_of(name)
-    taps, _ = find_taps(model, Recipe())
-    groups = blocks_of(model, taps)
-    assert list(flat(groups)) == taps
-    assert all(groups)
+    groups, _ = find_linear_groups(model, Recipe())
+    lists = blocks_of(model, groups)
+    assert list(flat(lists)) == groups
+    assert all(lists)
     blocks = cuts(model)[0].blocks
     homes = {value: i for i, block in enumerate(blocks) for value in block.values}
-    where = [[homes[tap.sites[0].name] for tap in group if tap.sites[0].name in homes] for group in groups]
+    where = [[homes[group.linears[0].name] for group in members if group.linears[0].name in homes] for members in lists]
     assert all(len(set(numbers)) <= 1 for numbers in where), where
-    assert len(groups) <= len(blocks)
+    assert len(lists) <= len(blocks)
     if name in LAYERED:
-        assert len(groups) >= LAYERED[name].layers
+        assert len(lists) >= LAYERED[name].layers
 
 
 @pytest.mark.parametrize("done", [1, 2, 3])
 @pytest.mark.parametrize("name", ["decoder opset 17", "fused decoder", "bert"])
 def test_blocks_stay_what_they_were_while_the_model_is_quantized(name, done, model_of, tmp_path):
-    """A run that is resumed, or looks again half way, must find the taps that are left in the same groups."""
+    """A run that is resumed, or looks again half way, must find the taps that are left in the same lists."""
     model = model_of(name)
-    taps, _ = find_taps(model, Recipe())
-    groups = [[tap.name for tap in group] for group in blocks_of(model, taps)]
-    finished = [tap.name for tap in taps if int(tap.name[5] if tap.name.startswith("layer") else 9) < done]
+    groups, _ = find_linear_groups(model, Recipe())
+    lists = [[group.name for group in members] for members in blocks_of(model, groups)]
+    finished = [group.name for group in groups if int(group.name[5] if group.name.startswith("layer") else 9) < done]
     quantize(model.path, tmp_path / "q.onnx", Recipe(include=(rf"^layer[0-{done - 1}]\.",)))
     half = load(tmp_path / "q.onnx")
-    left = [[tap.name for tap in group] for group in blocks_of(half, find_taps(half, Recipe())[0])]
+    left = [[group.name for group in members] for members in blocks_of(half, find_linear_groups(half, Recipe())[0])]
     assert len(finished) == 4 * done
-    assert left == [rest for group in groups if (rest := [n for n in group if n not in finished])]
+    assert left == [rest for members in lists if (rest := [n for n in members if n not in finished])]
 
 
 # What people see

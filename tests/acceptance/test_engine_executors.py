@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from onnx_woq import Recipe, quantize
-from onnx_woq.core.methods import METHODS
+from onnx_woq.core.methods.registry import METHODS
 
 from . import architectures as arch
 from . import hooks, measure, zoo
@@ -234,7 +234,7 @@ def test_a_dask_worker_killed_while_it_solves(model, serial, cluster, tmp_path):
         import os
         import time
 
-        from onnx_woq.core.methods import METHODS
+        from onnx_woq.core.methods.registry import METHODS
 
         entry = METHODS["gptq"]
         real = entry.solve

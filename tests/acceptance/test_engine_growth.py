@@ -13,9 +13,9 @@ import onnxruntime
 import pytest
 
 from onnx_woq import Recipe, quantize
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
-from onnx_woq.runtime.calibrate import walk
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.calibration.collect import collect_statistics
 
 from . import architectures as arch
 
@@ -110,9 +110,11 @@ def test_statistics_of_the_float_model(budget, models, monkeypatch):
     figures = {}
     for layers, path in models.items():
         source = load(path)
-        taps, _ = find_taps(source, Recipe())
+        groups, _ = find_linear_groups(source, Recipe())
         with counted(monkeypatch) as figures[layers]:
-            assert len(list(walk(source, taps, samples(layers), memory_budget=budget))) == 4 * layers + 1
+            assert (
+                len(list(collect_statistics(source, groups, samples(layers), memory_budget=budget))) == 4 * layers + 1
+            )
     assert_linear(figures, models, 1.25)
 
 
@@ -124,7 +126,7 @@ def test_sequential_quantization(unit, often, models, monkeypatch, tmp_path):
     for layers, path in models.items():
         with counted(monkeypatch) as figures[layers]:
             report = quantize(path, tmp_path / f"{layers}.onnx", recipe, samples(layers))
-        assert len(report.taps) == 4 * layers + 1
+        assert len(report.groups) == 4 * layers + 1
     assert_linear(figures, models, often)
 
 

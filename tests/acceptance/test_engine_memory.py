@@ -98,7 +98,7 @@ def status():
 model, out, recipe, data, limit = json.loads(sys.argv[1])
 import numpy as np
 from onnx_woq import Recipe, quantize
-import onnx_woq.pipeline, onnx_woq.runtime.calibrate, onnx_woq.core.methods
+import onnx_woq.engine.quantize, onnx_woq.runtime.calibration.collect, onnx_woq.core.methods.registry
 samples = [{"x": array} for array in np.load(data).values()] if data else None
 before, peak, done = status()["RssAnon"], [0], threading.Event()
 def watch():

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from onnx_woq import Recipe, Spec, quantize
 from onnx_woq.core.cpu import cores
-from onnx_woq.graph.blocks import blocks_of
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.blocks import blocks_of
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 
 from . import architectures as arch
 from . import hooks, measure, zoo
@@ -89,7 +89,7 @@ def job(tmp_path_factory) -> Job:
 def finished_before(job: Job, calls: int) -> int:
     """The taps in blocks that are wholly done when `calls` of them are, solved in graph order."""
     source = load(job.model)
-    groups = blocks_of(source, find_taps(source, Recipe())[0])
+    groups = blocks_of(source, find_linear_groups(source, Recipe())[0])
     assert sum(map(len, groups)) == TAPS
     done = 0
     for group in groups:

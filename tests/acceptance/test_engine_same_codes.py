@@ -11,13 +11,13 @@ import onnx
 import pytest
 
 from onnx_woq import Recipe, Spec, quantize
-from onnx_woq.core.methods import METHODS, needs_data
+from onnx_woq.core.methods.registry import METHODS
 from onnx_woq.core.stats import Stats
+from onnx_woq.engine.memory import plan_memory
 from onnx_woq.errors import MemoryLimit
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
-from onnx_woq.memory import plan_memory
-from onnx_woq.runtime.calibrate import walk
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.calibration.collect import collect_statistics
 
 from . import architectures as arch
 from . import measure, zoo
@@ -60,7 +60,7 @@ def weights(names: Iterable[str]) -> int:
 
 def written(model: Path, out: Path, recipe: Recipe, data: Any = None, **options: Any) -> dict[str, bytes]:
     """The files of a quantized model by their names."""
-    quantize(model, out / "q.onnx", recipe, data if needs_data(recipe) else None, **options)
+    quantize(model, out / "q.onnx", recipe, data if recipe.needs_data else None, **options)
     files = {path.name: path.read_bytes() for path in out.iterdir()}
     assert set(files) == {"q.onnx", "q.onnx.data"}
     return files
@@ -69,15 +69,15 @@ def written(model: Path, out: Path, recipe: Recipe, data: Any = None, **options:
 def tightest(model: Path, recipe: Recipe, data: list[arch.Feed]) -> int:
     """The smallest `max_memory` that is accepted, to a megabyte."""
     source = load(model)
-    taps, _ = find_taps(source, recipe)
+    groups, _ = find_linear_groups(source, recipe)
     refused, accepted = 1 << 20, 16 << 30
     with pytest.raises(MemoryLimit):
-        plan_memory(source, taps, data, recipe, refused, 2)
-    plan_memory(source, taps, data, recipe, accepted, 2)
+        plan_memory(source, groups, data, recipe, refused, 2)
+    plan_memory(source, groups, data, recipe, accepted, 2)
     while accepted - refused > 1 << 20:
         middle = (accepted + refused) // 2
         try:
-            plan_memory(source, taps, data, recipe, middle, 2)
+            plan_memory(source, groups, data, recipe, middle, 2)
             accepted = middle
         except MemoryLimit:
             refused = middle
@@ -99,9 +99,9 @@ def test_the_plan_for_the_least_memory_is_another_one(models):
     """Or the test above compares a thing with itself."""
     model, recipe, data = models["float32"], RECIPES["gptq"], samples("float32", 200)
     source = load(model)
-    taps, _ = find_taps(source, recipe)
+    groups, _ = find_linear_groups(source, recipe)
     tight, plenty = (
-        plan_memory(source, taps, data, recipe, limit, 2) for limit in (tightest(model, recipe, data), 16 << 30)
+        plan_memory(source, groups, data, recipe, limit, 2) for limit in (tightest(model, recipe, data), 16 << 30)
     )
     assert 0 < tight.window < plenty.window
     assert 0 < tight.peak <= plenty.peak
@@ -115,16 +115,16 @@ def test_statistics_are_the_same_bit_for_bit_whatever_the_budget(dtype, sequenti
     collected = []
     for budget in (1, 300_000, 1 << 40):
         source = load(models[dtype])
-        taps, _ = find_taps(source, Recipe())
-        collected.append(list(walk(source, taps, data, memory_budget=budget, sequential=sequential)))
-    assert [tap.name for tap, _ in collected[0]] == [tap.name for tap in taps]
-    assert len(taps) == 4 * LAYERS + 1
+        groups, _ = find_linear_groups(source, Recipe())
+        collected.append(list(collect_statistics(source, groups, data, memory_budget=budget, sequential=sequential)))
+    assert [group.name for group, _ in collected[0]] == [group.name for group in groups]
+    assert len(groups) == 4 * LAYERS + 1
     for other in collected[1:]:
-        for (tap, first), (twin, second) in zip(collected[0], other, strict=True):
-            assert tap.name == twin.name
+        for (group, first), (twin, second) in zip(collected[0], other, strict=True):
+            assert group.name == twin.name
             assert first.tokens == second.tokens > 0
             for a, b in ((first.gram, second.gram), (first.abs_mean, second.abs_mean), (first.abs_max, second.abs_max)):
-                assert np.array_equal(a, b), tap.name
+                assert np.array_equal(a, b), group.name
 
 
 def codes(path: Path) -> dict[str, np.ndarray]:

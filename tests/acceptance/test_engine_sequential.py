@@ -14,9 +14,9 @@ from onnx import numpy_helper
 
 from onnx_woq import Recipe, Spec, quantize
 from onnx_woq.errors import RecipeError
-from onnx_woq.graph.blocks import blocks_of
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.blocks import blocks_of
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 
 from . import architectures as arch
 from . import hooks, measure
@@ -84,13 +84,13 @@ def naive_gram(model: Path, out: str, replaced: dict[str, np.ndarray], data: Seq
 def earlier(model: Path, unit: str) -> dict[str, list[str]]:
     """The MatMuls that are quantized already when a tap, named by its first one, is calibrated."""
     source = load(model)
-    taps, _ = find_taps(source, recipe(unit))
-    groups = {"off": [taps], "block": blocks_of(source, taps), "tap": [[tap] for tap in taps]}[unit]
+    groups, _ = find_linear_groups(source, recipe(unit))
+    members_of = {"off": [groups], "block": blocks_of(source, groups), "tap": [[group] for group in groups]}[unit]
     known: list[str] = []
     found = {}
-    for group in groups:
-        found |= {tap.name: list(known) for tap in group}
-        known += [site.name for tap in group for site in tap.sites]
+    for members in members_of:
+        found |= {group.name: list(known) for group in members}
+        known += [linear.name for group in members for linear in group.linears]
     assert len(known) == len(set(known)) == len(measure.float_weights(model))
     return found
 
@@ -130,15 +130,15 @@ def test_the_three_ways_differ_where_they_must_and_nowhere_else(model_of, tmp_pa
         quantize(model, tmp_path / f"{unit}.onnx", recipe(unit), data)
         decoded[unit] = measure.decoded(tmp_path / f"{unit}.onnx")
     source = load(model)
-    first, *rest = blocks_of(source, find_taps(source, recipe("off"))[0])
-    head, *others = (site.name for tap in first for site in tap.sites if "layer0" in site.name)
+    first, *rest = blocks_of(source, find_linear_groups(source, recipe("off"))[0])
+    head, *others = (linear.name for group in first for linear in group.linears if "layer0" in linear.name)
     same = lambda a, b, name: np.array_equal(decoded[a][name], decoded[b][name])  # noqa: E731
     close = lambda a, b, name: measure.agreement(decoded[a][name], decoded[b][name]) > 0.98  # noqa: E731
     for name in (head, *others):
         assert same("off", "block", name), name  # nothing before the first block is quantized
     assert same("block", "tap", head)
     assert not all(close("block", "tap", name) for name in others)
-    later = [site.name for group in rest for tap in group for site in tap.sites]
+    later = [linear.name for members in rest for group in members for linear in group.linears]
     assert later
     for a, b in (("off", "block"), ("off", "tap"), ("block", "tap")):
         assert not any(close(a, b, name) for name in later if name.endswith(("down", "gate"))), (a, b)

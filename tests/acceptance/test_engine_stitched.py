@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import AttributeProto, TensorProto, numpy_helper
 
-from onnx_woq.graph.blocks import cuts
-from onnx_woq.graph.model import load
-from onnx_woq.runtime.replay import stitched
+from onnx_woq.graph.find.blocks import cuts
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.calibration.replay import stitched
 
 from . import architectures as arch
 from . import measure, zoo

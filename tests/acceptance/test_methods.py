@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_woq import Recipe, Spec, memory, quantize
+from onnx_woq import Recipe, Spec, quantize
+from onnx_woq.engine import memory
 
 from . import measure, zoo
 

@@ -48,9 +48,9 @@ def test_gemms_whose_bias_is_no_constant_row(method, tmp_path):
     data = [{"x": X, "bias": np.ones(24, np.float32)}]
     out = same_function(model, tmp_path / "q.onnx", data, method)
     found = inspect(model)
-    sites = {site for tap in found.taps for site in tap.sites}
-    assert sites | {skipped.name for skipped in found.skipped} == set(outputs)
-    assert len(measure.low_bit(out)) == len(sites)
+    linears = {linear for group in found.groups for linear in group.linears}
+    assert linears | {skipped.name for skipped in found.skipped} == set(outputs)
+    assert len(measure.low_bit(out)) == len(linears)
 
 
 def test_constant_biases_are_fused(tmp_path):

@@ -10,46 +10,47 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
+from onnx_woq.core.spec import Spec
 from onnx_woq.errors import DataError
-from onnx_woq.graph.embeddings import Embedding, find_embeddings
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import Tap, find_taps
-from onnx_woq.recipe import Recipe, Spec
-from onnx_woq.runtime.evaluate import compare
-from onnx_woq.runtime.perturb import Variant, distances, table_variant, tap_variant
+from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
+from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.evaluation.metrics import compare
+from onnx_woq.runtime.evaluation.perturb import Variant, distances, table_variant, tap_variant
 
 from . import zoo
 
 
-def noisy(tap: Tap) -> np.ndarray:
+def noisy(group: LinearGroup) -> np.ndarray:
     """The weights of a tap with noise that follows from its name."""
-    weight = tap.weight()
-    rng = np.random.default_rng(sum(map(ord, tap.name)))
+    weight = group.weight()
+    rng = np.random.default_rng(sum(map(ord, group.name)))
     return (weight + 0.05 * weight.std() * rng.normal(size=weight.shape)).astype(np.float32)
 
 
-def variants(taps: list[Tap]) -> list[Variant]:
-    return [tap_variant(tap, noisy) for tap in taps]
+def variants(groups: list[LinearGroup]) -> list[Variant]:
+    return [tap_variant(group, noisy) for group in groups]
 
 
-def replaced_file(path: Path, out: Path, tap: Tap) -> Path:
+def replaced_file(path: Path, out: Path, group: LinearGroup) -> Path:
     """The model with the weights of `tap` replaced in its file: an edit that knows nothing of blocks."""
-    model, weight = onnx.load(path), noisy(tap)
+    model, weight = onnx.load(path), noisy(group)
     graphs = [model.graph, *(a.g for n in model.graph.node for a in n.attribute if a.type == onnx.AttributeProto.GRAPH)]
     nodes = {node.output[0]: node for graph in graphs for node in graph.node}
-    for number, (site, columns) in enumerate(tap.slices()):
-        array = weight[:, columns] / site.scale
-        dtype = np.float16 if site.dtype == ir.DataType.FLOAT16 else np.float32
-        stored = np.ascontiguousarray(array.T if site.transposed() else array, dtype)
+    for number, (linear, columns) in enumerate(group.slices()):
+        array = weight[:, columns] / linear.scale
+        dtype = np.float16 if linear.dtype == ir.DataType.FLOAT16 else np.float32
+        stored = np.ascontiguousarray(array.T if linear.transposed() else array, dtype)
         tensor = numpy_helper.from_array(stored, f"replaced{number}")
         model.graph.initializer.append(tensor)
-        nodes[site.name].input[1] = tensor.name
+        nodes[linear.name].input[1] = tensor.name
     onnx.save(model, out)
     return out
 
 
-def measured(path: Path, folder: Path, tap: Tap, feeds: list[dict[str, np.ndarray]]) -> float:
-    found = compare(replaced_file(path, folder / "replaced.onnx", tap), path, feeds)
+def measured(path: Path, folder: Path, group: LinearGroup, feeds: list[dict[str, np.ndarray]]) -> float:
+    found = compare(replaced_file(path, folder / "replaced.onnx", group), path, feeds)
     return found.kl if found.kind == "lm" else 10 ** (-found.sqnr_db / 10)
 
 
@@ -78,13 +79,13 @@ def test_each_distance_is_that_of_the_edited_file(name, tmp_path):
     build, options, make_feeds = MODELS[name]
     path, feeds = build(tmp_path / "m.onnx", **options), make_feeds()
     model = load(path)
-    taps = find_taps(model, Recipe())[0]
-    found = distances(model, variants(taps), feeds)
-    assert list(found) == [tap.name for tap in taps]
-    for tap in taps:
-        expected = measured(path, tmp_path, tap, feeds)
+    groups = find_linear_groups(model, Recipe())[0]
+    found = distances(model, variants(groups), feeds)
+    assert list(found) == [group.name for group in groups]
+    for group in groups:
+        expected = measured(path, tmp_path, group, feeds)
         rounding = 0.05 if name == "half" else 2e-3  # the runtime computes that model in half precision
-        assert found[tap.name] == pytest.approx(expected, rel=rounding, abs=1e-12), tap.name
+        assert found[group.name] == pytest.approx(expected, rel=rounding, abs=1e-12), group.name
     if name == "branches":  # the branch that no sample takes moves nothing
         assert sorted(value > 0 for value in found.values()) == [False, True, True]
     else:
@@ -93,48 +94,52 @@ def test_each_distance_is_that_of_the_edited_file(name, tmp_path):
 
 def test_the_budget_changes_nothing_and_the_model_is_left_as_it_is(lm, lm_data):
     model = load(lm)
-    taps = find_taps(model, Recipe())[0]
+    groups = find_linear_groups(model, Recipe())[0]
     nodes, initializers = list(model.ir.graph), set(model.ir.graph.initializers)
-    wide = distances(model, variants(taps), lm_data[:2])
-    assert distances(model, variants(taps), lm_data[:2], memory_budget=1) == wide
+    wide = distances(model, variants(groups), lm_data[:2])
+    assert distances(model, variants(groups), lm_data[:2], memory_budget=1) == wide
     assert (list(model.ir.graph), set(model.ir.graph.initializers)) == (nodes, initializers)
-    assert distances(model, variants(taps[::2]), lm_data[:2]) == {tap.name: wide[tap.name] for tap in taps[::2]}
+    assert distances(model, variants(groups[::2]), lm_data[:2]) == {
+        group.name: wide[group.name] for group in groups[::2]
+    }
 
 
 def test_masked_tokens_do_not_count(lm):
     model = load(lm)
-    taps = find_taps(model, Recipe())[0]
+    groups = find_linear_groups(model, Recipe())[0]
     [whole] = zoo.lm_feeds(zoo.token_ids(1, length=12))
     padded = {name: np.concatenate([array, array[:, :5]], axis=1) for name, array in whole.items()}
     padded["attention_mask"][:, 12:] = 0
-    short, long = (distances(model, variants(taps), [feed]) for feed in (whole, padded))
+    short, long = (distances(model, variants(groups), [feed]) for feed in (whole, padded))
     assert long == pytest.approx(short, rel=1e-3)
 
 
 def test_noise_beyond_what_an_exponential_holds_is_still_a_number(lm, lm_data):
     model = load(lm)
-    head = find_taps(model, Recipe())[0][-1]
-    [found] = distances(model, [tap_variant(head, lambda tap: tap.weight() * np.float32(1e4))], lm_data[:1]).values()
+    head = find_linear_groups(model, Recipe())[0][-1]
+    [found] = distances(
+        model, [tap_variant(head, lambda group: group.weight() * np.float32(1e4))], lm_data[:1]
+    ).values()
     assert np.isfinite(found)
     assert found > 1
 
 
 def test_broken_outputs_and_missing_samples_are_named_errors(lm, lm_data):
     model = load(lm)
-    taps = find_taps(model, Recipe())[0]
+    groups = find_linear_groups(model, Recipe())[0]
     with pytest.raises(DataError, match="sample"):
-        distances(model, variants(taps), [])
+        distances(model, variants(groups), [])
     with pytest.raises(DataError, match="finite"):
-        distances(model, [tap_variant(taps[-1], lambda tap: np.full((tap.k, tap.n), np.nan))], lm_data[:1])
+        distances(model, [tap_variant(groups[-1], lambda group: np.full((group.k, group.n), np.nan))], lm_data[:1])
 
 
 def test_a_table_is_replaced_for_its_gathers_alone(tied_lm, lm_data, tmp_path):
     """Of a tied head the weight stays: the edited file has a table of its own for the Gather."""
     model, recipe = load(tied_lm), Recipe(embedding=Spec())
-    [table] = find_embeddings(model, recipe, find_taps(model, recipe)[0])[0]
+    [table] = find_embeddings(model, recipe, find_linear_groups(model, recipe)[0])[0]
 
     def rounded(table: Embedding) -> np.ndarray:
-        [part] = table.parts()
+        [part] = table.weight_sources()
         return np.round(part.read() * 3) / 3
 
     proto = onnx.load(tied_lm)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from onnx_woq import Recipe, Spec, tune
-from onnx_woq.runtime import evaluate
+from onnx_woq.runtime.evaluation import metrics as evaluate
 
 from . import zoo
 

@@ -12,9 +12,10 @@ from onnx import numpy_helper
 
 from onnx_woq import Recipe, Spec, quantize, tune
 from onnx_woq.errors import RotationError
-from onnx_woq.graph.model import load, save
-from onnx_woq.graph.rotate import rotate
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import save
+from onnx_woq.graph.rewrite.rotate import rotate
 
 from . import architectures as arch
 from . import measure, zoo
@@ -25,7 +26,9 @@ DEMO = Path(__file__).resolve().parents[2] / "models" / "demo" / "model.onnx"
 def rotated(path: Path, out: Path, *, head: bool = True) -> Path:
     """The float model with its stream rotated, for a recipe that quantizes the head or not."""
     model = load(path)
-    rotate(model, {site.node for tap in find_taps(model, Recipe(lm_head=head))[0] for site in tap.sites})
+    rotate(
+        model, {linear.node for group in find_linear_groups(model, Recipe(lm_head=head))[0] for linear in group.linears}
+    )
     save(model, out, metadata={})
     return out
 
@@ -258,7 +261,7 @@ def test_attention_to_half_precision_and_options_that_add(tmp_path):
 
 def test_folding_still_goes_into_the_norms(lm, lm_data, tmp_path):
     report = quantize(lm, tmp_path / "q.onnx", recipe("awq", rotation=True), lm_data)
-    assert {tap.scaling for tap in report.taps} >= {"norm"}
+    assert {group.scaling for group in report.groups} >= {"norm"}
 
 
 def test_little_memory_gives_the_same_bytes(lm, lm_data, tmp_path):
@@ -281,8 +284,8 @@ def test_tuning_over_rotated_and_other_configurations(outliers, lm_data, tmp_pat
         quantize(outliers, tmp_path / "q.onnx", what, lm_data)
         alone = measure.decoded(tmp_path / "q.onnx")
         assert found[name].keys() == alone.keys()
-        for site, w in alone.items():
-            np.testing.assert_array_equal(found[name][site], w)
+        for linear, w in alone.items():
+            np.testing.assert_array_equal(found[name][linear], w)
 
 
 def test_a_model_that_cannot_be_rotated_is_refused_and_nothing_is_written(enc, tmp_path, cli):
@@ -318,8 +321,8 @@ def test_tuning_with_and_without_shared_codes(tied_lm, lm_data, tmp_path):
     tune(tied_lm, judge, lm_data, configs=configs, higher_is_better=False, objective="best", workdir=tmp_path / "w")
     for name, what in configs.items():
         quantize(tied_lm, tmp_path / "q.onnx", what, lm_data)
-        for site, w in measure.decoded(tmp_path / "q.onnx").items():
-            np.testing.assert_array_equal(found[name][site], w)
+        for linear, w in measure.decoded(tmp_path / "q.onnx").items():
+            np.testing.assert_array_equal(found[name][linear], w)
 
 
 def test_a_weight_that_two_norms_would_turn_into_two_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from runtimes import need, need_opset
 
 from onnx_woq import Recipe, Spec, quantize
-from onnx_woq.graph.lower.matmulnbits import minimum_runtime
+from onnx_woq.targets.matmulnbits import minimum_runtime
 
 from . import measure, zoo
 
@@ -136,15 +136,15 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape_of_model(shape, method, tmp_path):
     """All sites are found, the surgery keeps the function (8 bits stay close to float), the runtime runs the codes."""
-    build, data, sites = SHAPES[shape]
+    build, data, linears = SHAPES[shape]
     model = build(tmp_path / "m.onnx")
     before = measure.digest(model)
     report = quantize(model, tmp_path / "q.onnx", Recipe(method, Spec(8, 16), accuracy_level=0), data)
     out = tmp_path / "q.onnx"
     onnx.checker.check_model(str(out))
     found = measure.low_bit(out)
-    assert len(found) == (2 if sites is None else len(sites)), [s.reason for s in report.skipped]
-    assert sites is None or set(found) == sites
+    assert len(found) == (2 if linears is None else len(linears)), [s.reason for s in report.skipped]
+    assert linears is None or set(found) == linears
     wanted, twin, got = measure.run(model, data), measure.run(measure.decoded_twin(out), data), measure.run(out, data)
     assert wanted.keys() == got.keys()
     for name, value in wanted.items():

@@ -142,7 +142,7 @@ def test_siblings_split_by_an_exclusion_still_compute_the_same_function(lm, lm_d
 def test_everything_left_float_is_listed_with_its_reason(tmp_path, cli):
     model = zoo.leftovers(tmp_path / "m.onnx")
     found = cli.json("inspect", model)
-    assert list(itertools.chain.from_iterable(tap["sites"] for tap in found["taps"])) == ["good"]
+    assert list(itertools.chain.from_iterable(group["sites"] for group in found["taps"])) == ["good"]
     skipped = {entry["name"]: entry["reason"] for entry in found["skipped"]}
     assert {"batched", "turned"} <= set(skipped)
     assert all(skipped.values())
@@ -152,7 +152,7 @@ def test_inspect_accounts_for_every_site_under_a_selection(lm, cli):
     found = cli.json(
         "inspect", lm, "--exclude", "layer0", "--exclude", "^head$", "--include", "q$", "--include", "logits|up"
     )
-    quantized = {site for tap in found["taps"] for site in tap["sites"]}
+    quantized = {linear for group in found["taps"] for linear in group["sites"]}
     reasons = {entry["name"]: entry["reason"] for entry in found["skipped"]}
     assert quantized == {"layer1.q", "layer1.up"}
     assert ALL - quantized <= set(reasons)
@@ -165,8 +165,8 @@ def test_inspect_foretells_what_quantize_does(lm, tied_lm, cli, tmp_path):
         for flags in ([], ["--bits", 8, "--group-size", 64, "--scheme", "sym"], ["--bits", 3, "--group-size", -1]):
             foreseen = cli.json("inspect", model, *flags)
             real = cli.json("quantize", model, "-o", tmp_path / "q.onnx", *flags)
-            sites = [{site for tap in report["taps"] for site in tap["sites"]} for report in (foreseen, real)]
-            assert sites[0] == sites[1]
+            linears = [{linear for group in report["taps"] for linear in group["sites"]} for report in (foreseen, real)]
+            assert linears[0] == linears[1]
             assert foreseen["copies"] == real["copies"]
             assert foreseen["bytes_before"] == real["bytes_before"] == model.stat().st_size
             assert foreseen["bytes_after"] == pytest.approx(real["bytes_after"], rel=0.05)

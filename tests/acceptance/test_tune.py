@@ -148,14 +148,14 @@ def test_when_all_trials_raise_the_history_is_returned(enc, tmp_path):
 
 
 def test_a_trial_that_quantization_cannot_make_does_not_stop_the_others(enc, enc_data, tmp_path, monkeypatch):
-    import onnx_woq.core.methods as methods
+    import onnx_woq.core.methods.registry as methods
 
     def broken(*_: object, **__: object) -> None:
         raise MemoryError("too large")
 
     broken_gptq = dataclasses.replace(methods.METHODS["gptq"], solve=broken)
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "gptq": broken_gptq})
-    monkeypatch.setattr("onnx_woq.solving.METHODS", methods.METHODS)
+    monkeypatch.setattr("onnx_woq.engine.solve.METHODS", methods.METHODS)
     result = tune(enc, by_recipe(lambda _: 1.0), enc_data, configs=["GPTQ_G32ASYM", "RTN_G32ASYM"], workdir=tmp_path)
     assert result.trials[0].status == "failed"
     assert "MemoryError" in result.trials[0].error
@@ -347,16 +347,16 @@ def test_a_dataloader_may_be_used_up_once(kind, lm, lm_data, tmp_path):
 
 def test_the_built_in_judge_of_a_language_model(lm, lm_data, tmp_path, monkeypatch):
     """Mean KL on data that calibration has not seen, exactly."""
-    import onnx_woq.runtime.calibrate as calibrate
-    import onnx_woq.runtime.evaluate as evaluate
+    import onnx_woq.runtime.calibration.collect as calibrate
+    import onnx_woq.runtime.evaluation.metrics as evaluate
 
     calibrated: list[bytes] = []
     judged: list[bytes] = []
     walk, distances = calibrate.walk, evaluate.distances
 
-    def watched_walk(model: object, taps: object, batches: list, **options: object) -> object:
+    def watched_walk(model: object, groups: object, batches: list, **options: object) -> object:
         calibrated.extend(feed["input_ids"].tobytes() for feed in batches)
-        return walk(model, taps, batches, **options)
+        return walk(model, groups, batches, **options)
 
     def watched_distances(model: object, reference: object, feeds: list) -> object:
         judged.extend(feed["input_ids"].tobytes() for feed in feeds)

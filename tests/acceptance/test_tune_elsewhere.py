@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from onnx_woq import Recipe, Spec, TuneResult, trials, tune
+from onnx_woq import Recipe, Spec, TuneResult, tune
+from onnx_woq.tuning import trials
 
 from . import evaluations, measure
 from .conftest import spawning

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from onnx_woq.core.allocate import Choice, frontier, within_bytes, within_loss
+from onnx_woq.tuning.mixed.knapsack import Choice, frontier, within_bytes, within_loss
 
 CHOICES = st.builds(Choice, st.integers(0, 9), st.integers(0, 9).map(float))
 UNITS = st.lists(st.lists(CHOICES, min_size=1, max_size=6), min_size=1, max_size=4)

@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.clip import search
-from onnx_woq.core.grid import fit, quantize
+from onnx_woq.core.grids.clip_search import search
+from onnx_woq.core.grids.integer import fit, quantize
 from onnx_woq.core.methods import awq, rtn
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, column_errors, output_error
-from onnx_woq.recipe import Spec
 
 from . import reference
 

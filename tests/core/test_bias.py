@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.bias import correction
+from onnx_woq.core.refine.bias import correction
 from onnx_woq.core.stats import Stats
 
 

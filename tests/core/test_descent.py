@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core import descent
-from onnx_woq.core.descent import descend
-from onnx_woq.core.methods import METHODS, gptq, rtn
+from onnx_woq.core.methods import gptq, rtn
+from onnx_woq.core.methods.registry import METHODS
+from onnx_woq.core.refine import descent
+from onnx_woq.core.refine.descent import descend
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import output_error
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import Recipe
 
 from .test_gptq import loss, problem
 

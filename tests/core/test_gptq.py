@@ -5,12 +5,13 @@ import logging
 import numpy as np
 import pytest
 
-from onnx_woq.core.clip import search
-from onnx_woq.core.grid import fit
+from onnx_woq.core.grids.clip_search import search
+from onnx_woq.core.grids.integer import fit
 from onnx_woq.core.methods import gptq, rtn
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, column_errors, output_error
 from onnx_woq.errors import RecipeError
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import Recipe
 
 from . import reference
 from .measure import peak_bytes

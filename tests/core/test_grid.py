@@ -5,9 +5,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.clip import search, shrinks
-from onnx_woq.core.grid import QuantizedTensor, encode, fit, grid_of, project, quantize, tiles
-from onnx_woq.recipe import Spec
+from onnx_woq.core.grids.clip_search import search, shrinks
+from onnx_woq.core.grids.integer import QuantizedTensor, encode, fit, grid_of, project, quantize, tiles
+from onnx_woq.core.spec import Spec
 
 from . import reference
 

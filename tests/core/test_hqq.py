@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.core.methods import hqq, rtn
-from onnx_woq.recipe import Spec
+from onnx_woq.core.spec import Spec
 
 
 def naive_zeros(w, s, z, top, iterations=20):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core import lowrank
-from onnx_woq.core.lowrank import DAMP, compensate, factors
+from onnx_woq.core.refine import low_rank as low_rank
+from onnx_woq.core.refine.low_rank import DAMP, compensate, factors
 from onnx_woq.core.stats import Stats, output_error
 
 from .measure import peak_bytes
@@ -76,9 +76,9 @@ def test_every_further_rank_helps_until_nothing_is_left(shape):
 def test_float32_gives_the_same_product(monkeypatch):
     delta, gram = problem(64, 100)
     exact = factors(delta, gram, 6)
-    monkeypatch.setattr(lowrank, "EXACT_PRODUCTS", 0)
-    monkeypatch.setattr(lowrank, "FACTOR_EXACTLY", 0)
-    monkeypatch.setattr(lowrank, "BAND", 48)  # more than one band, a short one last
+    monkeypatch.setattr(low_rank, "EXACT_PRODUCTS", 0)
+    monkeypatch.setattr(low_rank, "FACTOR_EXACTLY", 0)
+    monkeypatch.setattr(low_rank, "BAND", 48)  # more than one band, a short one last
     quick = factors(delta, gram, 6)
     assert quick[0].dtype == np.float32
     np.testing.assert_allclose(np.matmul(*quick), np.matmul(*exact), atol=2e-3)
@@ -164,5 +164,5 @@ def test_memory_is_what_was_announced(k, n):
     delta, gram = problem(k, n, tokens=20)
     compensate(delta[:32, :32], gram[:32, :32], 16)  # libraries are loaded
     taken = peak_bytes(lambda: compensate(delta, gram, 32))
-    announced = lowrank.working_bytes(k, n, 32)
+    announced = low_rank.working_bytes(k, n, 32)
     assert 0.4 * announced < taken < 1.1 * announced

@@ -9,10 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_woq.core.methods import METHODS, awq, check_options, gptq, hqq, needs_data, rtn, solve_bytes
+from onnx_woq.core.methods import awq, gptq, hqq, rtn
+from onnx_woq.core.methods.registry import METHODS, check_options, solve_bytes
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.recipe import Recipe
 
 from .measure import peak_bytes
 
@@ -58,10 +60,10 @@ def test_options_and_defaults_are_those_documented():
 
 
 def test_what_is_added_to_weights_needs_data_whatever_the_method():
-    assert not needs_data(Recipe("rtn"))
-    assert needs_data(Recipe("gptq"))
-    assert needs_data(Recipe("rtn", bias_correction=True))
-    assert needs_data(Recipe("rtn", lowrank=16))
+    assert not Recipe("rtn").needs_data
+    assert Recipe("gptq").needs_data
+    assert Recipe("rtn", bias_correction=True).needs_data
+    assert Recipe("rtn", lowrank=16).needs_data
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -233,7 +235,7 @@ def test_who_goes_through_the_pieces_and_when_is_of_no_account(name, options, mo
         return backwards(fn, some)
 
     want = METHODS[name].solve(weight, stats, Spec(3, 32), **options)
-    got = METHODS[name].solve(weight, stats, Spec(3, 32), each=counted, **options)
+    got = METHODS[name].solve(weight, stats, Spec(3, 32), parallel_map=counted, **options)
     # AWQ: exponents on a few columns, the best of them on more, then all tiles, with the scale and without
     assert pieces[:4] == {"rtn": [5], "gptq": [4], "awq": [21, 5, 5, 5], "teq": [21, 5, 5, 5], "hqq": [5]}[name]
     for field in ("codes", "scales", "zeros"):

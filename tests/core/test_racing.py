@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_woq.core import racing
+from onnx_woq.tuning import bootstrap as racing
 
 
 def sequences(mean, spread, count, seed=0):

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core.clip import search
-from onnx_woq.core.grid import TILE_COLUMNS, TILE_ROWS, encode, fit
+from onnx_woq.core.grids.clip_search import search
+from onnx_woq.core.grids.integer import TILE_COLUMNS, TILE_ROWS, encode, fit
 from onnx_woq.core.methods import rtn
-from onnx_woq.recipe import Spec
+from onnx_woq.core.spec import Spec
 
 from . import reference
 from .measure import peak_bytes

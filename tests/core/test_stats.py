@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.core import stats as stats_module
-from onnx_woq.core.grid import fit, quantize
+from onnx_woq.core.grids.integer import fit, quantize
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, column_errors, output_energy, output_error, quantized_error
-from onnx_woq.recipe import Spec
 
 from . import reference
 from .measure import peak_bytes
@@ -159,7 +159,7 @@ def test_output_error_of_wide_weights(monkeypatch):
 def test_scipy_is_loaded_only_when_statistics_are_collected():
     import subprocess
 
-    code = "import sys, onnx_woq.core.methods, onnx_woq.core.stats; sys.exit('scipy' in sys.modules)"
+    code = "import sys, onnx_woq.core.methods.registry, onnx_woq.core.stats; sys.exit('scipy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

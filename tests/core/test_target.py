@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnx_woq.core import target as module
 from onnx_woq.core.methods import gptq
+from onnx_woq.core.refine import asymmetric as module
+from onnx_woq.core.refine.asymmetric import asymmetric_target
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
-from onnx_woq.core.target import target
-from onnx_woq.recipe import Spec
 
 K, N, T = 24, 10, 200
 
@@ -48,7 +48,7 @@ def naive(w, x, other, damp, weights=None):
 def test_it_is_the_least_squares_solution(seed, off, damp, weighted):
     x, other = both(seed, off)
     weights = np.random.default_rng(seed).uniform(0, 3, T) if weighted else None
-    found = target(weight(seed), collected(x, other, weights), percdamp=damp, share=1.0)
+    found = asymmetric_target(weight(seed), collected(x, other, weights), percdamp=damp, share=1.0)
     np.testing.assert_allclose(found, naive(weight(seed), x, other, damp, weights), atol=2e-3)
 
 
@@ -56,27 +56,29 @@ def test_in_single_precision_too(monkeypatch):
     monkeypatch.setattr(module, "EXACTLY", 0)
     monkeypatch.setattr(module, "COLUMNS", 3)
     x, other = both()
-    found = target(weight(), collected(x, other), percdamp=0.01, share=1.0)
+    found = asymmetric_target(weight(), collected(x, other), percdamp=0.01, share=1.0)
     np.testing.assert_allclose(found, naive(weight(), x, other, 0.01), atol=2e-3)
 
 
 def test_the_weight_itself_where_the_inputs_are_the_same():
     x, _ = both()
     for damp in (1e-4, 1.0):
-        np.testing.assert_allclose(target(weight(), collected(x, x), percdamp=damp, share=1.0), weight(), atol=1e-4)
+        np.testing.assert_allclose(
+            asymmetric_target(weight(), collected(x, x), percdamp=damp, share=1.0), weight(), atol=1e-4
+        )
 
 
 def test_a_share_of_the_way():
     x, other = both()
     stats = collected(x, other)
-    whole, half = (target(weight(), stats, percdamp=0.01, share=share) for share in (1.0, 0.5))
+    whole, half = (asymmetric_target(weight(), stats, percdamp=0.01, share=share) for share in (1.0, 0.5))
     np.testing.assert_allclose(half, (whole + weight()) / 2, atol=1e-5)
 
 
 def test_gptq_comes_closer_to_the_float_outputs():
     x, other = both(3)
     stats, w = collected(x, other), weight(3)
-    aimed = target(w, stats, percdamp=0.01, share=1.0)
+    aimed = asymmetric_target(w, stats, percdamp=0.01, share=1.0)
     errors = [np.square(x @ w - other @ gptq.solve(what, stats, Spec(4, 16)).effective()).sum() for what in (w, aimed)]
     assert errors[1] < 0.7 * errors[0]
 
@@ -85,12 +87,14 @@ def test_dead_and_dependent_inputs():
     x, other = both()
     x[:, 3] = other[:, 3] = 0
     other[:, 5] = other[:, 4]
-    assert np.isfinite(target(weight(), collected(x, other), percdamp=0.01, share=1.0)).all()
+    assert np.isfinite(asymmetric_target(weight(), collected(x, other), percdamp=0.01, share=1.0)).all()
 
 
 def test_no_inputs_at_all_leave_the_weight(caplog):
     nothing = np.zeros((5, K))
-    np.testing.assert_array_equal(target(weight(), collected(nothing, nothing), percdamp=0.01, share=1.0), weight())
+    np.testing.assert_array_equal(
+        asymmetric_target(weight(), collected(nothing, nothing), percdamp=0.01, share=1.0), weight()
+    )
     assert "singular" in caplog.text
 
 
@@ -98,7 +102,7 @@ def test_without_the_float_inputs_it_is_an_error():
     stats = Stats.empty(K)
     stats.update(both()[1])
     with pytest.raises(ValueError, match="float model"):
-        target(weight(), stats, percdamp=0.01, share=1.0)
+        asymmetric_target(weight(), stats, percdamp=0.01, share=1.0)
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["alike", "weighted"])

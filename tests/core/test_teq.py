@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.core.methods import awq, gptq, rtn, teq
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import output_error
-from onnx_woq.recipe import Spec
 
 from .test_gptq import loss, problem
 

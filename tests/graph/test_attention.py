@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_woq.graph.attention import FIRST_TOKEN, attended
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.attention import FIRST_TOKEN, attended
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from tests.acceptance import architectures as arch
 
@@ -39,11 +39,11 @@ def test_a_model_without_attention_has_none(tmp_path):
 
 def test_keys_and_values_become_a_tap_of_their_own(tmp_path):
     model = load(arch.decoder(tmp_path / "m.onnx", layers=1))
-    plain, _ = find_taps(model, Recipe("gptq"))
-    weighted, _ = find_taps(model, Recipe("gptq", attention_weighted=True))
-    sites = lambda taps: [[site.name for site in tap.sites] for tap in taps]  # noqa: E731
-    assert sites(plain)[0] == ["layer0.q", "layer0.k", "layer0.v"]
-    assert sites(weighted)[:2] == [["layer0.q"], ["layer0.k", "layer0.v"]]
-    assert sites(plain)[1:] == sites(weighted)[2:]
+    plain, _ = find_linear_groups(model, Recipe("gptq"))
+    weighted, _ = find_linear_groups(model, Recipe("gptq", attention_weighted=True))
+    linears = lambda groups: [[linear.name for linear in group.linears] for group in groups]  # noqa: E731
+    assert linears(plain)[0] == ["layer0.q", "layer0.k", "layer0.v"]
+    assert linears(weighted)[:2] == [["layer0.q"], ["layer0.k", "layer0.v"]]
+    assert linears(plain)[1:] == linears(weighted)[2:]
     assert weighted[0].sources != weighted[1].sources
     assert weighted[0].values == weighted[1].values

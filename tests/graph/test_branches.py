@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from builders import BOOL, graph, node, random, run, value, write
 
-from onnx_woq.graph.blocks import reach
-from onnx_woq.graph.branches import conditions, take, untaken
-from onnx_woq.graph.model import load
+from onnx_woq.graph.find.blocks import reach
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.rewrite.inline_branch import conditions, take, untaken
 
 K = 32
 

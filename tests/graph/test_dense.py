@@ -16,14 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runtimes import need_opset
 
-from onnx_woq.graph.dense import FORMS, codes_of, layout_of, planes_of
-from onnx_woq.graph.fold import divide_input
-from onnx_woq.graph.lower.lowrank import tap_bytes
-from onnx_woq.graph.lower.matmulnbits import lower_tap, pack, packed_bytes, required_runtime
-from onnx_woq.graph.model import clone, load, save
-from onnx_woq.graph.settle import settle
-from onnx_woq.graph.taps import find_taps
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import clone, load
+from onnx_woq.graph.io.save import save
+from onnx_woq.graph.rewrite.fold_scale import divide_input
+from onnx_woq.recipe import Recipe
+from onnx_woq.targets.bitplanes import FORMS, codes_of, layout_of, planes_of
+from onnx_woq.targets.constant_fold import fold_constants
+from onnx_woq.targets.low_rank import group_bytes
+from onnx_woq.targets.matmulnbits import lower_group, pack, packed_bytes, required_runtime
 
 GROUPS = (16, 32, 64, 128, 256, 48, 512, -1)
 LEVELS = (0, 4)
@@ -34,11 +36,11 @@ OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 def quantized(path, recipe, level, out, *, dense=True):
     """The model lowered by rounding and saved; `dense=False` stores what the kernel reads."""
     model = load(path)
-    taps, skipped = find_taps(model, recipe)
-    assert taps, skipped
-    for tap in taps:
-        tap.densely &= dense
-        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=level)
+    groups, skipped = find_linear_groups(model, recipe)
+    assert groups, skipped
+    for group in groups:
+        group.densely &= dense
+        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=level)
     save(model, out, metadata={})
     onnx.checker.check_model(out, full_check=True)
     return out
@@ -174,8 +176,10 @@ def test_without_any_optimization_the_numbers_are_right_too(tmp_path, level, dty
     specs = [Spec(b, g, s) for b, g, s in itertools.product((3, 4, 5, 6, 8), (16, 32, 128, -1), (False, True))]
     path, recipe = many(tmp_path / "m.onnx", dtype, 200, specs, 21), by_node(specs, half_scales=half)
     out = quantized(path, recipe, level, tmp_path / "q.onnx")
-    taps, _ = find_taps(load(path), recipe)
-    want = {site.name: rtn(tap).columns(columns).dequantize() for tap in taps for site, columns in tap.slices()}
+    groups, _ = find_linear_groups(load(path), recipe)
+    want = {
+        linear.name: rtn(group).columns(columns).dequantize() for group in groups for linear, columns in group.slices()
+    }
     x = random(4, 200, seed=3, dtype=dtype)
     bound = 0.02 if level or dtype is np.float16 else 1e-5
     for i, got in enumerate(run_with(out, {"x": x}, OFF)):
@@ -212,9 +216,9 @@ def test_bfloat16_is_computed_in_float32(tmp_path, half):
     )  # fmt: skip
     path, recipe = write(tmp_path / "m.onnx", main), Recipe(spec=Spec(3, 32), half_scales=half)
     out = quantized(path, recipe, 0, tmp_path / "q.onnx")
-    (tap,), _ = find_taps(load(path), recipe)
+    (group,), _ = find_linear_groups(load(path), recipe)
     x = random(2, 64)
-    want = x.astype(ml_dtypes.bfloat16).astype(np.float32) @ rtn(tap).dequantize()
+    want = x.astype(ml_dtypes.bfloat16).astype(np.float32) @ rtn(group).dequantize()
     for got in (run(out, {"x": x})[0], run_with(out, {"x": x}, OFF)[0]):
         assert close(got, want, 2**-7)
 
@@ -224,14 +228,14 @@ def test_opsets_without_bitwise_operators_keep_four_bits(tmp_path, opset, dense)
     need_opset(opset)
     path = linear(tmp_path / "m.onnx", random(256, 64), opset=opset)
     model = load(path)
-    (tap,), _ = find_taps(model, Recipe(spec=Spec(3, 64)))
-    q = rtn(tap)
-    before = tap_bytes(tap)
-    lower_tap(model, tap, pack_tap(tap, q), accuracy_level=0)
+    (group,), _ = find_linear_groups(model, Recipe(spec=Spec(3, 64)))
+    q = rtn(group)
+    before = group_bytes(group)
+    lower_group(model, group, pack_tap(group, q), accuracy_level=0)
     assert model.ir.opset_imports[""] == opset
     assert ("BitwiseAnd" in {n.op_type for n in model.ir.graph}) == dense
     stored = sum(v.const_value.nbytes for v in model.ir.graph.initializers.values() if "uint8" not in v.name)
-    assert stored == before == packed_bytes(256, 64, tap.spec, np.float32, dense=dense)
+    assert stored == before == packed_bytes(256, 64, group.spec, np.float32, dense=dense)
     assert stored == (256 * 64 * (3 if dense else 4) + 4 * 64 * (32 + 4)) // 8
     x = random(3, 256)
     assert close(run(model, {"x": x})[0], x @ q.dequantize(), 1e-5)
@@ -246,9 +250,9 @@ def test_a_name_that_is_taken_is_left_alone(tmp_path):
         {"W": random(64, 9), "onnx_woq.uint8_1": np.float32(7)},
     )
     model = load(write(tmp_path / "m.onnx", main))
-    (tap,), _ = find_taps(model, Recipe(spec=Spec(3, 32)))
-    q = rtn(tap)
-    lower_tap(model, tap, pack_tap(tap, q), accuracy_level=0)
+    (group,), _ = find_linear_groups(model, Recipe(spec=Spec(3, 32)))
+    q = rtn(group)
+    lower_group(model, group, pack_tap(group, q), accuracy_level=0)
     x = random(3, 64)
     assert close(run(model, {"x": x})[0], x @ q.dequantize() + 7, 1e-5)
 
@@ -259,12 +263,12 @@ def test_own_sessions_get_constants_and_nothing_else(tmp_path, spec, half):
     """What calibration does to its part of a model that is quantized already."""
     model = load(branches(tmp_path / "m.onnx"))
     recipe = Recipe(spec=spec, half_scales=half)
-    for tap in find_taps(model, recipe)[0]:
-        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=4)
+    for group in find_linear_groups(model, recipe)[0]:
+        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=4)
     feeds = {"x": random(3, 64), "flag": np.array(True)}
     want = run(model, feeds)
     part = clone(model)
-    settle(part)
+    fold_constants(part)
     assert [n.op_type for n in part.ir.graph] == ["If"]
     assert all(v.uses() for v in part.ir.graph.initializers.values())
     np.testing.assert_array_equal(run(part, feeds)[0], want[0])
@@ -280,13 +284,13 @@ def test_dividing_what_a_quantized_layer_makes_keeps_its_scales_in_float16(tmp_p
         {"W": random(64, 48), "V": random(48, 9, seed=1)},
     )
     model = load(write(tmp_path / "m.onnx", main))
-    (first, second), _ = find_taps(model, Recipe(spec=Spec(bits, 16), half_scales=True))
-    lower_tap(model, first, pack_tap(first, rtn(first)), accuracy_level=0)
+    (first, second), _ = find_linear_groups(model, Recipe(spec=Spec(bits, 16), half_scales=True))
+    lower_group(model, first, pack_tap(first, rtn(first)), accuracy_level=0)
     x = random(3, 64)
     (want,) = run(model, {"x": x})
     scale = np.exp2(np.arange(48) % 5 - 2).astype(np.float32)
     assert divide_input(second, scale, allow_mul=False) == "linear"
-    weight = second.sites[0].constant().array()
+    weight = second.linears[0].constant().array()
     model.ir.graph.initializers["V"].const_value = ir.Tensor(weight * scale[:, None])
     assert close(run(model, {"x": x})[0], want, 1e-6)
     kinds = {v.dtype.numpy() for v in model.ir.graph.initializers.values() if "scales" in v.name}
@@ -295,10 +299,10 @@ def test_dividing_what_a_quantized_layer_makes_keeps_its_scales_in_float16(tmp_p
 
 def test_half_scales_take_half_and_are_rounded_before_codes_are_chosen(tmp_path):
     path = linear(tmp_path / "m.onnx", random(256, 64))
-    (whole,), _ = find_taps(load(path), Recipe(spec=Spec(4, 32)))
-    (half,), _ = find_taps(load(path), Recipe(spec=Spec(4, 32), half_scales=True))
-    assert 8 * tap_bytes(whole) == 256 * 64 * 5.125
-    assert 8 * tap_bytes(half) == 256 * 64 * 4.625
+    (whole,), _ = find_linear_groups(load(path), Recipe(spec=Spec(4, 32)))
+    (half,), _ = find_linear_groups(load(path), Recipe(spec=Spec(4, 32), half_scales=True))
+    assert 8 * group_bytes(whole) == 256 * 64 * 5.125
+    assert 8 * group_bytes(half) == 256 * 64 * 4.625
     q = rtn(half)
     np.testing.assert_array_equal(q.scales, q.scales.astype(np.float16).astype(np.float32))
     (packed,) = pack_tap(half, q)
@@ -318,8 +322,8 @@ def test_the_runtime_that_half_scales_need_is_that_of_float32(tmp_path, bits):
 
 
 def test_packed_arrays_can_be_exchanged(tmp_path):
-    (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
-    (packed,) = pack_tap(tap, rtn(tap))
+    (group,), _ = find_linear_groups(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
+    (packed,) = pack_tap(group, rtn(group))
     again = packed.with_arrays([array.copy() for array in packed.arrays])
     assert len(again.codes) == 3
     for one, other in zip(packed.arrays, again.arrays, strict=True):
@@ -329,9 +333,9 @@ def test_packed_arrays_can_be_exchanged(tmp_path):
 
 def test_only_codes_that_leave_gaps_are_dense(tmp_path):
     """Whatever a tap was found with: a mix gives it another spec afterwards."""
-    (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
-    assert tap.dense
-    other = replace(tap, spec=Spec(4, 32))
+    (group,), _ = find_linear_groups(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
+    assert group.dense
+    other = replace(group, spec=Spec(4, 32))
     assert not other.dense
     assert replace(other, spec=Spec(3, 64)).dense
     with pytest.raises(ValueError, match="4 bits"):

@@ -7,8 +7,8 @@ import pytest
 from builders import BOOL, FLOAT, INT64, graph, node, random, run, value, write
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.expose import expose
-from onnx_woq.graph.model import load, serialize
+from onnx_woq.graph.io.model import load, serialize
+from onnx_woq.graph.rewrite.expose_values import expose
 
 X, W, V = random(3, 20), random(20, 20, seed=1), random(20, 20, seed=2)
 

@@ -11,8 +11,9 @@ import pytest
 from builders import graph, linear, node, random, run, value, write
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.model import load, model_hash, save
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load, model_hash
+from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
 
 W = random(40, 9)
@@ -20,8 +21,8 @@ W = random(40, 9)
 
 def weight(path) -> np.ndarray:
     """The weight of the only site, read through everything a run goes through."""
-    (tap,), _ = find_taps(load(path), Recipe())
-    return tap.weight()
+    (group,), _ = find_linear_groups(load(path), Recipe())
+    return group.weight()
 
 
 def referring(folder: Path, location: str, *, offset: int = 0, length: int | None = 1440, dims=(40, 9)) -> Path:

@@ -8,11 +8,12 @@ import pytest
 from builders import BOOL, FLOAT, FLOAT16, graph, lower, node, pack_tap, random, rtn, run, value, write
 
 from onnx_woq.graph.edit import add_initializer
-from onnx_woq.graph.fold import can_fold, divide_input
-from onnx_woq.graph.lower.matmulnbits import lower_tap
-from onnx_woq.graph.model import load, save
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import save
+from onnx_woq.graph.rewrite.fold_scale import can_fold, divide_input
 from onnx_woq.recipe import Recipe
+from onnx_woq.targets.matmulnbits import lower_group
 
 K, N = 32, 12
 SCALE = np.exp(random(K, seed=7) * 0.7)
@@ -23,9 +24,9 @@ def block(nodes, weights=None, *, inputs=(), outputs=(), dtype=FLOAT):
     """A graph from `x [m, K]` over `nodes`, which make `v [m, K]`, to the sites `y` and `z`."""
     numpy_type = np.float16 if dtype == FLOAT16 else np.float32
     all_weights = {"W1": random(K, N, seed=1), "W2": random(K, N, seed=2), **(weights or {})}
-    sites = [node("MatMul", ["v", "W1"], ["y"], name="site1"), node("MatMul", ["v", "W2"], ["z"], name="site2")]
+    linears = [node("MatMul", ["v", "W1"], ["y"], name="site1"), node("MatMul", ["v", "W2"], ["z"], name="site2")]
     return graph(
-        [*nodes, *sites],
+        [*nodes, *linears],
         [value("x", ("m", K), dtype), *inputs],
         [value("y", ("m", N), dtype), value("z", ("m", N), dtype), *outputs],
         {name: w.astype(numpy_type) if w.dtype == np.float32 else w for name, w in all_weights.items()},
@@ -34,15 +35,17 @@ def block(nodes, weights=None, *, inputs=(), outputs=(), dtype=FLOAT):
 
 def site_tap(model):
     """The tap of `v`."""
-    return next(tap for tap in find_taps(model, Recipe())[0] if "site1" in [s.node_name for s in tap.sites])
+    return next(
+        group for group in find_linear_groups(model, Recipe())[0] if "site1" in [s.node_name for s in group.linears]
+    )
 
 
-def multiply_weights(tap, scale):
+def multiply_weights(group, scale):
     """Multiplies the rows of every float weight of the tap by the scale."""
-    for site in tap.sites:
-        weight = site.view() * scale[:, None]
-        weight = (weight.T if site.transposed() else weight).astype(site.dtype.numpy())
-        site.node.replace_input_with(1, add_initializer(site.node.graph, f"{site.weight_name}_s", weight))
+    for linear in group.linears:
+        weight = linear.view() * scale[:, None]
+        weight = (weight.T if linear.transposed() else weight).astype(linear.dtype.numpy())
+        linear.node.replace_input_with(1, add_initializer(linear.node.graph, f"{linear.weight_name}_s", weight))
 
 
 def fold(path, kind, *, feeds=None, scale=SCALE, allow_mul=True, bound=2e-6, prepare=None, dtype=np.float32):
@@ -52,10 +55,10 @@ def fold(path, kind, *, feeds=None, scale=SCALE, allow_mul=True, bound=2e-6, pre
         prepare(model)
     feeds = feeds or {"x": random(5, K, seed=3, dtype=dtype)}
     before = run(model, feeds)
-    tap = site_tap(model)
-    assert can_fold(tap) == (kind != "mul")
-    assert divide_input(tap, scale, allow_mul=allow_mul) == kind
-    multiply_weights(tap, scale)
+    group = site_tap(model)
+    assert can_fold(group) == (kind != "mul")
+    assert divide_input(group, scale, allow_mul=allow_mul) == kind
+    multiply_weights(group, scale)
     for want, got in zip(before, run(model, feeds), strict=True):
         assert np.linalg.norm((got - want).astype(np.float64)) <= bound * np.linalg.norm(want.astype(np.float64))
     muls = [n for n in model.ir.graph.all_nodes() if n.op_type == "Mul" and "scaled" in (n.name or "")]
@@ -154,9 +157,9 @@ def test_everything_else_needs_a_product(tmp_path, case):
     path = write(tmp_path / "m.onnx", block(NEED_MUL[case], used, inputs=inputs, outputs=extra))
     feeds = {"x": random(5, K, seed=3)} | ({"over": GAMMA} if inputs else {})
     fold(path, "mul", feeds=feeds)
-    tap = site_tap(load(path))
+    group = site_tap(load(path))
     with pytest.raises(ValueError, match="cannot be divided"):
-        divide_input(tap, SCALE, allow_mul=False)
+        divide_input(group, SCALE, allow_mul=False)
 
 
 def test_a_tap_fed_by_a_graph_input_directly(tmp_path):
@@ -186,8 +189,8 @@ LINEAR = {
 
 
 def lower_all_but_the_tap(model):
-    for tap in find_taps(model, Recipe(exclude=("^site",)))[0]:
-        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
+    for group in find_linear_groups(model, Recipe(exclude=("^site",)))[0]:
+        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
@@ -246,12 +249,12 @@ def test_two_activations_of_a_shared_weight(tmp_path):
 def test_float16_folds_only_what_it_can_hold(tmp_path, scale, kind):
     nodes = [node("LayerNormalization", ["x", "g", "b"], ["v"], axis=-1)]
     path = write(tmp_path / "m.onnx", block(nodes, {"g": GAMMA, "b": BETA}, dtype=FLOAT16))
-    tap = site_tap(load(path))
+    group = site_tap(load(path))
     if kind == "norm":
         fold(path, kind, dtype=np.float16, bound=3e-3)
     else:
         with pytest.raises(ValueError, match="cannot be divided"):
-            divide_input(tap, scale, allow_mul=True)
+            divide_input(group, scale, allow_mul=True)
         assert np.array_equal(load(path).ir.graph.initializers["g"].const_value.numpy(), GAMMA.astype(np.float16))
 
 
@@ -289,10 +292,10 @@ def test_folding_and_lowering_a_whole_gated_block(tmp_path):
     path = write(tmp_path / "m.onnx", main)
     model, feeds = load(path), {"in": random(5, K, seed=3)}
     kinds = []
-    for tap in find_taps(model, Recipe().with_spec(bits=8, group_size=16))[0]:
-        kinds.append(divide_input(tap, SCALE, allow_mul=False))
-        multiply_weights(tap, SCALE)
-        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
+    for group in find_linear_groups(model, Recipe().with_spec(bits=8, group_size=16))[0]:
+        kinds.append(divide_input(group, SCALE, allow_mul=False))
+        multiply_weights(group, SCALE)
+        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
     assert kinds == ["norm", "linear"]
     want, got = run(path, feeds)[0], run(model, feeds)[0]
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)

@@ -11,14 +11,17 @@ import pytest
 from builders import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, node, random, run, value, write
 from runtimes import need, need_opset
 
-from onnx_woq.core import grid
-from onnx_woq.graph.dense import FORMS
-from onnx_woq.graph.embeddings import FLOAT_BY_DEFAULT, SMALLEST_TABLE, find_embeddings
-from onnx_woq.graph.lower.gather import embedding_bytes, lower_embedding, share_codes
-from onnx_woq.graph.lower.matmulnbits import lower_tap, pack, required_runtime
-from onnx_woq.graph.model import load, save
-from onnx_woq.graph.taps import find_taps, shared_copy_bytes
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.core.grids import integer as grid
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.find.embeddings import FLOAT_BY_DEFAULT, SMALLEST_TABLE, find_embeddings
+from onnx_woq.graph.find.float_copies import float_copy_bytes
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import save
+from onnx_woq.recipe import Recipe
+from onnx_woq.targets.bitplanes import FORMS
+from onnx_woq.targets.gather_block_quantized import embedding_bytes, lower_embedding, share_codes
+from onnx_woq.targets.matmulnbits import lower_group, pack, required_runtime
 
 ROWS = 2100
 PROTO = {np.float32: FLOAT, np.float16: FLOAT16}
@@ -49,22 +52,22 @@ def rounded(weight, spec, dtype):
 def lowered(path, recipe, *, input_scale=None):
     """The model written with everything quantized, and for each table what its codes stand for, [V, D] float32."""
     model = load(path)
-    taps, _ = find_taps(model, recipe)
-    found, skipped = find_embeddings(model, recipe, taps)
+    groups, _ = find_linear_groups(model, recipe)
+    found, skipped = find_embeddings(model, recipe, groups)
     meant = {}
-    for tap in taps:
+    for group in groups:
         scale = 1 if input_scale is None else input_scale[:, None]
-        q = rounded(tap.weight() * scale, tap.spec, tap.scale_dtype)
-        (columns,) = {(part.start, part.stop) for _, part in tap.slices()}
-        packed = pack(q.columns(slice(*columns)), tap.scale_dtype, dense=tap.dense)
-        lower_tap(model, tap, [packed], accuracy_level=0)
+        q = rounded(group.weight() * scale, group.spec, group.scale_dtype)
+        (columns,) = {(part.start, part.stop) for _, part in group.slices()}
+        packed = pack(q.columns(slice(*columns)), group.scale_dtype, dense=group.dense)
+        lower_group(model, group, [packed], accuracy_level=0)
         for one in found:
             if one.shared:
                 share_codes(model, one, input_scale)
                 meant[one.name] = q.dequantize().T
     for one in found:
         if not one.shared:
-            q = rounded(one.parts()[0].read(), one.spec, one.scale_dtype)
+            q = rounded(one.weight_sources()[0].read(), one.spec, one.scale_dtype)
             lower_embedding(model, one, pack(q, one.scale_dtype, dense=one.dense))
             meant[one.name] = q.dequantize().T
     out = path.with_name("q.onnx")
@@ -200,8 +203,8 @@ def test_of_two_heads_the_one_on_the_same_grid_lends_its_codes(tmp_path, first):
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
     recipe = Recipe(embedding=Spec(), overrides={f"^{first}$": Spec(8)})
     model = load(path)
-    taps, _ = find_taps(model, recipe)
-    (found,), _ = find_embeddings(model, recipe, taps)
+    groups, _ = find_linear_groups(model, recipe)
+    (found,), _ = find_embeddings(model, recipe, groups)
     assert (found.shared, found.head.name) == (True, "y_two" if first == "one" else "y_one")
 
 
@@ -253,9 +256,9 @@ def test_a_table_in_both_branches_is_stored_once(tmp_path, tied):
 
 def reasons(nodes, inputs, outputs, weights, recipe=FOUR, path=None):
     model = load(write(path, graph(nodes, inputs, outputs, weights)))
-    taps, _ = find_taps(model, recipe)
-    found, skipped = find_embeddings(model, recipe, taps)
-    copies = shared_copy_bytes(model, taps, found)
+    groups, _ = find_linear_groups(model, recipe)
+    found, skipped = find_embeddings(model, recipe, groups)
+    copies = float_copy_bytes(model, groups, found)
     assert all(skip.op_type == "Gather" and skip.weight_bytes for skip in skipped)
     return [one.weight_name for one in found], [skip.reason for skip in skipped], copies
 
@@ -347,7 +350,7 @@ def test_expressions_choose_among_tables(tmp_path):
     path = tables(tmp_path / "m.onnx", 64, count=3)
     recipe = Recipe(embedding=Spec(4), exclude=("gather1",), overrides={"^T2$": Spec(8, 64)})
     model = load(path)
-    found, (skipped,) = find_embeddings(model, recipe, find_taps(model, recipe)[0])
+    found, (skipped,) = find_embeddings(model, recipe, find_linear_groups(model, recipe)[0])
     assert [(one.name, one.spec) for one in found] == [("y0", Spec(4)), ("y2", Spec(8, 64))]
     assert (skipped.name, skipped.reason) == ("y1", "excluded by 'gather1'")
     recipe = Recipe(embedding=Spec(4), include=("gather1",), overrides={"T2": None})
@@ -389,6 +392,6 @@ def test_the_oldest_runtime(tmp_path, spec, columns, oldest):
     model = load(path)
     assert required_runtime(model) == ""
     (found,), _ = find_embeddings(model, Recipe(embedding=spec), [])
-    q = rounded(found.parts()[0].read(), spec, np.float32)
+    q = rounded(found.weight_sources()[0].read(), spec, np.float32)
     lower_embedding(model, found, pack(q, np.float32))
     assert required_runtime(model) == oldest

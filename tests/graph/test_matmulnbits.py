@@ -7,13 +7,15 @@ import itertools
 import numpy as np
 import onnx
 import pytest
-from builders import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, linear, lower, node, random, run, value, write
+from builders import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, linear as linear_model, lower, node, random, run, value, write
 from runtimes import has, need_opset
 
-from onnx_woq.graph.dense import FORMS
-from onnx_woq.graph.lower.matmulnbits import minimum_runtime, native_layout, packed_bytes, required_runtime
-from onnx_woq.graph.model import load, save
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import save
+from onnx_woq.recipe import Recipe
+from onnx_woq.targets.bitplanes import FORMS
+from onnx_woq.targets.matmulnbits import minimum_runtime, native_layout, packed_bytes, required_runtime
 
 GROUPS = (16, 32, 48, 64, 96, 128, 160, 256, 512, -1)
 
@@ -43,26 +45,26 @@ def test_every_width_group_and_scheme_computes_what_it_stores(tmp_path, dtype, k
     x = random(3, k, seed=99, dtype=dtype)
     for level, bound in ((0, 1e-5 if dtype is np.float32 else 2e-3), (4, 0.03)):
         model = load(path)
-        taps, solved, _ = lower(model, recipe, accuracy_level=level)
+        groups, solved, _ = lower(model, recipe, accuracy_level=level)
         save(model, tmp_path / "q.onnx", metadata={})
         onnx.checker.check_model(tmp_path / "q.onnx")
         outputs = run(tmp_path / "q.onnx", {"x": x})
         want = {
-            site.name: x.astype(np.float32) @ q.dequantize()
-            for tap, q in zip(taps, solved, strict=True)
-            for site in tap.sites
+            linear.name: x.astype(np.float32) @ q.dequantize()
+            for group, q in zip(groups, solved, strict=True)
+            for linear in group.linears
         }
         for i, (spec, got) in enumerate(zip(specs, outputs, strict=True)):
             assert got.dtype == dtype
             assert relative(got, want[f"y{i}"]) < bound, (spec, level)
 
 
-def check(path, feeds, bound=1e-5, recipe=None, taps=1):
+def check(path, feeds, bound=1e-5, recipe=None, groups=1):
     """Lowers the model at level 0 and compares it with itself on the dequantized weights."""
     model = load(path)
     before = {v.name for v in model.ir.graph.outputs}
     found, solved, skipped = lower(model, recipe)
-    assert len(found) == taps, skipped
+    assert len(found) == groups, skipped
     out = path.with_name("q.onnx")
     save(model, out, metadata={})
     onnx.checker.check_model(out)
@@ -74,37 +76,37 @@ def check(path, feeds, bound=1e-5, recipe=None, taps=1):
     return load(out), found
 
 
-def replaced(path, taps, solved):
+def replaced(path, groups, solved):
     """The float model with every weight replaced by what its codes stand for."""
     proto = onnx.load(path)
-    for tap, q in zip(taps, solved, strict=True):
-        for site, columns in tap.slices() if site_is_float(tap) else stored(tap):
-            new = q.columns(columns).dequantize() / np.float32(site.scale)
-            put(proto, site, new)
+    for group, q in zip(groups, solved, strict=True):
+        for linear, columns in group.slices() if site_is_float(group) else stored(group):
+            new = q.columns(columns).dequantize() / np.float32(linear.scale)
+            put(proto, linear, new)
     out = path.with_name("dequantized.onnx")
     onnx.save(proto, out)
     return out
 
 
-def site_is_float(tap):
-    return all(site.node.op_type != "MatMulNBits" for site in tap.sites)
+def site_is_float(group):
+    return all(linear.node.op_type != "MatMulNBits" for linear in group.linears)
 
 
-def stored(tap):
+def stored(group):
     """Sites with their columns, read off the shared initializers after lowering."""
     places, start = {}, 0
-    for site in tap.sites:
-        packed = site.node.inputs[1].name
+    for linear in group.linears:
+        packed = linear.node.inputs[1].name
         if packed not in places:
-            places[packed] = slice(start, start + site.n)
-            start += site.n
-        yield site, places[packed]
+            places[packed] = slice(start, start + linear.n)
+            start += linear.n
+        yield linear, places[packed]
 
 
-def put(proto, site, weight):
+def put(proto, linear, weight):
     for scope in scopes(proto.graph):
         for tensor in scope.initializer:
-            if tensor.name == site.weight_name:
+            if tensor.name == linear.weight_name:
                 old = onnx.numpy_helper.to_array(tensor)
                 new = weight if tuple(old.shape[-2:]) == weight.shape else weight.T
                 tensor.CopyFrom(onnx.numpy_helper.from_array(new.reshape(old.shape).astype(old.dtype), tensor.name))
@@ -126,7 +128,7 @@ def ops(model):
 @pytest.mark.parametrize("external", [False, True])
 def test_every_opset_and_both_ways_of_storing(tmp_path, opset, external):
     need_opset(opset)
-    path = linear(tmp_path / "m.onnx", random(40, 9), opset=opset, external=external)
+    path = linear_model(tmp_path / "m.onnx", random(40, 9), opset=opset, external=external)
     model, _ = check(path, {"x": random(3, 40)})
     assert ops(model) == ["MatMulNBits"]
     assert model.ir.opset_imports == {"": opset, "com.microsoft": 1}
@@ -268,8 +270,8 @@ def test_tied_weight_read_by_two_activations_is_stored_once(tmp_path):
         [value("y", (3, 40))],
         {"W": random(40, 40)},
     )
-    model, (tap,) = check(write(tmp_path / "m.onnx", main), {"x": random(3, 40)}, taps=1)
-    assert tap.values == ("x", "r")
+    model, (group,) = check(write(tmp_path / "m.onnx", main), {"x": random(3, 40)}, groups=1)
+    assert group.values == ("x", "r")
     first, second = (n for n in model.ir.graph if n.op_type == "MatMulNBits")
     assert list(first.inputs[1:]) == list(second.inputs[1:])
     assert sum(v.const_value.nbytes for v in model.ir.graph.initializers.values()) < 40 * 40 * 4 / 2
@@ -311,7 +313,7 @@ def test_if_branches_with_their_own_and_an_outer_weight_and_clashing_names(tmp_p
     )
     path = write(tmp_path / "m.onnx", main)
     for flag in (True, False):
-        model, _ = check(path, {"flag": np.array(flag), "x": random(3, 40)}, taps=1)
+        model, _ = check(path, {"flag": np.array(flag), "x": random(3, 40)}, groups=1)
     assert ops(model) == ["If", "MatMulNBits", "MatMulNBits"]
     assert len({n.outputs[0].name for n in model.ir.graph.all_nodes()}) == 3
 
@@ -365,7 +367,7 @@ def test_functions_with_a_matmul_are_inlined_and_others_kept(tmp_path):
         {"W": random(40, 40), "V": random(40, 9)},
     )
     path = write(tmp_path / "m.onnx", main, functions=functions, domains={domain: 1})
-    model, _ = check(path, {"x": random(3, 40)}, taps=2)
+    model, _ = check(path, {"x": random(3, 40)}, groups=2)
     assert [f.name for f in model.ir.functions.values()] == ["act"]
     assert ops(model) == ["MatMulNBits", "MatMulNBits", "act", "act"]
 
@@ -396,7 +398,7 @@ def test_layout_of_known_shapes():
 def test_packed_bytes_are_the_bytes_written(tmp_path, symmetric, dtype):
     for i, (bits, group) in enumerate(itertools.product(range(1, 9), (16, 32, 96, 512, -1))):
         spec = Spec(bits, group, symmetric)
-        model = load(linear(tmp_path / f"m{i}.onnx", random(200, 9, dtype=dtype)))
+        model = load(linear_model(tmp_path / f"m{i}.onnx", random(200, 9, dtype=dtype)))
         lower(model, Recipe(spec=spec))
         size = sum(v.const_value.nbytes for v in model.ir.graph.initializers.values())
         dense = bits in FORMS

@@ -13,8 +13,8 @@ from builders import BFLOAT16, BOOL, FLOAT, INT64, graph, linear, lower, node, r
 
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import fresh
-from onnx_woq.graph.model import Model, clone, file_bytes, load, low_bit_nodes, memory_tensors, serialize
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import Model, clone, file_bytes, load, low_bit_nodes, memory_tensors, serialize
 from onnx_woq.recipe import Recipe
 
 W = random(40, 9)
@@ -135,7 +135,7 @@ def test_malformed_nodes(tmp_path, nodes, message):
 def test_a_transpose_that_is_no_permutation(tmp_path):
     nodes = [node("Transpose", ["W"], ["w"], perm=[0, 5]), node("MatMul", ["x", "w"], ["y"])]
     path = write(tmp_path / "m.onnx", graph(nodes, [value("x", (3, 40))], [value("y")], {"W": W}))
-    _, (skipped,) = find_taps(load(path), Recipe())
+    _, (skipped,) = find_linear_groups(load(path), Recipe())
     assert skipped.reason == "both inputs are computed"
 
 
@@ -151,8 +151,8 @@ def test_damaged_files_are_read_or_refused_by_name(tmp_path, external):
             changed[place] = random_bytes.integers(256)
         damaged.write_bytes(changed)
         try:
-            for tap in find_taps(load(damaged), Recipe())[0]:
-                tap.weight()
+            for group in find_linear_groups(load(damaged), Recipe())[0]:
+                group.weight()
         except ModelError:
             refused += 1
     assert refused > 20
@@ -182,10 +182,10 @@ def test_float_types_however_stored(tmp_path, dtype, raw):
     tensor = onnx.helper.make_tensor("W", kind, W.shape, data, raw=raw)
     inputs, outputs = [value("x", (3, 40), kind)], [value("y", (3, 9), kind)]
     main = graph([node("MatMul", ["x", "W"], ["y"])], inputs, outputs, {"W": tensor})
-    (tap,), _ = find_taps(load(write(tmp_path / "m.onnx", main)), Recipe())
-    assert tap.weight().dtype == np.float32
-    np.testing.assert_array_equal(tap.weight(), weight.astype(np.float32))
-    assert tap.scale_dtype is (np.float16 if dtype is np.float16 else np.float32)
+    (group,), _ = find_linear_groups(load(write(tmp_path / "m.onnx", main)), Recipe())
+    assert group.weight().dtype == np.float32
+    np.testing.assert_array_equal(group.weight(), weight.astype(np.float32))
+    assert group.scale_dtype is (np.float16 if dtype is np.float16 else np.float32)
 
 
 def named_branches(tmp_path):
@@ -217,9 +217,9 @@ def test_value_names_become_unique_and_the_main_graph_keeps_its_own(tmp_path):
     assert len(names) == len(set(names))
     assert [v.name for v in model.ir.graph.outputs] == ["y"]
     assert [n.outputs[0].name for n in model.ir.graph] == ["z", "h", "y"]
-    taps, _ = find_taps(model, Recipe())
-    assert [tap.name for tap in taps] == ["h_2", "h"]
-    assert [s.name for s in taps[0].sites] == ["h_2", "h_3"]
+    groups, _ = find_linear_groups(model, Recipe())
+    assert [group.name for group in groups] == ["h_2", "h"]
+    assert [s.name for s in groups[0].linears] == ["h_2", "h_3"]
     assert fresh(model.ir.graph, "h") == "h_4"
     assert fresh(clone(model).ir.graph, "h") == "h_5"
 
@@ -251,8 +251,8 @@ def test_functions_that_cannot_be_inlined_stay_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = load(path)
     assert "cannot be inlined" in caplog.text
-    taps, (skipped,) = find_taps(model, Recipe())
-    assert taps == []
+    groups, (skipped,) = find_linear_groups(model, Recipe())
+    assert groups == []
     assert "inside the function proj" in skipped.reason
 
 
@@ -305,7 +305,7 @@ def test_low_bit_nodes(tmp_path):
     )
     model = load(write(tmp_path / "q.onnx", main))
     assert low_bit_nodes(model) == 1, "8 bits are not low"
-    _, skipped = find_taps(model, Recipe())
+    _, skipped = find_linear_groups(model, Recipe())
     assert {s.reason for s in skipped} == {"the weight is quantized already (DequantizeLinear)"}
 
 

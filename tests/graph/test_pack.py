@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnx_woq.graph.lower.pack import pack_codes, pack_zeros, spread
+from onnx_woq.targets.packing import pack_codes, pack_zeros, spread
 
 
 def slowly(codes, bits, block, shift):

@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.constants import resolve
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.constants import resolve
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 
 K, N = 40, 24
@@ -25,8 +25,8 @@ MAPS = Path("/proc/self/maps")
 
 
 def one_tap(path):
-    (tap,), _ = find_taps(load(path), Recipe())
-    return tap
+    (group,), _ = find_linear_groups(load(path), Recipe())
+    return group
 
 
 def stored(weight, kind, how):
@@ -75,16 +75,16 @@ def test_parts_are_the_weight(tmp_path, kind, steps, gemm, trans_b, alpha, rank,
     tensor = stored(weight if rank == 2 else weight[None], kind, how)
     shape = ("m", K) if rank == 2 else (1, "m", K)
     main = graph(nodes, [value("x", shape, current)], [value("y", None, current)], {"W": tensor})
-    tap = one_tap(write(tmp_path / "m.onnx", main, external=how == "external"))
-    (part,) = tap.parts()
+    group = one_tap(write(tmp_path / "m.onnx", main, external=how == "external"))
+    (part,) = group.weight_sources()
     read = part.read()
     assert (part.name, part.k, part.n) == ("W", K, columns)
     assert read.shape == (K, columns)
     assert read.dtype in [np.dtype(t) for t in TYPES.values()]
     assert not read.flags.writeable
     np.testing.assert_array_equal(read.astype(np.float32), expected.astype(np.float32))
-    np.testing.assert_array_equal(tap.weight(), expected.astype(np.float32))
-    assert tap.weight().flags.writeable
+    np.testing.assert_array_equal(group.weight(), expected.astype(np.float32))
+    assert group.weight().flags.writeable
 
 
 def test_parts_stand_in_the_order_of_the_weight(tmp_path):
@@ -92,9 +92,11 @@ def test_parts_stand_in_the_order_of_the_weight(tmp_path):
     nodes = [node("MatMul", ["x", "A"], ["a"]), node("MatMul", ["x", "B"], ["b"])]
     nodes += [node("MatMul", ["x", "A"], ["again"]), node("Gemm", ["x", "C"], ["c"], transB=1)]
     main = graph(nodes, [value("x", (3, K))], [value(v) for v in ("a", "b", "again", "c")], weights)
-    tap = one_tap(write(tmp_path / "m.onnx", main))
-    assert [part.name for part in tap.parts()] == ["A", "B", "C"]
-    np.testing.assert_array_equal(np.concatenate([part.read() for part in tap.parts()], axis=1), tap.weight())
+    group = one_tap(write(tmp_path / "m.onnx", main))
+    assert [part.name for part in group.weight_sources()] == ["A", "B", "C"]
+    np.testing.assert_array_equal(
+        np.concatenate([part.read() for part in group.weight_sources()], axis=1), group.weight()
+    )
 
 
 def is_mapped(path):
@@ -117,9 +119,9 @@ def test_a_part_is_a_map_of_the_file_as_long_as_someone_holds_it(tmp_path, kind,
     main = graph([*nodes, product], [value("x", (3, K), dtype)], [value("y", None, dtype)], {"W": kept})
     path = write(tmp_path / "m.onnx", main, external=external)
     file = tmp_path / "m.onnx.data" if external else path
-    tap = one_tap(path)
+    group = one_tap(path)
     assert not is_mapped(file)
-    read = tap.parts()[0].read()
+    read = group.weight_sources()[0].read()
     assert read.dtype == TYPES[kind]
     assert is_mapped(file)
     column = read[:, 3]
@@ -127,8 +129,8 @@ def test_a_part_is_a_map_of_the_file_as_long_as_someone_holds_it(tmp_path, kind,
     np.testing.assert_array_equal(column, weight[:, 3])
     del column
     assert not is_mapped(file)
-    tap.check()
-    tap.weight()
+    group.check()
+    group.weight()
     assert not is_mapped(file)
 
 
@@ -136,8 +138,8 @@ def test_a_weight_in_memory_is_not_copied_and_not_writable(tmp_path):
     tensor = onnx.helper.make_tensor("W", FLOAT, (K, 64), random(K, 64))
     main = graph([node("MatMul", ["x", "W"], ["y"])], [value("x", (3, K))], [value("y")], {"W": tensor})
     model = load(write(tmp_path / "m.onnx", main))
-    (tap,), _ = find_taps(model, Recipe())
-    read = tap.parts()[0].read()
+    (group,), _ = find_linear_groups(model, Recipe())
+    read = group.weight_sources()[0].read()
     held = resolve(model.ir.graph.initializers["W"]).tensor.numpy()
     assert np.shares_memory(read, held)
     with pytest.raises(ValueError, match="read-only"):
@@ -159,27 +161,29 @@ def test_a_number_that_is_not_finite_is_found_wherever_it_is(tmp_path, kind, tur
         if broken:
             stored_weight[place[::-1] if turned else place] = bad
         main = graph([product], [value("x", (3, K), kind)], [value("y", None, kind)], {"W": stored_weight})
-        tap = one_tap(write(tmp_path / "m.onnx", main))
+        group = one_tap(write(tmp_path / "m.onnx", main))
         if not broken:
-            tap.check()
+            group.check()
             continue
-        for read in (tap.check, tap.weight):
+        for read in (group.check, group.weight):
             with pytest.raises(ModelError, match="'W' of 'y' has NaN or infinite"):
                 read()
-        assert not np.isfinite(tap.parts()[0].read()[place]), "a part says what is there"
+        assert not np.isfinite(group.weight_sources()[0].read()[place]), "a part says what is there"
 
 
 def test_a_file_that_went_away(tmp_path):
     path = linear(tmp_path / "m.onnx", random(K, 64), external=True)
-    tap = one_tap(path)
+    group = one_tap(path)
     (tmp_path / "m.onnx.data").unlink()
     with pytest.raises(ModelError, match="weight 'W' cannot be read"):
-        tap.parts()[0].read()
+        group.weight_sources()[0].read()
 
 
 def test_threads_read_one_weight_at_the_same_time(tmp_path):
     weight = random(K, 640)
-    tap = one_tap(linear(tmp_path / "m.onnx", weight, external=True))
+    group = one_tap(linear(tmp_path / "m.onnx", weight, external=True))
     with ThreadPoolExecutor(8) as pool:
-        sums = list(pool.map(lambda _: float(tap.weight().sum()) + float(tap.parts()[0].read()[0, 0]), range(400)))
+        sums = list(
+            pool.map(lambda _: float(group.weight().sum()) + float(group.weight_sources()[0].read()[0, 0]), range(400))
+        )
     assert set(sums) == {float(weight.sum()) + float(weight[0, 0])}

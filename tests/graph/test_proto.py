@@ -12,8 +12,8 @@ from builders import BOOL, graph, lower, node, random, run, value, write
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnx_woq.graph.edit import add_initializer, lift_constants
-from onnx_woq.graph.model import load, memory_tensors, serialize, structure
-from onnx_woq.graph.proto import copied, from_proto, to_proto
+from onnx_woq.graph.io.model import load, memory_tensors, serialize, structure
+from onnx_woq.graph.io.proto import copied, from_proto, to_proto
 
 W = random(40, 40)
 

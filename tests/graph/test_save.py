@@ -15,8 +15,9 @@ import pytest
 from builders import BOOL, graph, linear, lower, node, random, run, value, write
 
 from onnx_woq.errors import OutputError
-from onnx_woq.graph import save as saving
-from onnx_woq.graph.model import check_output, load, model_hash, save, serialize
+from onnx_woq.graph.io import save as saving
+from onnx_woq.graph.io.model import load, model_hash, serialize
+from onnx_woq.graph.io.save import check_output, save
 
 W = random(300, 200)
 X = random(3, 300, seed=1)

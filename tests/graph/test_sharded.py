@@ -15,8 +15,10 @@ from builders import BFLOAT16, FLOAT, FLOAT16, graph, node, random, run, value, 
 from onnx import TensorProto
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.model import clone, file_bytes, load, memory_tensors, model_hash, save, serialize
-from onnx_woq.graph.taps import find_taps, shared_copy_bytes
+from onnx_woq.graph.find.float_copies import float_copy_bytes
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import clone, file_bytes, load, memory_tensors, model_hash, serialize
+from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
 
 TYPES = {FLOAT: np.float32, FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
@@ -68,13 +70,13 @@ def test_every_shard_is_found_and_read(tmp_path, kind):
     shards = [tmp_path / "parts" / f"model-0000{i}.data" for i in (1, 2, 3)]
     assert model.files == (tmp_path / "model.onnx", *shards)
     assert file_bytes(model) == sum(f.stat().st_size for f in (tmp_path / "model.onnx", *shards))
-    taps, skipped = find_taps(model, Recipe())
-    assert [tap.name for tap in taps] == [f"x{i}" for i in range(1, 7)]
+    groups, skipped = find_linear_groups(model, Recipe())
+    assert [group.name for group in groups] == [f"x{i}" for i in range(1, 7)]
     assert skipped == []
-    for layer, tap in enumerate(taps):
+    for layer, group in enumerate(groups):
         expected = (random(64, 64, seed=layer) / np.sqrt(64)).astype(TYPES[kind])
-        assert tap.weight_bytes == expected.nbytes
-        np.testing.assert_array_equal(tap.parts()[0].read(), expected)
+        assert group.weight_bytes == expected.nbytes
+        np.testing.assert_array_equal(group.weight_sources()[0].read(), expected)
 
 
 def test_a_session_reads_every_shard(tmp_path):
@@ -144,23 +146,24 @@ def test_a_shard_that_cannot_be_used_is_named(tmp_path, how, message):
 
 LIMITED = """
 import resource, sys
-from onnx_woq.graph.fold import can_fold
-from onnx_woq.graph.model import clone, load, model_hash, serialize
-from onnx_woq.graph.taps import find_taps, shared_copy_bytes
+from onnx_woq.graph.rewrite.fold_scale import can_fold
+from onnx_woq.graph.io.model import clone, load, model_hash, serialize
+from onnx_woq.graph.find.float_copies import float_copy_bytes
+from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.recipe import Recipe
 status = open("/proc/self/status").read()
 private = int(status.split("VmData:")[1].split()[0]) << 10
 resource.setrlimit(resource.RLIMIT_DATA, [private + int(sys.argv[2])] * 2)
 model = load(sys.argv[1])
-taps, _ = find_taps(model, Recipe())
+groups, _ = find_linear_groups(model, Recipe())
 model_hash(model)
-shared_copy_bytes(model, taps)
+float_copy_bytes(model, groups)
 serialize(clone(model))
-views = [part.read() for tap in taps for part in tap.parts()]  # all at once: no more than a map each
+views = [part.read() for group in groups for part in group.weight_sources()]  # all at once: no more than a map each
 assert all(float(view[::64].max()) < 1 for view in views)
-assert not any(can_fold(tap) for tap in taps)
-for tap in taps:
-    tap.check()
+assert not any(can_fold(group) for group in groups)
+for group in groups:
+    group.check()
 print(sum(view.nbytes for view in views) >> 20)
 del views
 taps[0].weight()
@@ -199,9 +202,9 @@ def layered(path, layers, k=32):
 def structure_work(path):
     """Everything that is done to a model beside numbers."""
     model = load(path)
-    taps, _ = find_taps(model, Recipe(lm_head=True))
-    assert len(taps) * 2 == len([t for t in model.ir.graph.initializers if t.startswith("W")])
-    shared_copy_bytes(model, taps)
+    groups, _ = find_linear_groups(model, Recipe(lm_head=True))
+    assert len(groups) * 2 == len([t for t in model.ir.graph.initializers if t.startswith("W")])
+    float_copy_bytes(model, groups)
     serialize(clone(model))
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from builders import BOOL, FLOAT, FLOAT16, INT64, graph, linear, lower, node, random, value, write
+from builders import BOOL, FLOAT, FLOAT16, INT64, graph, linear as linear_model, lower, node, random, value, write
 
+from onnx_woq.core.spec import Spec
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps, shared_copy_bytes
-from onnx_woq.recipe import Recipe, Spec
+from onnx_woq.graph.find.float_copies import float_copy_bytes
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.recipe import Recipe
 
 W = random(40, 40)
 X = [value("x", ("m", 40))]
@@ -40,17 +42,17 @@ def attention(tmp_path):
     return model(tmp_path, nodes, ["logits"], weights | {"O": W, "H": random(40, 50)})
 
 
-def names(taps):
-    return [[site.node_name for site in tap.sites] for tap in taps]
+def names(groups):
+    return [[linear.node_name for linear in group.linears] for group in groups]
 
 
 def test_siblings_form_one_tap_and_products_of_two_activations_are_listed(tmp_path):
-    taps, skipped = find_taps(attention(tmp_path), Recipe())
-    assert names(taps) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["lm_head"]]
-    assert [tap.values for tap in taps] == [("x",), ("mixed",), ("o",)]
-    assert [tap.name for tap in taps] == ["q", "o", "logits"]
-    assert [(tap.k, tap.n) for tap in taps] == [(40, 100), (40, 40), (40, 50)]
-    assert [tap.weight_bytes for tap in taps] == [40 * 100 * 4, 40 * 40 * 4, 40 * 50 * 4]
+    groups, skipped = find_linear_groups(attention(tmp_path), Recipe())
+    assert names(groups) == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["lm_head"]]
+    assert [group.values for group in groups] == [("x",), ("mixed",), ("o",)]
+    assert [group.name for group in groups] == ["q", "o", "logits"]
+    assert [(group.k, group.n) for group in groups] == [(40, 100), (40, 40), (40, 50)]
+    assert [group.weight_bytes for group in groups] == [40 * 100 * 4, 40 * 40 * 4, 40 * 50 * 4]
     assert [(s.name, s.node_name, s.reason, s.weight_bytes) for s in skipped] == [
         ("scores", "scores", "both inputs are computed", 0),
         ("mixed", "mix", "both inputs are computed", 0),
@@ -58,34 +60,34 @@ def test_siblings_form_one_tap_and_products_of_two_activations_are_listed(tmp_pa
 
 
 def test_weights_stand_side_by_side(tmp_path):
-    taps, _ = find_taps(attention(tmp_path), Recipe())
-    weight = taps[0].weight()
+    groups, _ = find_linear_groups(attention(tmp_path), Recipe())
+    weight = groups[0].weight()
     assert weight.shape == (40, 100)
-    for site, columns in taps[0].slices():
+    for linear, columns in groups[0].slices():
         np.testing.assert_array_equal(
-            weight[:, columns], random(40, site.n, seed={"Q": 1, "K": 2, "V": 3}[site.weight_name])
+            weight[:, columns], random(40, linear.n, seed={"Q": 1, "K": 2, "V": 3}[linear.weight_name])
         )
 
 
 def test_specs_by_expression_split_a_tap(tmp_path):
     eight = Spec(8, 32)
     recipe = Recipe(overrides={"k_proj": eight, "^o$": None, "^H$": Spec(2, 64)})
-    taps, skipped = find_taps(attention(tmp_path), recipe)
-    assert names(taps) == [["q_proj", "v_proj"], ["k_proj"], ["lm_head"]]
-    assert [tap.spec.bits for tap in taps] == [4, 8, 2]
+    groups, skipped = find_linear_groups(attention(tmp_path), recipe)
+    assert names(groups) == [["q_proj", "v_proj"], ["k_proj"], ["lm_head"]]
+    assert [group.spec.bits for group in groups] == [4, 8, 2]
     assert ("o_proj", "left float by an override", 6400) in [(s.node_name, s.reason, s.weight_bytes) for s in skipped]
 
 
 def test_include_and_exclude(tmp_path):
-    taps, skipped = find_taps(attention(tmp_path), Recipe(include=("proj",), exclude=("^v_",)))
-    assert names(taps) == [["q_proj", "k_proj"], ["o_proj"]]
+    groups, skipped = find_linear_groups(attention(tmp_path), Recipe(include=("proj",), exclude=("^v_",)))
+    assert names(groups) == [["q_proj", "k_proj"], ["o_proj"]]
     reasons = {s.node_name: s.reason for s in skipped}
     assert reasons["v_proj"] == "excluded by '^v_'"
     assert reasons["lm_head"] == "not named by --include"
 
 
 def heads(model):
-    _, skipped = find_taps(model, Recipe(lm_head=False))
+    _, skipped = find_linear_groups(model, Recipe(lm_head=False))
     return {s.node_name for s in skipped if s.reason == "the last MatMul, left float by the recipe"}
 
 
@@ -144,21 +146,21 @@ def test_without_a_head_it_is_the_last_site(tmp_path):
 def test_stacked_weights(tmp_path, shape, rank, found):
     inputs = [value("x", (*range(2, rank + 1), 40))]
     m = model(tmp_path, [node("MatMul", ["x", "W"], ["y"])], ["y"], {"W": random(*shape)}, inputs=inputs)
-    taps, skipped = find_taps(m, Recipe())
-    assert len(taps) == found
+    groups, skipped = find_linear_groups(m, Recipe())
+    assert len(groups) == found
     assert len(skipped) == (not found)
     if found:
-        assert taps[0].weight().shape == (40, 9)
+        assert groups[0].weight().shape == (40, 9)
 
 
 def test_the_rank_of_an_inner_value_is_inferred(tmp_path):
     nodes = [node("Relu", ["x"], ["h"]), node("MatMul", ["h", "W"], ["y"])]
     three = [value("x", (2, 3, 40))]
-    assert find_taps(model(tmp_path, nodes, ["y"], {"W": random(1, 40, 9)}, inputs=three), Recipe())[0]
+    assert find_linear_groups(model(tmp_path, nodes, ["y"], {"W": random(1, 40, 9)}, inputs=three), Recipe())[0]
     unknown = [node("MyOp", ["x"], ["h"], domain="mine"), nodes[1]]
     main = graph(unknown, three, [value("y")], {"W": random(1, 40, 9)})
     path = write(tmp_path / "u.onnx", main, domains={"mine": 1})
-    _, (skipped,) = find_taps(load(path), Recipe())
+    _, (skipped,) = find_linear_groups(load(path), Recipe())
     assert "not known to have as many" in skipped.reason
 
 
@@ -193,8 +195,8 @@ def test_every_other_product_is_listed_with_its_reason(tmp_path, case):
     inputs = [value("x", (40, 40)), *(v for v in extra if v.name in read)]
     main = graph(nodes, inputs, [value("y")], {name: w for name, w in weights.items() if name in read})
     m = load(write(tmp_path / "m.onnx", main, domains={"com.microsoft": 1}))
-    taps, (skipped,) = find_taps(m, Recipe())
-    assert taps == []
+    groups, (skipped,) = find_linear_groups(m, Recipe())
+    assert groups == []
     assert reason in skipped.reason
     assert skipped.name == "y"
     assert skipped.op_type == nodes[-1].op_type
@@ -204,15 +206,15 @@ def test_every_other_product_is_listed_with_its_reason(tmp_path, case):
 def test_convolutions_and_embeddings_are_not_products(tmp_path):
     nodes = [node("Gather", ["E", "i"], ["e"]), node("MatMul", ["e", "W"], ["y"])]
     m = model(tmp_path, nodes, ["y"], {"E": random(7, 40), "W": W}, inputs=[value("i", (3,), INT64)])
-    taps, skipped = find_taps(m, Recipe())
-    assert len(taps) == 1
+    groups, skipped = find_linear_groups(m, Recipe())
+    assert len(groups) == 1
     assert skipped == []
 
 
 def test_unnamed_nodes_are_known_by_their_output(tmp_path):
-    path = linear(tmp_path / "m.onnx", W, name="")
-    taps, _ = find_taps(load(path), Recipe(include=("^y$",)))
-    assert taps[0].sites[0].name == "y"
+    path = linear_model(tmp_path / "m.onnx", W, name="")
+    groups, _ = find_linear_groups(load(path), Recipe(include=("^y$",)))
+    assert groups[0].linears[0].name == "y"
 
 
 def test_sites_that_share_a_weight_share_a_tap_and_its_columns(tmp_path):
@@ -226,14 +228,14 @@ def test_sites_that_share_a_weight_share_a_tap_and_its_columns(tmp_path):
     ]
     weights = {name: random(40, 40, seed=i) for i, name in enumerate("WVUT")}
     m = model(tmp_path, nodes, ["c", "d", "e"], weights)
-    taps, _ = find_taps(m, Recipe())
-    assert names(taps) == [["a", "b", "c", "d"], ["e"]]
-    assert taps[0].values == ("x", "r")
-    assert taps[0].n == 120
-    assert taps[0].weight().shape == (40, 120)
-    places = {site.node_name: (s.start, s.stop) for site, s in taps[0].slices()}
+    groups, _ = find_linear_groups(m, Recipe())
+    assert names(groups) == [["a", "b", "c", "d"], ["e"]]
+    assert groups[0].values == ("x", "r")
+    assert groups[0].n == 120
+    assert groups[0].weight().shape == (40, 120)
+    places = {linear.node_name: (s.start, s.stop) for linear, s in groups[0].slices()}
     assert places == {"a": (0, 40), "b": (40, 80), "c": (0, 40), "d": (80, 120)}
-    split, _ = find_taps(m, Recipe(overrides={"^c$": Spec(8, 32)}))
+    split, _ = find_linear_groups(m, Recipe(overrides={"^c$": Spec(8, 32)}))
     assert names(split) == [["a", "b"], ["c"], ["d"], ["e"]]
 
 
@@ -247,11 +249,11 @@ def test_the_same_constant_used_both_ways_round_is_two_weights(tmp_path):
         node("MatMul", ["x", "Wtt"], ["d"]),
     ]
     m = model(tmp_path, nodes, ["a", "b", "c", "d"], {"W": W})
-    (tap,), _ = find_taps(m, Recipe())
-    weight = tap.weight()
+    (group,), _ = find_linear_groups(m, Recipe())
+    weight = group.weight()
     np.testing.assert_array_equal(weight, np.concatenate([W, W.T, 2 * W.T], axis=1))
-    assert [(s.start, s.stop) for _, s in tap.slices()] == [(0, 40), (40, 80), (80, 120), (0, 40)]
-    assert tap.weight_bytes == W.nbytes
+    assert [(s.start, s.stop) for _, s in group.slices()] == [(0, 40), (40, 80), (80, 120), (0, 40)]
+    assert group.weight_bytes == W.nbytes
 
 
 def test_a_cast_that_narrows_is_applied(tmp_path):
@@ -260,25 +262,25 @@ def test_a_cast_that_narrows_is_applied(tmp_path):
         node("Cast", ["h"], ["w"], to=FLOAT),
         node("MatMul", ["x", "w"], ["y"]),
     ]
-    (tap,), _ = find_taps(model(tmp_path, nodes, ["y"], {"W": W}), Recipe())
-    np.testing.assert_array_equal(tap.weight(), W.astype(np.float16).astype(np.float32))
+    (group,), _ = find_linear_groups(model(tmp_path, nodes, ["y"], {"W": W}), Recipe())
+    np.testing.assert_array_equal(group.weight(), W.astype(np.float16).astype(np.float32))
 
 
 def test_a_cast_that_overflows_makes_the_weight_unusable_without_a_warning(tmp_path):
     nodes = [node("Cast", ["W"], ["h"], to=FLOAT16), node("Cast", ["h"], ["w"], to=FLOAT)]
     nodes += [node("MatMul", ["x", "w"], ["y"])]
-    (tap,), _ = find_taps(model(tmp_path, nodes, ["y"], {"W": W * 1e6}), Recipe())
+    (group,), _ = find_linear_groups(model(tmp_path, nodes, ["y"], {"W": W * 1e6}), Recipe())
     with pytest.raises(ModelError, match="infinite"):
-        tap.weight()
+        group.weight()
 
 
 def test_someone_looking_at_a_weight_does_not_stop_anyone_from_reading_it(tmp_path):
-    m = load(linear(tmp_path / "m.onnx", W, external=True))
+    m = load(linear_model(tmp_path / "m.onnx", W, external=True))
     tensor = m.ir.graph.initializers["W"].const_value
     view = tensor.numpy()
-    (tap,), _ = find_taps(m, Recipe())
+    (group,), _ = find_linear_groups(m, Recipe())
     for _ in range(2):
-        np.testing.assert_array_equal(tap.weight(), W)
+        np.testing.assert_array_equal(group.weight(), W)
     np.testing.assert_array_equal(view, W)
     np.testing.assert_array_equal(tensor.numpy(), W)
 
@@ -287,18 +289,18 @@ def test_someone_looking_at_a_weight_does_not_stop_anyone_from_reading_it(tmp_pa
 def test_weights_that_are_not_finite(tmp_path, bad):
     weight = W.copy()
     weight[3, 4] = bad
-    (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", weight)), Recipe())
-    for read in (tap.weight, tap.check):
+    (group,), _ = find_linear_groups(load(linear_model(tmp_path / "m.onnx", weight)), Recipe())
+    for read in (group.weight, group.check):
         with pytest.raises(ModelError, match="'W' of 'mm' has NaN or infinite"):
             read()
 
 
 def test_weight_is_a_copy(tmp_path):
-    (tap,), _ = find_taps(load(linear(tmp_path / "m.onnx", W, external=True)), Recipe())
-    first = tap.weight()
+    (group,), _ = find_linear_groups(load(linear_model(tmp_path / "m.onnx", W, external=True)), Recipe())
+    first = group.weight()
     first[:] = 0
-    np.testing.assert_array_equal(tap.weight(), W)
-    assert tap.weight().flags.c_contiguous
+    np.testing.assert_array_equal(group.weight(), W)
+    assert group.weight().flags.c_contiguous
 
 
 def test_float_copies_that_stay(tmp_path):
@@ -313,12 +315,12 @@ def test_float_copies_that_stay(tmp_path):
     m = model(
         tmp_path, nodes, outputs, {"E": random(70, 40), "W": W, "V": random(40, 40)}, inputs=[value("i", (3,), INT64)]
     )
-    taps, _ = find_taps(m, Recipe())
+    groups, _ = find_linear_groups(m, Recipe())
     copies = {"E": 70 * 40 * 4, "V": 40 * 40 * 4}
-    assert shared_copy_bytes(m, taps) == copies
-    assert shared_copy_bytes(m, taps[:1]) == {}
+    assert float_copy_bytes(m, groups) == copies
+    assert float_copy_bytes(m, groups[:1]) == {}
     lower(m)
-    assert shared_copy_bytes(m, taps) == copies, "the same after lowering"
+    assert float_copy_bytes(m, groups) == copies, "the same after lowering"
     assert sorted(n for n in m.ir.graph.initializers if n in "EWV") == ["E", "V"]
 
 
@@ -332,5 +334,7 @@ def test_bodies_come_where_their_node_stands(tmp_path):
         node("MatMul", ["g", "B"], ["y"], name="after"),
     ]
     weights = {"A": W, "W": random(40, 40), "B": random(40, 40, seed=1)}
-    taps, _ = find_taps(model(tmp_path, nodes, ["y"], weights, inputs=[*X, value("flag", (), BOOL)]), Recipe())
-    assert [sorted(t) for t in names(taps)] == [["before"], ["else", "then"], ["after"]]
+    groups, _ = find_linear_groups(
+        model(tmp_path, nodes, ["y"], weights, inputs=[*X, value("flag", (), BOOL)]), Recipe()
+    )
+    assert [sorted(t) for t in names(groups)] == [["before"], ["else", "then"], ["after"]]

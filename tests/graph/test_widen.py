@@ -9,8 +9,8 @@ import pytest
 from builders import BFLOAT16, BOOL, FLOAT16, graph, node, random, run, value, write
 from onnx import helper, numpy_helper
 
-from onnx_woq.graph.model import clone, load, memory_tensors
-from onnx_woq.graph.widen import HALF, widen
+from onnx_woq.graph.io.model import clone, load, memory_tensors
+from onnx_woq.graph.rewrite.upcast import HALF, upcast
 
 K = 32
 KINDS = {FLOAT16: np.float16, BFLOAT16: ml_dtypes.bfloat16}
@@ -42,7 +42,7 @@ def half(request, tmp_path):
 def test_it_computes_in_float32(flag, half):
     model, weight = half
     part = clone(model)
-    widen(part)
+    upcast(part)
     x = random(5, K, seed=3)
     h = x @ weight
     (y,) = run(part, {"x": x, "flag": np.array(flag)})
@@ -52,7 +52,7 @@ def test_it_computes_in_float32(flag, half):
 def test_nothing_half_is_left_and_the_model_is_as_it_was(half):
     model, _ = half
     part = clone(model)
-    widen(part)
+    upcast(part)
     left = [v.name for g in part.ir.graphs() for n in g for v in n.outputs if v.dtype in HALF]
     assert not left
     assert part.ir.graph.initializers["W"].const_value.dtype == ir.DataType.FLOAT
@@ -64,6 +64,6 @@ def test_nothing_half_is_left_and_the_model_is_as_it_was(half):
 def test_large_weights_are_widened_when_a_session_wants_them(half):
     model, weight = half
     part = clone(model)
-    widen(part)
+    upcast(part)
     assert isinstance(part.ir.graph.initializers["W"].const_value, ir.LazyTensor)
     assert np.array_equal(memory_tensors(part)["W"], weight)

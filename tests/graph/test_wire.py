@@ -7,7 +7,7 @@ import onnx
 import pytest
 from builders import BOOL, graph, node, random, value, write
 
-from onnx_woq.graph import wire
+from onnx_woq.graph.io import wire
 
 
 def model(path):

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import onnx_woq.runtime.calibrate
+import onnx_woq.runtime.calibration.collect
 from onnx_woq import evaluate, inspect, quantize, tune
 from onnx_woq.core.stats import Stats
-from onnx_woq.mixed import MIX
 from onnx_woq.presets import TUNED, preset
 from onnx_woq.recipe import Recipe
+from onnx_woq.tuning.mixed.search import MIX
 
 GENERATE = """
 import sys
@@ -86,7 +86,7 @@ def test_the_permutation_leaves_the_model_what_it_was(models, text):
 
 def test_every_body_matmul_is_found_and_the_tied_copy_is_counted(models):
     found = inspect(models / "smollm2-permuted")
-    assert sum(len(tap.sites) for tap in found.taps) == 30 * 7 + 1
+    assert sum(len(group.linears) for group in found.groups) == 30 * 7 + 1
     assert list(found.copies.values()) == [49152 * 576 * 4]
     reasons = {skipped.reason for skipped in found.skipped}
     assert reasons == {"both inputs are computed", "an embedding, left float without --embedding-bits"}
@@ -94,11 +94,13 @@ def test_every_body_matmul_is_found_and_the_tied_copy_is_counted(models):
 
 def test_five_presets_in_one_calibration_and_one_forward_per_sample(models, text, tmp_path, monkeypatch):
     tokens, walks = [], []
-    update, walk = Stats.update, onnx_woq.runtime.calibrate.walk
+    update, walk = Stats.update, onnx_woq.runtime.calibration.collect.walk
     monkeypatch.setattr(
         Stats, "update", lambda stats, x, *more: (tokens.append(np.shape(x)), update(stats, x, *more))[1]
     )
-    monkeypatch.setattr(onnx_woq.runtime.calibrate, "walk", lambda *a, **k: (walks.append(1), walk(*a, **k))[1])
+    monkeypatch.setattr(
+        onnx_woq.runtime.calibration.collect, "walk", lambda *a, **k: (walks.append(1), walk(*a, **k))[1]
+    )
     result = tune(
         models / "smollm2-permuted",
         None,
@@ -132,6 +134,6 @@ def test_the_fused_graph_of_the_genai_builder_gives_the_same_quality(models, tex
     recipe = Recipe("gptq", lm_head=False, accuracy_level=0, nsamples=16, pad_max_length=512)
     model = models / "smollm2-permuted-genai"
     report = quantize(model, tmp_path / "out", recipe, text / "calib.txt")
-    assert sum(len(tap.sites) for tap in report.taps) == 30 * 5
+    assert sum(len(group.linears) for group in report.groups) == 30 * 5
     metrics = evaluate(tmp_path / "out", model, text / "dev.txt", samples=8, seqlen=512)
     assert metrics.kl == pytest.approx(divergence["gptq"].kl, rel=0.1)

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from builders import BOOL, graph, node, pack_tap, random, rtn, run, value, write
 
+from onnx_woq.core.spec import Spec
 from onnx_woq.errors import DataError, ModelError
 from onnx_woq.graph.edit import add_initializer
-from onnx_woq.graph.expose import expose
-from onnx_woq.graph.lower.matmulnbits import lower_tap
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
-from onnx_woq.recipe import Recipe, Spec
-from onnx_woq.runtime import replay as replay_module
-from onnx_woq.runtime import shelf as shelf_module
-from onnx_woq.runtime.calibrate import walk
-from onnx_woq.runtime.windows import Needs
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.rewrite.expose_values import expose
+from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.calibration import hidden_states as shelf_module
+from onnx_woq.runtime.calibration import replay as replay_module
+from onnx_woq.runtime.calibration.collect import collect_statistics
+from onnx_woq.runtime.calibration.windows import CalibrationMemory
+from onnx_woq.targets.matmulnbits import lower_group
 
 from .models import WEIGHTS, K, chain, chain_inputs, language_model
 
@@ -28,7 +29,7 @@ RAGGED = [{"x": random(1, t, K, seed=t)} for t in (5, 9, 1, 12)]
 @pytest.fixture
 def chained(tmp_path):
     model = load(chain(tmp_path / "m.onnx"))
-    return model, find_taps(model, Recipe())[0]
+    return model, find_linear_groups(model, Recipe())[0]
 
 
 def flat(arrays):
@@ -44,11 +45,11 @@ def same(stats, x, rtol=1e-4):
 
 
 def test_equal_to_numpy_on_ragged_samples(chained):
-    model, taps = chained
-    collected = list(walk(model, taps, RAGGED))
-    assert [tap for tap, _ in collected] == taps
-    for tap, stats in collected:
-        same(stats, flat(chain_inputs(feed["x"])[tap.sites[0].weight_name] for feed in RAGGED))
+    model, groups = chained
+    collected = list(collect_statistics(model, groups, RAGGED))
+    assert [group for group, _ in collected] == groups
+    for group, stats in collected:
+        same(stats, flat(chain_inputs(feed["x"])[group.linears[0].weight_name] for feed in RAGGED))
 
 
 def test_a_weight_used_twice_sums_both_inputs(tmp_path):
@@ -60,11 +61,11 @@ def test_a_weight_used_twice_sums_both_inputs(tmp_path):
     w = random(K, K) / 6
     main = graph(nodes, [value("x", ("b", "t", K))], [value("y", ("b", "t", K))], {"W": w})
     model = load(write(tmp_path / "m.onnx", main))
-    taps, _ = find_taps(model, Recipe())
-    assert len(taps) == 1
-    assert len(taps[0].values) == 2
+    groups, _ = find_linear_groups(model, Recipe())
+    assert len(groups) == 1
+    assert len(groups[0].values) == 2
     for sequential in ("off", "block", "tap"):
-        ((_, stats),) = walk(model, taps, RAGGED, sequential=sequential)
+        ((_, stats),) = collect_statistics(model, groups, RAGGED, sequential=sequential)
         same(stats, flat([*(f["x"] for f in RAGGED), *(np.tanh(f["x"] @ w) for f in RAGGED)]))
 
 
@@ -73,8 +74,8 @@ def test_taps_with_one_input_and_two_specs_get_the_same_statistics(tmp_path):
     weights = {"A": random(K, 20), "B": random(K, 24)}
     outputs = [value("a", ("b", "t", 20)), value("b", ("b", "t", 24))]
     model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("b", "t", K))], outputs, weights)))
-    taps, _ = find_taps(model, Recipe(overrides={"^b$": Spec(bits=8)}))
-    (_, first), (_, second) = walk(model, taps, RAGGED)
+    groups, _ = find_linear_groups(model, Recipe(overrides={"^b$": Spec(bits=8)}))
+    (_, first), (_, second) = collect_statistics(model, groups, RAGGED)
     same(first, flat(f["x"] for f in RAGGED))
     assert np.array_equal(first.gram, second.gram)
 
@@ -94,8 +95,8 @@ def test_padded_tokens_do_not_count(kind, tmp_path):
     weights = {"table": random(64, K), "W": random(K, 20), "shape": np.array([-1, K], np.int64)}
     inputs = [value(name, ("b", "t"), 7) for name in ("input_ids", "attention_mask")]
     model = load(write(tmp_path / "m.onnx", graph(nodes, inputs, [value("y"), value("unused")], weights)))
-    taps, _ = find_taps(model, Recipe())
-    ((_, stats),) = walk(model, taps, [{"input_ids": ids, "attention_mask": mask}])
+    groups, _ = find_linear_groups(model, Recipe())
+    ((_, stats),) = collect_statistics(model, groups, [{"input_ids": ids, "attention_mask": mask}])
     same(stats, flat([random(64, K)[ids[mask == 1]]]))
 
 
@@ -112,13 +113,15 @@ def test_padded_tokens_do_not_count(kind, tmp_path):
 def test_windows_leave_no_trace(store, dtype, tmp_path, monkeypatch):
     """Bit for bit the same statistics from one window as from one window per tap."""
     model = load(chain(tmp_path / "m.onnx", dtype))
-    taps, _ = find_taps(model, Recipe())
+    groups, _ = find_linear_groups(model, Recipe())
     batches = [{"x": f["x"].astype(dtype)} for f in RAGGED]
-    whole = list(walk(model, taps, batches))
+    whole = list(collect_statistics(model, groups, batches))
     monkeypatch.setattr(replay_module.Replay, "_mode", lambda self, first: store)
     for budget in (0, 20_000):
-        assert len(Needs.of(model, taps, batches).windows(budget, [[tap] for tap in taps])) > 1
-        for (_, one), (_, other) in zip(whole, walk(model, taps, batches, memory_budget=budget), strict=True):
+        assert len(CalibrationMemory.of(model, groups, batches).windows(budget, [[group] for group in groups])) > 1
+        for (_, one), (_, other) in zip(
+            whole, collect_statistics(model, groups, batches, memory_budget=budget), strict=True
+        ):
             assert np.array_equal(one.gram, other.gram)
             assert np.array_equal(one.abs_mean, other.abs_mean)
             assert np.array_equal(one.abs_max, other.abs_max)
@@ -143,32 +146,34 @@ def normed(path):
 
 def test_fusions_leave_no_trace(tmp_path):
     model = load(normed(tmp_path / "m.onnx"))
-    taps, _ = find_taps(model, Recipe())
-    one_by_one = walk(model, taps, RAGGED, memory_budget=0)
-    for (_, one), (_, other) in zip(walk(model, taps, RAGGED), one_by_one, strict=True):
+    groups, _ = find_linear_groups(model, Recipe())
+    one_by_one = collect_statistics(model, groups, RAGGED, memory_budget=0)
+    for (_, one), (_, other) in zip(collect_statistics(model, groups, RAGGED), one_by_one, strict=True):
         assert np.array_equal(one.gram, other.gram)
 
 
 def test_estimates_count_tokens_not_masks(chained):
-    model, taps = chained
+    model, groups = chained
     ids = {"input_ids": np.zeros((2, 100), np.int64), "mask": np.zeros((2, 1, 100, 100), bool)}
-    fixed = sum(4 * tap.k**2 for tap in taps) + 2 * sum(4 * tap.k * tap.n for tap in taps[:-1])
+    fixed = sum(4 * group.k**2 for group in groups) + 2 * sum(4 * group.k * group.n for group in groups[:-1])
     for feed in (ids, {"x": np.zeros((2, 100, K))}):
-        needs = Needs.of(model, taps, [feed])
-        assert needs.collecting(taps, None) == fixed + 2 * sum(4 * tap.k * 200 for tap in taps)
-        assert needs.collecting(taps[:1], None) + needs.collecting(taps[1:], taps[0]) == needs.collecting(taps, None)
+        needs = CalibrationMemory.of(model, groups, [feed])
+        assert needs.collecting(groups, None) == fixed + 2 * sum(4 * group.k * 200 for group in groups)
+        assert needs.collecting(groups[:1], None) + needs.collecting(groups[1:], groups[0]) == needs.collecting(
+            groups, None
+        )
 
 
 def test_windows_cover_all_taps_in_order(chained):
-    model, taps = chained
-    needs = Needs.of(model, taps, RAGGED)
+    model, groups = chained
+    needs = CalibrationMemory.of(model, groups, RAGGED)
     for budget in (0, 1, 50_000, 1 << 30):
-        split = needs.windows(budget, [taps[:2], taps[2:]])
-        assert [tap for window in split for tap in window] == taps
+        split = needs.windows(budget, [groups[:2], groups[2:]])
+        assert [group for window in split for group in window] == groups
         assert all(split)
         assert max(len(window) for window in split) == 1 or needs.used(budget) <= budget + needs.between
-    assert len(needs.windows(0, [taps])) == len(taps)
-    assert len(needs.windows(1 << 30, [[tap] for tap in taps])) == 1
+    assert len(needs.windows(0, [groups])) == len(groups)
+    assert len(needs.windows(1 << 30, [[group] for group in groups])) == 1
 
 
 @pytest.fixture
@@ -188,18 +193,18 @@ def products(monkeypatch):
 @pytest.mark.parametrize("sequential", ["off", "tap"])
 def test_every_product_is_run_once(sequential, chained, products):
     """Parts start where the last one ended, and nothing behind the last tap is run."""
-    model, taps = chained
+    model, groups = chained
     budget = 40_000
-    for tap, _ in walk(model, taps, RAGGED, memory_budget=budget, sequential=sequential):
-        scale(model, tap.sites[0].weight_name, 1.1)
+    for group, _ in collect_statistics(model, groups, RAGGED, memory_budget=budget, sequential=sequential):
+        scale(model, group.linears[0].weight_name, 1.1)
     assert sorted(products) == ["a", "b", "c", "d"]
 
 
 def test_an_edit_to_the_linear_before_costs_that_linear(chained, products):
     """As folding a scale into it does: what it started from is still there."""
-    model, taps = chained
-    for tap, _ in walk(model, taps, RAGGED, sequential="tap"):
-        if before := {"B": "A", "D": "C"}.get(tap.sites[0].weight_name):
+    model, groups = chained
+    for group, _ in collect_statistics(model, groups, RAGGED, sequential="tap"):
+        if before := {"B": "A", "D": "C"}.get(group.linears[0].weight_name):
             scale(model, before, 0.9)
     assert sorted(products) == ["a", "a", "b", "c", "c", "d"]
 
@@ -215,24 +220,24 @@ def test_large_hidden_states_go_to_disk_or_are_computed_again(monkeypatch):
 
 
 def test_non_sequential_statistics_are_of_the_model_when_walk_was_called(chained):
-    model, taps = chained
-    expected = {tap.name: stats.gram.copy() for tap, stats in walk(model, taps, RAGGED)}
-    walking = walk(model, taps, RAGGED, memory_budget=0)
+    model, groups = chained
+    expected = {group.name: stats.gram.copy() for group, stats in collect_statistics(model, groups, RAGGED)}
+    walking = collect_statistics(model, groups, RAGGED, memory_budget=0)
     for name in WEIGHTS:
         scale(model, name, 3)
-    for tap, stats in walking:
-        assert np.array_equal(stats.gram, expected[tap.name])
+    for group, stats in walking:
+        assert np.array_equal(stats.gram, expected[group.name])
 
 
 def test_sequential_equals_a_computation_by_hand(chained):
     """Each tap sees the earlier ones quantized."""
-    model, taps = chained
+    model, groups = chained
     weights = dict(WEIGHTS)
-    for tap, stats in walk(model, taps, RAGGED, sequential="tap"):
-        name = tap.sites[0].weight_name
+    for group, stats in collect_statistics(model, groups, RAGGED, sequential="tap"):
+        name = group.linears[0].weight_name
         same(stats, flat(chain_inputs(feed["x"], weights)[name] for feed in RAGGED))
-        q = rtn(tap)
-        lower_tap(model, tap, pack_tap(tap, q), accuracy_level=0)
+        q = rtn(group)
+        lower_group(model, group, pack_tap(group, q), accuracy_level=0)
         weights[name] = q.dequantize()
     assert np.abs(weights["D"] - WEIGHTS["D"]).max() > 0.01, "the edits were noticeable"
 
@@ -248,22 +253,25 @@ def scale(model, constant, factor):
 
 def edits():
     """Edits a consumer could make after it was given each tap, as (constant, factor)."""
-    yield "weights", lambda model, tap: scale(model, tap.sites[0].weight_name, 1.1)
-    yield "norm before", lambda model, tap: scale(model, "g2" if tap.sites[0].weight_name in "CD" else "g1", 0.9)
-    yield "linear before", lambda model, tap: scale(model, {"B": "A", "D": "C"}.get(tap.sites[0].weight_name, "E"), 0.8)
-    yield "the very first", lambda model, tap: scale(model, "A", 1.2)
+    yield "weights", lambda model, group: scale(model, group.linears[0].weight_name, 1.1)
+    yield "norm before", lambda model, group: scale(model, "g2" if group.linears[0].weight_name in "CD" else "g1", 0.9)
+    yield (
+        "linear before",
+        lambda model, group: scale(model, {"B": "A", "D": "C"}.get(group.linears[0].weight_name, "E"), 0.8),
+    )
+    yield "the very first", lambda model, group: scale(model, "A", 1.2)
 
 
 @pytest.mark.parametrize("edit", dict(edits()))
 @pytest.mark.parametrize("budget", [0, 2 << 30])
 def test_sequential_statistics_are_of_the_model_as_it_is(edit, budget, chained):
     """Whatever was edited, also far above the tap: the oracle runs the whole edited model."""
-    model, taps = chained
-    for tap, stats in walk(model, taps, RAGGED, sequential="tap", memory_budget=budget):
-        whole, names = expose(model, tap.values)
-        fetched = [run(whole, feed, [names[tap.values[0]]])[0] for feed in RAGGED]
+    model, groups = chained
+    for group, stats in collect_statistics(model, groups, RAGGED, sequential="tap", memory_budget=budget):
+        whole, names = expose(model, group.values)
+        fetched = [run(whole, feed, [names[group.values[0]]])[0] for feed in RAGGED]
         same(stats, flat(fetched), rtol=1e-5)
-        dict(edits())[edit](model, tap)
+        dict(edits())[edit](model, group)
 
 
 @pytest.mark.parametrize("budget", [0, 2 << 30])
@@ -292,12 +300,12 @@ def test_a_norm_that_also_gives_the_residual_sum(budget, tmp_path):
     nodes.insert(0, node("Sub", ["x", "x"], ["zeros"]))
     main = graph(nodes, [value("x", ("b", "t", K))], [value(last[1], ("b", "t", K))], weights)
     model = load(write(tmp_path / "m.onnx", main, domains={"com.microsoft": 1}))
-    taps, _ = find_taps(model, Recipe())
-    assert len(taps) == 6
-    for tap, stats in walk(model, taps, RAGGED, sequential="tap", memory_budget=budget):
-        whole, names = expose(model, tap.values)
-        same(stats, flat(run(whole, feed, [names[tap.values[0]]])[0] for feed in RAGGED), rtol=1e-5)
-        kind, block = tap.values[0]
+    groups, _ = find_linear_groups(model, Recipe())
+    assert len(groups) == 6
+    for group, stats in collect_statistics(model, groups, RAGGED, sequential="tap", memory_budget=budget):
+        whole, names = expose(model, group.values)
+        same(stats, flat(run(whole, feed, [names[group.values[0]]])[0] for feed in RAGGED), rtol=1e-5)
+        kind, block = group.values[0]
         scale(model, f"{'g' if kind == 'n' else 'G'}{block}", 0.9)
 
 
@@ -312,8 +320,8 @@ def test_an_edit_that_reaches_a_tap_of_the_same_part(tmp_path):
     weights = {"g": np.ones(K, np.float32), "A": random(K, K), "B": random(K, K)}
     outputs = [value("a", ("b", "t", K)), value("b", ("b", "t", K))]
     model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("b", "t", K))], outputs, weights)))
-    taps, _ = find_taps(model, Recipe())
-    walking = walk(model, taps, RAGGED, sequential="tap")
+    groups, _ = find_linear_groups(model, Recipe())
+    walking = collect_statistics(model, groups, RAGGED, sequential="tap")
     next(walking)
     scale(model, "g", 2)
     _, stats = next(walking)
@@ -334,10 +342,13 @@ def test_taps_in_the_branches_of_an_if(tmp_path):
     weights = {name: random(K, K, seed=i) / 6 for i, name in enumerate("WABC")}
     inputs = [value("flag", (), BOOL), value("x", ("b", "t", K))]
     model = load(write(tmp_path / "m.onnx", graph(nodes, inputs, [value("y", ("b", "t", K))], weights)))
-    taps, _ = find_taps(model, Recipe())
+    groups, _ = find_linear_groups(model, Recipe())
     batches = [feed | {"flag": np.array(i % 2 == 0)} for i, feed in enumerate(RAGGED)]
     for options in ({}, {"memory_budget": 0}, {"sequential": "tap"}, {"sequential": "block"}):
-        grams = {tap.sites[0].weight_name: stats for tap, stats in walk(model, taps, batches, **options)}
+        grams = {
+            group.linears[0].weight_name: stats
+            for group, stats in collect_statistics(model, groups, batches, **options)
+        }
         h = [feed["x"] @ weights["W"] for feed in batches]
         same(grams["A"], flat(np.tanh(one) for one in h[::2]))
         same(grams["B"], flat(np.tanh(one) for one in h[1::2]))
@@ -356,8 +367,8 @@ def test_a_tap_that_no_sample_reaches(tmp_path, caplog):
         {"A": random(K, K)},
     )
     model = load(write(tmp_path / "m.onnx", main))
-    taps, _ = find_taps(model, Recipe())
-    ((_, stats),) = walk(model, taps, [{"flag": np.array(False), "x": random(3, K)}])
+    groups, _ = find_linear_groups(model, Recipe())
+    ((_, stats),) = collect_statistics(model, groups, [{"flag": np.array(False), "x": random(3, K)}])
     assert stats.tokens == 0
     assert "no sample reaches" in caplog.text
 
@@ -368,10 +379,10 @@ def test_nan_names_the_tensor_and_the_sample(tmp_path):
         nodes, [value("x", ("t", K))], [value("y", ("t", K))], {"A": np.eye(K, dtype=np.float32), "B": random(K, K)}
     )
     model = load(write(tmp_path / "m.onnx", main))
-    taps, _ = find_taps(model, Recipe())
+    groups, _ = find_linear_groups(model, Recipe())
     good = np.ones((3, K), np.float32)
     with pytest.raises(DataError, match=r"logs.*sample 2"):
-        list(walk(model, taps, [{"x": good}, {"x": -good}, {"x": good}]))
+        list(collect_statistics(model, groups, [{"x": good}, {"x": -good}, {"x": good}]))
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path):
@@ -380,38 +391,38 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     weights = {"A": random(K, K), "B": random(K, K)}
     weights["A"][3, 4] = np.nan
     model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("t", K))], [value("y", ("t", K))], weights)))
-    taps, _ = find_taps(model, Recipe())
+    groups, _ = find_linear_groups(model, Recipe())
     with pytest.raises(ModelError, match=r"'A'.*NaN"):
-        list(walk(model, taps, [{"x": random(3, K)}]))
+        list(collect_statistics(model, groups, [{"x": random(3, K)}]))
 
 
 def test_no_samples(chained):
-    model, taps = chained
+    model, groups = chained
     with pytest.raises(DataError, match="at least one sample"):
-        walk(model, taps, [])
+        collect_statistics(model, groups, [])
 
 
 def test_a_sample_the_model_cannot_run(tmp_path):
     model = load(language_model(tmp_path / "m.onnx"))
-    taps, _ = find_taps(model, Recipe())
+    groups, _ = find_linear_groups(model, Recipe())
     ids = np.array([[1, 2, 99]])
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": ids * 0}
     with pytest.raises(DataError, match=r"sample 1 .*input_ids"):
-        list(walk(model, taps, [feed | {"past_key_values.0.key": np.zeros((1, 1, 0, K), np.float32)}]))
+        list(collect_statistics(model, groups, [feed | {"past_key_values.0.key": np.zeros((1, 1, 0, K), np.float32)}]))
 
 
 @pytest.mark.parametrize("sequential", ["off", "block", "tap"])
 def test_progress_only_grows_and_ends_at_its_total(sequential, chained):
-    model, taps = chained
+    model, groups = chained
     seen = []
-    for tap, _ in walk(
-        model, taps, RAGGED, memory_budget=0, sequential=sequential, progress=lambda *step: seen.append(step)
+    for group, _ in collect_statistics(
+        model, groups, RAGGED, memory_budget=0, sequential=sequential, progress=lambda *step: seen.append(step)
     ):
         if sequential == "tap":
-            lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
+            lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
     assert len({total for _, total in seen}) == 1
     assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] == len(taps) * len(RAGGED)
+    assert seen[-1][0] == seen[-1][1] == len(groups) * len(RAGGED)
 
 
 def test_the_head_of_the_model_is_not_run(tmp_path):
@@ -419,8 +430,8 @@ def test_the_head_of_the_model_is_not_run(tmp_path):
     nodes = [node("MatMul", ["x", "A"], ["a"]), node("Reshape", ["a", "wrong"], ["y"])]
     weights = {"A": random(K, K), "wrong": np.array([7, 11], np.int64)}
     model = load(write(tmp_path / "m.onnx", graph(nodes, [value("x", ("t", K))], [value("y")], weights)))
-    taps, _ = find_taps(model, Recipe())
-    ((_, stats),) = walk(model, taps, [{"x": random(5, K)}])
+    groups, _ = find_linear_groups(model, Recipe())
+    ((_, stats),) = collect_statistics(model, groups, [{"x": random(5, K)}])
     assert stats.tokens == 5
 
 
@@ -438,12 +449,12 @@ def test_what_is_expanded_when_a_model_is_loaded_is_expanded_before_a_part_is_ru
     grams = []
     for dense in (True, False):
         model = load(chain(tmp_path / f"{dense}.onnx"))
-        taps, _ = find_taps(model, Recipe(spec=Spec(3, 16), half_scales=half))
+        groups, _ = find_linear_groups(model, Recipe(spec=Spec(3, 16), half_scales=half))
         grams.append([])
-        for tap, stats in walk(model, taps, RAGGED, sequential="tap"):
-            assert tap.dense
-            tap.densely = dense
-            lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=4)
+        for group, stats in collect_statistics(model, groups, RAGGED, sequential="tap"):
+            assert group.dense
+            group.densely = dense
+            lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=4)
             grams[-1].append(stats.gram)
     assert "MatMulNBits" in seen
     assert seen.isdisjoint({"BitShift", "BitwiseXor", "BitwiseAnd", "Concat", "Identity", "Cast"})

@@ -10,9 +10,9 @@ import pytest
 from builders import FLOAT16, INT64, graph, node, random, value, write
 
 from onnx_woq.errors import DataError
-from onnx_woq.graph.model import load
-from onnx_woq.runtime.data import data_hash, feeds, model_inputs, random_feeds
-from onnx_woq.runtime.inputs import InputInfo
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.data.feeds import data_hash, feeds, model_inputs, random_feeds
+from onnx_woq.runtime.data.inputs import InputInfo
 
 from .models import VOCABULARY, K, byte_tokenizer, chain, language_model, letter_ids
 

@@ -11,10 +11,11 @@ from builders import FLOAT16, INT64, graph, lower, node, random, run, value, wri
 from onnx import numpy_helper
 
 from onnx_woq.errors import DataError, ModelError
-from onnx_woq.graph.model import load, save
-from onnx_woq.runtime import evaluate as module
-from onnx_woq.runtime.data import feeds, model_inputs
-from onnx_woq.runtime.evaluate import compare, is_language_model
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import save
+from onnx_woq.runtime.data.feeds import feeds, model_inputs
+from onnx_woq.runtime.evaluation import metrics as module
+from onnx_woq.runtime.evaluation.metrics import compare, is_language_model
 
 from .models import VOCABULARY, K, chain, language_model
 

@@ -15,12 +15,12 @@ import pytest
 from builders import BOOL, graph, lower, node, pack_tap, random, rtn, run, value, write
 
 from onnx_woq.errors import DataError, ModelError
-from onnx_woq.graph.lower.matmulnbits import lower_tap
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime import session as module
 from onnx_woq.runtime.session import make_session
+from onnx_woq.targets.matmulnbits import lower_group
 
 from .models import K, chain
 
@@ -59,9 +59,9 @@ def test_changed_tensors_and_low_bit_weights(tmp_path):
     model = load(path)
     gamma = model.ir.graph.initializers["g2"]
     gamma.const_value = ir.Tensor(gamma.const_value.numpy() * 2, name="g2")
-    taps, _ = find_taps(model, Recipe())
-    for tap in taps[:2]:
-        lower_tap(model, tap, pack_tap(tap, rtn(tap)), accuracy_level=0)
+    groups, _ = find_linear_groups(model, Recipe())
+    for group in groups[:2]:
+        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
     assert not np.allclose(outputs(model)[0], run(path, FEED)[0], rtol=1e-3)
     assert np.array_equal(outputs(model)[0], run(model, FEED)[0])
     assert np.allclose(outputs(model, for_calibration=True)[0], outputs(model)[0], rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from onnx_woq.runtime.shelf import Shelf, Stored, newest
+from onnx_woq.runtime.calibration.hidden_states import HiddenStateStore, Stored, newest
 
 KEYS = {"h": "key of h", "mask": "key of mask"}
 
@@ -25,7 +25,7 @@ def samples(seed=0):
 
 
 def kept(folder, seed=0):
-    shelf = Shelf(folder)
+    shelf = HiddenStateStore(folder)
     for sample in samples(seed):
         shelf.add(sample)
     shelf.close(KEYS)
@@ -45,7 +45,7 @@ def equal(saved, expected):
 @settings(max_examples=30, deadline=None)
 @given(arrays.arrays(st.sampled_from([np.float32, np.int64, np.bool_]), arrays.array_shapes(min_dims=0, min_side=0)))
 def test_round_trip(array):
-    shelf = Shelf(None)
+    shelf = HiddenStateStore(None)
     first, second = shelf.add({"a": array}), shelf.add({"a": array.copy()})
     equal([first, second], [{"a": array}, {"a": array}])
 
@@ -57,7 +57,7 @@ def test_an_array_that_two_samples_share_is_written_once(tmp_path):
 
 
 def test_what_a_full_disk_did_not_take_is_said_once(tmp_path, monkeypatch):
-    shelf, more = Shelf(tmp_path), []
+    shelf, more = HiddenStateStore(tmp_path), []
     monkeypatch.setattr(sys, "unraisablehook", more.append)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
@@ -132,7 +132,7 @@ def test_a_link_is_not_followed(tmp_path):
     folder.mkdir()
     (folder / "hidden-0.bin").symlink_to(outside)
     with pytest.raises(OSError, match="hidden-0"):
-        Shelf(folder)
+        HiddenStateStore(folder)
     assert outside.read_bytes() == b"precious"
 
 

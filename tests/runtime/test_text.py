@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onnx_woq.errors import DataError
-from onnx_woq.runtime.text import load_tokenizer, stream_rows
+from onnx_woq.runtime.data.text import load_tokenizer, stream_rows
 
 from .models import byte_tokenizer, letter_ids
 

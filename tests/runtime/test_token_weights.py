@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_woq.errors import DataError
-from onnx_woq.graph.attention import FIRST_TOKEN
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.attention import FIRST_TOKEN
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
-from onnx_woq.runtime.calibrate import walk
-from onnx_woq.runtime.token_weights import SINK_SHARE, token_weights
-from onnx_woq.runtime.windows import Needs
+from onnx_woq.runtime.calibration.collect import collect_statistics
+from onnx_woq.runtime.calibration.token_weights import SINK_SHARE, token_weights
+from onnx_woq.runtime.calibration.windows import CalibrationMemory
 from tests.acceptance import architectures as arch
 from tests.acceptance import measure
 
@@ -60,10 +60,10 @@ def test_statistics_are_those_of_weighted_tokens(kind, budget, tmp_path):
         for b, t, p in ((1, 7, 0), (2, 9, 4), (3, 4, 2))
     ]
     model = load(path)
-    taps, _ = find_taps(model, RECIPE)
+    groups, _ = find_linear_groups(model, RECIPE)
     seen = 0
-    for tap, stats in walk(model, taps, feeds, memory_budget=budget):
-        ((activation, attention),) = tap.sources
+    for group, stats in collect_statistics(model, groups, feeds, memory_budget=budget):
+        ((activation, attention),) = group.sources
         if not attention:
             continue
         seen += 1
@@ -78,9 +78,12 @@ def test_windows_leave_no_trace(kind, sequential, tmp_path):
     model = load(KINDS[kind](tmp_path / "m.onnx", layers=2))
     past = 0 if kind == "bert" else 2
     feeds = [arch.ids_feed(1, 6, past=past * (kind == "merged"), layers=2, kind=kind, seed=i) for i in range(3)]
-    taps, _ = find_taps(model, RECIPE)
+    groups, _ = find_linear_groups(model, RECIPE)
     wide, narrow = (
-        {tap.name: stats.gram for tap, stats in walk(model, taps, feeds, memory_budget=b, sequential=sequential)}
+        {
+            group.name: stats.gram
+            for group, stats in collect_statistics(model, groups, feeds, memory_budget=b, sequential=sequential)
+        }
         for b in (1 << 30, 1)
     )
     assert wide.keys() == narrow.keys()
@@ -91,7 +94,10 @@ def test_queries_and_all_other_taps_are_calibrated_as_ever(tmp_path):
     model = load(arch.decoder(tmp_path / "m.onnx", layers=2))
     feeds = [arch.ids_feed(1, 6, layers=2, seed=i) for i in range(2)]
     collected = [
-        {tap.sites[0].name: stats.gram for tap, stats in walk(model, find_taps(model, recipe)[0], feeds)}
+        {
+            group.linears[0].name: stats.gram
+            for group, stats in collect_statistics(model, find_linear_groups(model, recipe)[0], feeds)
+        }
         for recipe in (Recipe("gptq"), RECIPE)
     ]
     for name, gram in collected[0].items():
@@ -101,8 +107,8 @@ def test_queries_and_all_other_taps_are_calibrated_as_ever(tmp_path):
 def test_probabilities_are_counted_in_the_plan(tmp_path):
     model = load(arch.decoder(tmp_path / "m.onnx", layers=1))
     feeds = [arch.ids_feed(1, 64, layers=1)]
-    q, kv = find_taps(model, RECIPE)[0][:2]
-    needs = Needs.of(model, [q, kv], feeds)
+    q, kv = find_linear_groups(model, RECIPE)[0][:2]
+    needs = CalibrationMemory.of(model, [q, kv], feeds)
     assert needs.collecting([kv], q) >= needs.collecting([q], None) - q.weight_bytes + 4 * 64 * 64
 
 

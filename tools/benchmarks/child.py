@@ -43,9 +43,9 @@ def quantize(job: dict[str, Any]) -> dict[str, Any]:
     made = runs[-1].pop("returned")
     for run in runs[:-1]:
         del run["returned"]
-    taps = [(tap.k, tap.n) for tap in made.taps]
-    sizes = {"sites": sum(len(tap.sites) for tap in made.taps), "bytes_after": made.bytes_after}
-    return {**runs[-1], "first": runs[0], "import": imported, "taps": taps, **sizes}
+    groups = [(group.k, group.n) for group in made.groups]
+    sizes = {"sites": sum(len(group.nodes) for group in made.groups), "bytes_after": made.bytes_after}
+    return {**runs[-1], "first": runs[0], "import": imported, "taps": groups, **sizes}
 
 
 def tune(job: dict[str, Any]) -> dict[str, Any]:
@@ -137,8 +137,8 @@ def ids(job: dict[str, Any]) -> dict[str, Any]:
     """Writes `samples` rows of `length` token ids: of a text by the model's tokenizer, else drawn from its words."""
     import numpy as np
 
-    from onnx_woq.graph.model import load
-    from onnx_woq.runtime.data import feeds, model_inputs
+    from onnx_woq.graph.io.model import load
+    from onnx_woq.runtime.data.feeds import feeds, model_inputs
 
     model = Path(job["model"])
     inputs = model_inputs(load(model))

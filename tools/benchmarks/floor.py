@@ -29,26 +29,26 @@ def needed(model: Path, config: str, changes: dict[str, Any], ids: Path) -> dict
     import onnx_woq
     from onnx_woq.presets import preset
 
-    taps = onnx_woq.inspect(model, replace(preset(config), **changes)).taps
+    groups = onnx_woq.inspect(model, replace(preset(config), **changes)).groups
     tokens = np.load(ids)["input_ids"]
     total = tokens.size
     products = _products(model, tokens[:1])
-    wanted = _upstream(model, {site for tap in taps for site in tap.sites})
-    gram = sum(tap.k**2 * total for tap in taps)
-    cubes = sum(tap.k**3 for tap in taps)
-    squares = sum(tap.k**2 * tap.n for tap in taps)
+    wanted = _upstream(model, {linear for group in groups for linear in group.nodes})
+    gram = sum(group.k**2 * total for group in groups)
+    cubes = sum(group.k**3 for group in groups)
+    squares = sum(group.k**2 * group.n for group in groups)
     forward = sum(count for name, count in products.items() if name in wanted) * len(tokens)
     least = {"forward": forward, "gram": gram, "factor": 2 * cubes / 3, "solve": squares}
     usual = {"forward": forward, "gram": gram, "factor": cubes, "solve": 2 * squares}
-    return {"least": least, "usual": usual, "taps": len(taps), "tokens": total, "products": len(products)}
+    return {"least": least, "usual": usual, "taps": len(groups), "tokens": total, "products": len(products)}
 
 
 def _products(model: Path, row: Any) -> dict[str, int]:
     """Operations of each product of one forward pass, by node name."""
     import onnxruntime as ort
 
-    from onnx_woq.graph.model import load
-    from onnx_woq.runtime.data import feeds, model_inputs
+    from onnx_woq.graph.io.model import load
+    from onnx_woq.runtime.data.feeds import feeds, model_inputs
 
     inputs = model_inputs(load(model))
     feed = feeds([{"input_ids": row}], inputs, samples=1, seqlen=row.shape[1], model_dir=model.parent)[0]
@@ -72,13 +72,13 @@ def _products(model: Path, row: Any) -> dict[str, int]:
     return found
 
 
-def _upstream(model: Path, sites: set[str]) -> set[str]:
+def _upstream(model: Path, linears: set[str]) -> set[str]:
     """The names of the nodes that the inputs of the products which make `sites` depend on."""
     import onnx
 
     graph = onnx.load(model, load_external_data=False).graph
     makers = {output: node for node in graph.node for output in node.output}
-    nodes, pending = set(), [makers[site].input[0] for site in sites]
+    nodes, pending = set(), [makers[linear].input[0] for linear in linears]
     while pending:
         node = makers.get(pending.pop())
         if node is not None and node.name not in nodes:

@@ -59,13 +59,13 @@ class Sampler:
 
     def seconds(self) -> dict[str, float]:
         """Thread-seconds by phase, largest first; a sample stands for the time between two."""
-        each = self._wall / max(self._samples, 1)
-        return {phase: count * each for phase, count in self._counts.most_common()}
+        parallel_map = self._wall / max(self._samples, 1)
+        return {phase: count * parallel_map for phase, count in self._counts.most_common()}
 
     def unsorted(self) -> dict[str, float]:
         """Thread-seconds of the functions that no rule names, the ten largest."""
-        each = self._wall / max(self._samples, 1)
-        return {name: count * each for name, count in self._other.most_common(10)}
+        parallel_map = self._wall / max(self._samples, 1)
+        return {name: count * parallel_map for name, count in self._other.most_common(10)}
 
     def _sample(self) -> None:
         own = threading.get_ident()

@@ -111,9 +111,9 @@ def add(record: Record) -> Record:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{record.row}.json"
     kept = json.loads(path.read_text()) if path.exists() else []
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps([*kept, asdict(whole)], indent=1))
-    os.replace(unfinished, path)
+    open_store = path.with_suffix(".tmp")
+    open_store.write_text(json.dumps([*kept, asdict(whole)], indent=1))
+    os.replace(open_store, path)
     return whole
 
 

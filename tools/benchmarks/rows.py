@@ -98,11 +98,11 @@ def rtn_ort(name: str, repeat: int) -> Record:
         return done | {"bytes_after": remove(out)}
 
     rounds = paired(repeat, {"theirs": theirs, "ours": ours(path, RTN, repeat=2, changes={"lm_head": False})})
-    made, sites = int(median(rounds, "theirs.nodes")), int(median(rounds, "ours.sites"))
+    made, linears = int(median(rounds, "theirs.nodes")), int(median(rounds, "ours.sites"))
     note = (
         f"everything imported in both; the first call of a process, imports included: "
         f"{ratio(rounds, 'ours.first.wall', 'theirs.wall'):.2f}; CPU {ratio(rounds, 'ours.cpu', 'theirs.cpu'):.2f}; "
-        f"{sites} MatMuls, theirs {made}"
+        f"{linears} MatMuls, theirs {made}"
     )
     return Record(
         "rtn-ort",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_woq.graph.model import load
-from onnx_woq.runtime.data import feeds, model_inputs
+from onnx_woq.graph.io.model import load
+from onnx_woq.runtime.data.feeds import feeds, model_inputs
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,8 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq import Recipe, evaluate
-from onnx_woq.graph.model import load, save
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import save
 
 
 def module_of(node_name: str) -> str:
@@ -36,15 +37,15 @@ def main() -> None:
     parser.add_argument("--rtn", type=float, help="KL of RTN on the same text: prints the gap closed")
     given = parser.parse_args()
     model = load(given.model)
-    taps, _ = find_taps(model, Recipe("rtn", lm_head=False))
+    groups, _ = find_linear_groups(model, Recipe("rtn", lm_head=False))
     replaced = 0
     with np.load(given.weights, allow_pickle=False) as weights:
-        for site in (site for tap in taps for site in tap.sites):
-            new = weights[module_of(site.node_name)].astype(np.float32)
-            if new.shape != (site.k, site.n):
-                raise SystemExit(f"{site.node_name}: {new.shape} instead of {(site.k, site.n)}")
-            value = model.ir.graph.initializers[site.weight_name]
-            value.const_value = ir.Tensor(np.ascontiguousarray(new), name=site.weight_name)
+        for linear in (linear for group in groups for linear in group.linears):
+            new = weights[module_of(linear.node_name)].astype(np.float32)
+            if new.shape != (linear.k, linear.n):
+                raise SystemExit(f"{linear.node_name}: {new.shape} instead of {(linear.k, linear.n)}")
+            value = model.ir.graph.initializers[linear.weight_name]
+            value.const_value = ir.Tensor(np.ascontiguousarray(new), name=linear.weight_name)
             replaced += 1
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.onnx"

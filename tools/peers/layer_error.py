@@ -21,8 +21,8 @@ from judge_weights import module_of
 from onnx_woq import Recipe, Spec
 from onnx_woq.core.methods import gptq, rtn
 from onnx_woq.core.stats import Stats, output_error
-from onnx_woq.graph.model import load
-from onnx_woq.graph.taps import find_taps
+from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.model import load
 
 OURS = {
     "GPTQ": {},
@@ -44,21 +44,21 @@ def main() -> None:
     parser.add_argument("stats", type=Path)
     parser.add_argument("weights", type=Path, nargs="+")
     given = parser.parse_args()
-    taps, _ = find_taps(load(given.model), Recipe("rtn", lm_head=False))
+    groups, _ = find_linear_groups(load(given.model), Recipe("rtn", lm_head=False))
     spec = Spec(4, 32)
     errors: dict[tuple[str, str], list[float]] = defaultdict(list)
     most: dict[str, int] = defaultdict(int)
     files = {path.stem: np.load(path, allow_pickle=False) for path in given.weights}
     with np.load(given.stats, allow_pickle=False) as known:
-        for tap in taps:
-            wanted = [s for s in tap.sites if any(module_of(s.node_name) in f.files for f in files.values())]
-            key = f"gram:{tap.values[0]}".replace("/", "|")
+        for group in groups:
+            wanted = [s for s in group.linears if any(module_of(s.node_name) in f.files for f in files.values())]
+            key = f"gram:{group.values[0]}".replace("/", "|")
             if not wanted or key not in known.files:
                 continue
             gram = known[key]
             stats = Stats(gram, np.ones(len(gram)), np.ones(len(gram), np.float32), int(known["tokens"]))
-            for site in wanted:
-                w, module = site.view().astype(np.float32), module_of(site.node_name)
+            for linear in wanted:
+                w, module = linear.view().astype(np.float32), module_of(linear.node_name)
                 kind = module.split(".")[-1]
                 plain = output_error(rtn.solve(w, None, spec).effective() - w, gram)
                 for name, options in OURS.items():

@@ -125,13 +125,13 @@ def autoround(w: np.ndarray, h: np.ndarray, _: np.ndarray, tokens: int) -> np.nd
     x = np.sqrt(np.maximum(values, 0) * len(h) / tokens)[:, None] * vectors.T  # losses are means over rows
     _codes, scales = _quantize_blockwise_int4(w, BLOCK)
     scales = scales.astype(np.float32).astype(np.float64)
-    each, v, c = _init_autoround(w, scales, BLOCK)
+    parallel_map, v, c = _init_autoround(w, scales, BLOCK)
     v, c = _joint_loop(
         w, scales, BLOCK, x, x @ w.T, v, c, **RANGE, **STEPS, clip_learning_rate=0.03, clip_ratio_range=CLIP
     )
     joint = _autoround_results(w, scales, BLOCK, v, c, *RANGE.values(), CLIP)
-    codes = _optimize_rounding(w, each, x, **RANGE, **STEPS)
-    codes, scales = _keep_better_of(x, x @ w.T, scales, each, joint, codes)
+    codes = _optimize_rounding(w, parallel_map, x, **RANGE, **STEPS)
+    codes, scales = _keep_better_of(x, x @ w.T, scales, parallel_map, joint, codes)
     return codes * np.repeat(scales.astype(np.float32).astype(np.float64), BLOCK, axis=1)
 
 

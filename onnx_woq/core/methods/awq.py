@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.clip import search
-from onnx_woq.core.cpu import Each
-from onnx_woq.core.grid import (
+from onnx_woq.core.cpu import ParallelMap
+from onnx_woq.core.grids.clip_search import search
+from onnx_woq.core.grids.integer import (
     TILE_COLUMNS,
     TILE_ROWS,
     QuantizedTensor,
@@ -37,8 +37,8 @@ from onnx_woq.core.grid import (
     tiles,
     widened,
 )
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import ERROR_ROWS, Stats, column_errors
-from onnx_woq.recipe import Spec
 
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
@@ -63,7 +63,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
     enable_auto_scale: bool = True,
     enable_mse_search: bool = True,
     mse_range: Sequence[float] = (0.91, 1.0, 0.01),
@@ -93,8 +93,8 @@ def solve(
         raise ValueError("awq needs the statistics of the weight's inputs, as many of them as it has rows")
     kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
     grids = grids_of(spec, mse_range if enable_mse_search else None, **kinds)
-    scale = best_scale(weight, stats, spec, grids[:1], scale_dtype, each) if enable_auto_scale else None
-    return scaled_where_better(weight, scale, stats.gram, spec, grids, each)
+    scale = best_scale(weight, stats, spec, grids[:1], scale_dtype, parallel_map) if enable_auto_scale else None
+    return scaled_where_better(weight, scale, stats.gram, spec, grids, parallel_map)
 
 
 def grids_of(spec: Spec, mse_range: Sequence[float] | None = None, **kinds: Any) -> list[GridOf]:
@@ -113,30 +113,35 @@ def grids_of(spec: Spec, mse_range: Sequence[float] | None = None, **kinds: Any)
 
 
 def scaled_where_better(
-    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], each: Each
+    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], parallel_map: ParallelMap
 ) -> QuantizedTensor:
     """`weight [K, N]` with its rows scaled, or not where that loses no more on the plain grid, the first of `grids`."""
     if scale is not None:
-        scaled, loss = quantize_scaled(weight, scale, gram, spec, grids, each)
-        if loss < loss_of(weight, None, gram, spec, grids[:1], each=each):
+        scaled, loss = quantize_scaled(weight, scale, gram, spec, grids, parallel_map)
+        if loss < loss_of(weight, None, gram, spec, grids[:1], parallel_map=parallel_map):
             return scaled
-    return quantize_scaled(weight, None, gram, spec, grids, each)[0]
+    return quantize_scaled(weight, None, gram, spec, grids, parallel_map)[0]
 
 
 def best_scale(
-    weight: NDArray[Any], stats: Stats, spec: Spec, grids: Sequence[GridOf], scale_dtype: DTypeLike, each: Each
+    weight: NDArray[Any],
+    stats: Stats,
+    spec: Spec,
+    grids: Sequence[GridOf],
+    scale_dtype: DTypeLike,
+    parallel_map: ParallelMap,
 ) -> F32 | None:
     """The s [K] of least loss on a sample of output channels, None when that is no scale at all."""
     sample, gram = spread(weight, SAMPLE), stats.gram
     few = spread(weight, min(SCREEN, SAMPLE))
     scales = list(candidates(stats.abs_mean, weight_share(weight, spec), scale_dtype))
     if few.shape != sample.shape:
-        screened = list(each(lambda scale: loss_of(few, scale, gram, spec, grids, _estimated_errors), scales))
+        screened = list(parallel_map(lambda scale: loss_of(few, scale, gram, spec, grids, _estimated_errors), scales))
         scales = [scales[i] for i in np.argsort(screened, kind="stable")[:FINALISTS]]
     if not scales:
         return None
     tried = [None, *scales]  # no scale wins a tie
-    return tried[int(np.argmin(list(each(lambda scale: loss_of(sample, scale, gram, spec, grids), tried))))]
+    return tried[int(np.argmin(list(parallel_map(lambda scale: loss_of(sample, scale, gram, spec, grids), tried))))]
 
 
 def _estimated_errors(delta: F32, gram: F32) -> NDArray[np.float64]:
@@ -186,7 +191,7 @@ def weight_share(weight: NDArray[Any], spec: Spec) -> NDArray[np.float64]:
 
 
 def quantize_scaled(
-    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], each: Each
+    weight: NDArray[Any], scale: F32 | None, gram: F32, spec: Spec, grids: Sequence[GridOf], parallel_map: ParallelMap
 ) -> tuple[QuantizedTensor, float]:
     """`diag(scale) @ weight` rounded on the better of `grids` in each output channel, and the loss of that."""
     k, n = weight.shape
@@ -200,7 +205,7 @@ def quantize_scaled(
         codes[:, columns] = encode(tile, *grid, spec.bits, g)
         return loss
 
-    loss = sum(each(finish, _tiles(n)))
+    loss = sum(parallel_map(finish, _tiles(n)))
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, scale), loss
 
 
@@ -211,11 +216,11 @@ def loss_of(
     spec: Spec,
     grids: Sequence[GridOf],
     errors_of: ErrorsOf = column_errors,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
 ) -> float:
     """The loss of `weight` [K, n] scaled by `scale` [K], each column rounded on the better of `grids`."""
     tiles = (weight[:, columns] for columns in _tiles(weight.shape[1]))
-    return sum(each(lambda tile: _scored(tile, scale, gram, spec, grids, errors_of)[2], tiles))
+    return sum(parallel_map(lambda tile: _scored(tile, scale, gram, spec, grids, errors_of)[2], tiles))
 
 
 def _tiles(n: int) -> list[slice]:

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core import descent
-from onnx_woq.core.clip import fitter
-from onnx_woq.core.cpu import Each
-from onnx_woq.core.grid import TILE_COLUMNS, TILE_ROWS, QuantizedTensor, quantize
+from onnx_woq.core.cpu import ParallelMap
+from onnx_woq.core.grids.clip_search import fitter
+from onnx_woq.core.grids.integer import TILE_COLUMNS, TILE_ROWS, QuantizedTensor, quantize
 from onnx_woq.core.lapack import cholesky, invert_lower
+from onnx_woq.core.refine import descent
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
-from onnx_woq.recipe import Spec
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
     actorder: bool = False,
     percdamp: float = 0.01,
     block_size: int = 128,
@@ -99,7 +99,7 @@ def solve(
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("gptq needs the statistics of the weight's inputs, as many of them as it has rows")
     k, n = weight.shape
-    scale = _input_scale(scaling, weight, stats, spec, enable_full_range, scale_dtype, each)
+    scale = _input_scale(scaling, weight, stats, spec, enable_full_range, scale_dtype, parallel_map)
     if scale is not None:
         weight, stats = np.asarray(weight, np.float32) * scale[:, None], stats.scaled(1 / scale)
     grid = fitter(spec, mse_range if enable_mse_search else None, full_range=enable_full_range, scale_dtype=scale_dtype)
@@ -119,11 +119,21 @@ def solve(
 
     static = g < k and (static_groups or actorder)
     factors = factors[0].astype(sweep_dtype(k, n), copy=False), factors[1]  # of two precisions one will do
-    q = _swept(weight, factors, order, grid, spec, static=static, dead=diagonal == 0, block_size=block_size, each=each)
+    q = _swept(
+        weight,
+        factors,
+        order,
+        grid,
+        spec,
+        static=static,
+        dead=diagonal == 0,
+        block_size=block_size,
+        parallel_map=parallel_map,
+    )
     del factors  # descent takes as much
     return descent.descend(
         weight, replace(q, input_scale=scale), stats.gram, descent_passes,
-        damp=percdamp, tiles=column_tiles(k, n), dtype=sweep_dtype(k, n), scale_dtype=scale_dtype, each=each,
+        damp=percdamp, tiles=column_tiles(k, n), dtype=sweep_dtype(k, n), scale_dtype=scale_dtype, parallel_map=parallel_map,
     )  # fmt: skip
 
 
@@ -137,7 +147,7 @@ def _swept(
     static: bool,
     dead: NDArray[np.bool_],
     block_size: int,
-    each: Each,
+    parallel_map: ParallelMap,
 ) -> QuantizedTensor:
     """All rows in `order [K]`, with what `factorize` gave for it; where `static`, grids are fixed beforehand."""
     k, n = weight.shape
@@ -167,13 +177,19 @@ def _swept(
         for rows in (slice(r, r + COPIED) for r in range(0, k, COPIED)):
             codes[order[rows], columns] = sweep.work[rows] + sweep.zeros[group_of[rows]]
 
-    for _ in each(finish, column_tiles(k, n)):
+    for _ in parallel_map(finish, column_tiles(k, n)):
         pass
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 
 
 def _input_scale(
-    scaling: str, weight: Any, stats: Stats, spec: Spec, full_range: bool, scale_dtype: DTypeLike, each: Each
+    scaling: str,
+    weight: Any,
+    stats: Stats,
+    spec: Spec,
+    full_range: bool,
+    scale_dtype: DTypeLike,
+    parallel_map: ParallelMap,
 ) -> NDArray[np.float32] | None:
     """The scale [K] of the rows that AWQ or TEQ would choose for rounding to nearest, None for none."""
     from onnx_woq.core.methods import awq, teq
@@ -182,8 +198,8 @@ def _input_scale(
     if scaling == "none":
         return None
     if scaling == "teq":
-        return teq.trained_scale(weight, stats, spec, each=each, **kinds)
-    return awq.best_scale(weight, stats, spec, awq.grids_of(spec, **kinds), scale_dtype, each)
+        return teq.trained_scale(weight, stats, spec, parallel_map=parallel_map, **kinds)
+    return awq.best_scale(weight, stats, spec, awq.grids_of(spec, **kinds), scale_dtype, parallel_map)
 
 
 def row_order(diagonal: NDArray[Any], group: int) -> NDArray[np.intp]:

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.cpu import Each
-from onnx_woq.core.grid import (
+from onnx_woq.core.cpu import ParallelMap
+from onnx_woq.core.grids.integer import (
     TILE_COLUMNS,
     TILE_ROWS,
     Float,
@@ -35,8 +35,8 @@ from onnx_woq.core.grid import (
     tiles,
     widened,
 )
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
-from onnx_woq.recipe import Spec
 
 PIECE = 1 << 22  # weights that a thread takes at a time
 
@@ -47,7 +47,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
     norm: float = 0.7,
     beta: float = 10.0,
     kappa: float = 1.01,
@@ -93,7 +93,7 @@ def solve(
         codes[:, columns] = encode(part, scales[:, columns], zeros[:, columns], spec.bits, g)
 
     width = max(1, PIECE // max(1, k))
-    for _ in each(put, [slice(c, min(c + width, n)) for c in range(0, n, width)]):
+    for _ in parallel_map(put, [slice(c, min(c + width, n)) for c in range(0, n, width)]):
         pass
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.clip import search
-from onnx_woq.core.cpu import Each
-from onnx_woq.core.grid import TALL, QuantizedTensor, encode, nearest, tiles
+from onnx_woq.core.cpu import ParallelMap
+from onnx_woq.core.grids.clip_search import search
+from onnx_woq.core.grids.integer import TALL, QuantizedTensor, encode, nearest, tiles
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
-from onnx_woq.recipe import Spec
 
 PIECE = 1 << 23  # weights that a thread takes at a time: more than most matrices have
 
@@ -23,7 +23,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
     enable_full_range: bool = False,
     enable_mse_search: bool = False,
     mse_range: Sequence[float] = (0.805, 1.0, 0.005),
@@ -63,7 +63,7 @@ def solve(
     def put(columns: slice) -> None:
         codes[:, columns], scales[:, columns], zeros[:, columns] = rounded(columns)
 
-    for _ in each(put, [slice(c, c + width) for c in range(0, n, width)]):
+    for _ in parallel_map(put, [slice(c, c + width) for c in range(0, n, width)]):
         pass
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric)
 

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from onnx_woq.core.cpu import Each
-from onnx_woq.core.grid import QuantizedTensor, fit, project
+from onnx_woq.core.cpu import ParallelMap
+from onnx_woq.core.grids.integer import QuantizedTensor, fit, project
 from onnx_woq.core.methods import awq
 from onnx_woq.core.methods.awq import F32, LARGEST, LEAST
+from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, column_errors
-from onnx_woq.recipe import Spec
 
 MOMENTUM = 0.9
 SAMPLE = 256  # output channels, evenly spread, that the scale is trained on
@@ -40,7 +40,7 @@ def solve(
     spec: Spec,
     *,
     scale_dtype: DTypeLike = np.float32,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
     steps: int = 60,
     learning_rate: float = 0.05,
     enable_mse_search: bool = True,
@@ -75,8 +75,8 @@ def solve(
     grids = awq.grids_of(spec, mse_range if enable_mse_search else None, **kinds)
     scale = None
     if enable_auto_scale:
-        scale = trained_scale(weight, stats, spec, steps, learning_rate, each=each, **kinds)
-    return awq.scaled_where_better(weight, scale, stats.gram, spec, grids, each)
+        scale = trained_scale(weight, stats, spec, steps, learning_rate, parallel_map=parallel_map, **kinds)
+    return awq.scaled_where_better(weight, scale, stats.gram, spec, grids, parallel_map)
 
 
 def trained_scale(
@@ -88,12 +88,12 @@ def trained_scale(
     *,
     full_range: bool = False,
     scale_dtype: DTypeLike = np.float32,
-    each: Each = map,
+    parallel_map: ParallelMap = map,
 ) -> F32 | None:
     """The α [K] of least loss met in training on a sample of output channels, None where no scale is better."""
     kinds: dict[str, Any] = {"full_range": full_range, "scale_dtype": scale_dtype}
     grids = awq.grids_of(spec, **kinds)
-    start = awq.best_scale(weight, stats, spec, grids, scale_dtype, each)
+    start = awq.best_scale(weight, stats, spec, grids, scale_dtype, parallel_map)
     sample = awq.spread(weight, SAMPLE)
     log = np.zeros(len(sample)) if start is None else np.log(start.astype(np.float64))
     velocity = np.zeros(len(sample))

@@ -1,0 +1,113 @@
+"""Where a model is read from and where its result goes: files, folders, work folders, the files beside a model."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx_woq.errors import OutputError
+
+COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+"""What a tokenizer or `optimum` needs beside a model: copied into an output folder."""
+
+MAX_COMPANION_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a result goes: `onnx` is the file; `folder` is set when the companions go along."""
+
+    onnx: Path
+    folder: Path | None
+
+
+def destination(output: str | Path, source: Path) -> Destination:
+    """Reads `output` as an .onnx file, or as a folder that gets a model of the source's name and its companions.
+
+    Raises:
+        OutputError: the place cannot be written, or is the source itself. Checked before any work is done.
+    """
+    output = Path(output)
+    is_file = output.suffix == ".onnx" and not output.is_dir()
+    place = Destination(output if is_file else output / source.name, None if is_file else output)
+    if place.onnx.is_dir():
+        raise OutputError(f"{place.onnx} is a folder: choose another output")
+    if place.onnx.exists() and place.onnx.samefile(source):
+        raise OutputError(f"output {place.onnx} is the input model: choose another output, the input is never modified")
+    above = place.onnx.absolute().parent
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise OutputError(f"{above} is not a folder: choose another output")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise OutputError(f"{above} is not writable: choose another output or change its permissions")
+    return place
+
+
+def companions(folder: Path) -> list[Path]:
+    """The tokenizer and config files in `folder`, weights left out."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES)
+
+
+@contextmanager
+def companions_copied(source: Path, target: Path) -> Iterator[None]:
+    """Copies the companions of the folder `source` into `target`, but only when the block inside has succeeded.
+
+    The copies are made first, in a private folder, so that a full disk is met before anything in `target` changes.
+    """
+    if source.resolve() == target.resolve():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix=".onnx-woq-", dir=target) as stage:
+        copies = [Path(shutil.copyfile(path, Path(stage) / path.name)) for path in companions(source)]
+        yield
+        for copy in copies:
+            os.replace(copy, target / copy.name)
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Creates `path` and its missing parents; returns what was created, innermost first. All of it or nothing."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            folder.mkdir()
+            made.insert(0, folder)
+    except OSError:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Removes folders, innermost first, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[None]:
+    """Creates the folder of a result where it is missing; a failure removes it again, unless something is left in it.
+
+    Raises:
+        OutputError: it cannot be created.
+    """
+    try:
+        made = make_folder(folder)
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    try:
+        yield
+    except BaseException:
+        remove_empty(made)
+        raise

@@ -1,0 +1,230 @@
+"""The journal of an unfinished result (`onnx_woq.engine.resume.store`): a line for each tap, and what of them still counts.
+
+Line 1 says what the result is of. Each further line has a tap's name, where its data end in the data file and their
+checksum, the arrays too small for that file, the input scale, what is added to outputs, and the error. A line counts
+only if the data it speaks of are there, whatever order they reached the disk in. Shapes and places follow from model
+and recipe alone: nothing that stands in a journal can lead to reading or writing anywhere else.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_woq.core.refine.low_rank import GRID
+from onnx_woq.engine.solve import Solved
+from onnx_woq.graph.edit import LARGE
+from onnx_woq.graph.find.embeddings import Embedding
+from onnx_woq.graph.find.linears import LinearGroup
+from onnx_woq.graph.io.save import next_place
+from onnx_woq.targets.low_rank import factor_shapes
+from onnx_woq.targets.matmulnbits import packed_from, packed_shapes
+
+_FORMAT = 1
+
+QuantizedWeight = LinearGroup | Embedding
+"""What is solved by itself; called a tap below, of which there are more."""
+
+Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
+"""Gives the array of a shape and type at a place of the data file; ValueError where the file ends before."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tap as journal and data file have it.
+
+    Attributes:
+        name: of the tap.
+        solved: what became of it.
+        end: where its data end in the data file.
+        line_end: where its line ends in the journal.
+    """
+
+    name: str
+    solved: Solved
+    end: int
+    line_end: int
+
+
+def assign_offsets(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
+    """Where arrays of so many bytes go in a data file that is `end` bytes long, and how long it is then.
+
+    None for an array that is too small for the data file.
+    """
+    places: list[int | None] = []
+    for nbytes in sizes:
+        place = next_place(end, nbytes) if nbytes > LARGE else None
+        places.append(place)
+        end = end if place is None else place + nbytes
+    return places, end
+
+
+def most_bytes(groups: Iterable[QuantizedWeight]) -> int:
+    """No data file of these taps is longer, in whatever order they come."""
+    shapes = (shape for group in groups for shapes in _layouts(group) for shape in shapes)
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
+    return sum(next_place(1, size) + size for size in sizes if size > LARGE)
+
+
+def head(key: Mapping[str, str]) -> bytes:
+    """The first line: what the result follows from, by the name people know it under."""
+    return _line({"format": _FORMAT, "key": dict(key)})
+
+
+def first_line(journal: bytes) -> bytes:
+    """The first line of a journal, empty where it was cut short."""
+    return journal[: journal.find(b"\n") + 1]
+
+
+def record_line(group: QuantizedWeight, solved: Solved, end: int) -> bytes:
+    """The line of a solved tap whose data end at `end`."""
+    arrays = arrays_of(solved)
+    check = 0
+    for array in arrays:
+        check = zlib.crc32(raw(array), check)
+    return _line(
+        {
+            "tap": group.name,
+            "end": end,
+            "check": check,
+            "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
+            "input_scale": None if solved.input_scale is None else _text(solved.input_scale),
+            "bias": [_text(bias) for bias in solved.bias],
+            "error": solved.error,
+        }
+    )
+
+
+def finished(
+    journal: bytes, groups: Iterable[QuantizedWeight], blocks: Sequence[Sequence[QuantizedWeight]], read: Read
+) -> tuple[list[Entry], int]:
+    """The taps of all blocks that are finished, in order, as far as the data bear out what the journal says.
+
+    Args:
+        journal: all of it; the first line is the caller's to judge.
+        taps: all there are.
+        blocks: the same in groups.
+        read: gives an array of the data file.
+
+    Returns:
+        The entries, and where the last of their lines ends.
+    """
+    by_name = {group.name: group for group in groups}
+    start = len(first_line(journal))
+    found: dict[str, Entry] = {}
+    position, end = start, 0
+    for line in journal[start:].splitlines(keepends=True):
+        said = _parsed(line)
+        group = by_name.get(str(said.get("tap")))
+        solved = None if group is None or group.name in found else _read_back(said, group, end, read)
+        if group is None or solved is None:
+            break
+        position, end = position + len(line), said["end"]
+        found[group.name] = Entry(group.name, solved, end, position)
+    whole = {group.name for block in blocks if all(group.name in found for group in block) for group in block}
+    entries = []
+    for entry in found.values():
+        if entry.name not in whole:
+            break
+        entries.append(entry)
+    return entries, entries[-1].line_end if entries else start
+
+
+def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
+    """Why the unfinished result in `folder`, whose journal begins with the line `first`, is not the one of `key`."""
+    was = _parsed(first).get("key")
+    was = was if isinstance(was, dict) else {}
+    other = [name for name in key if was.get(name) != key[name]] or ["format"]
+    return (
+        f"the unfinished result in {folder} is of another {' and another '.join(other)}: give the same as then "
+        "to resume it, or leave out --resume to begin anew"
+    )
+
+
+def arrays_of(solved: Solved) -> list[np.ndarray]:
+    """What there is to store of a tap, in order, each in one piece."""
+    both = (*solved.packed, *solved.factors)
+    return [np.ascontiguousarray(array) for packed in both for array in packed.arrays]
+
+
+def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
+    """The same tap with other arrays, given as `arrays_of` gives them."""
+    left = list(arrays)
+    out = [one.with_arrays([left.pop(0) for _ in one.arrays]) for one in (*solved.packed, *solved.factors)]
+    weights = len(solved.packed)
+    return replace(solved, packed=tuple(out[:weights]), factors=tuple(out[weights:]))
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of an array in one piece."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _read_back(said: Mapping[str, Any], group: QuantizedWeight, start: int, read: Read) -> Solved | None:
+    """A tap from its line and the data, which begin at `start`; None if anything is not as it should be."""
+    packed, check, end = [], 0, start
+    try:
+        small, parts = list(said["small"]), group.weight_sources()
+        stored = [(part.k, part.n, group.spec, group.dense) for part in parts]
+        stored += [(k, n, GRID, False) for k, n in _factors(group)]
+        for (k, n, spec, dense), shapes in zip(stored, _layouts(group), strict=True):
+            arrays = []
+            places, end = assign_offsets((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
+            for (shape, dtype), place in zip(shapes, places, strict=True):
+                array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
+                check = zlib.crc32(raw(array), check)
+                arrays.append(array)
+            packed.append(packed_from(arrays, k, n, spec, dense=dense))
+        scale = said["input_scale"]
+        input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(group.k)
+        wanted = parts if isinstance(group, LinearGroup) and group.corrected else []
+        vectors = [_array(text, np.dtype(np.float32)) for text in said["bias"]]
+        bias = tuple(vector.reshape(part.n) for part, vector in zip(wanted, vectors, strict=True))
+        error = None if said["error"] is None else float(said["error"])
+        if (end, check) != (said["end"], said["check"]):
+            return None
+    except (ValueError, TypeError, KeyError, IndexError):
+        return None
+    return Solved(tuple(packed[: len(parts)]), input_scale, error, tuple(packed[len(parts) :]), bias)
+
+
+def _layouts(group: QuantizedWeight) -> list[tuple[tuple[tuple[int, ...], np.dtype], ...]]:
+    """Shape and type of each array of each weight of a tap, and of each factor."""
+    weights = [
+        packed_shapes(part.k, part.n, group.spec, group.scale_dtype, dense=group.dense)
+        for part in group.weight_sources()
+    ]
+    return weights + [packed_shapes(k, n, GRID, group.scale_dtype) for k, n in _factors(group)]
+
+
+def _factors(group: QuantizedWeight) -> list[tuple[int, int]]:
+    return factor_shapes(group) if isinstance(group, LinearGroup) else []
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, sort_keys=True).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """An entry of the journal, empty where it is none or cut short."""
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return entry if isinstance(entry, dict) else {}
+
+
+def _text(array: np.ndarray) -> str:
+    return base64.b64encode(raw(np.ascontiguousarray(array))).decode()
+
+
+def _array(text: str, dtype: np.dtype) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype)

@@ -1,0 +1,254 @@
+"""Find the tables whose rows a Gather picks: token embeddings, and position embeddings large enough to pay.
+
+A table `[V, D]` is the weight `[K = D, N = V]` of the head it may be tied to, seen from the other side: its grid runs
+along D, and what MatMulNBits stores for the head is what GatherBlockQuantized reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.find.constants import FLOATS, Constant, readers, resolve
+from onnx_woq.graph.find.linears import SMALLEST_K, Linear, LinearGroup, Skipped, WeightSource
+from onnx_woq.graph.io.model import Model
+from onnx_woq.recipe import Recipe
+from onnx_woq.targets import bitplanes as dense
+
+SMALLEST_TABLE = 1 << 16
+"""Bytes below which a table stays float: token types, relative positions; what it would save is nothing."""
+
+FLOAT_BY_DEFAULT = "an embedding, left float without --embedding-bits"
+
+# Between a table and the product it is a factor of: numbers moved, none computed.
+_MOVES = {
+    "Cast", "Concat", "Expand", "Identity", "Neg", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose",
+    "Unsqueeze",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """A table `[n, k]` of which rows are gathered: the weight `[k, n]`, as a tap has it.
+
+    Attributes:
+        name: output value name of the first Gather; unique.
+        nodes: every Gather of the table; lowering rewrites them in place.
+        weight_name: of the initializer, before any transpose or cast.
+        root: the constant called `weight_name`.
+        k: columns, along which the grid runs.
+        n: rows.
+        dtype: of what is gathered.
+        spec: the grid.
+        weight_bytes: of the table as the model stores it.
+        head: a site whose weight is this table, if there is one that is quantized.
+        shared: the head is on the same grid, so its codes are those of the table.
+        counted: a tap has this table among its weights, and its bytes.
+        expands: the model's opset has what expands dense codes when it is loaded (`onnx_woq.targets.bitplanes`).
+        half_scales: scales of its own are stored in float16 whatever is gathered.
+    """
+
+    name: str
+    nodes: tuple[ir.Node, ...]
+    weight_name: str
+    root: ir.Value
+    k: int
+    n: int
+    dtype: ir.DataType
+    spec: Spec
+    weight_bytes: int
+    head: Linear | None
+    shared: bool
+    counted: bool
+    expands: bool
+    half_scales: bool
+
+    @property
+    def dense(self) -> bool:
+        """Whether codes of its own take no more than their bits in the file."""
+        return self.expands and self.spec.bits in dense.FORMS
+
+    @property
+    def scale_dtype(self) -> type[np.float32] | type[np.float16]:
+        """What scales of its own are stored in."""
+        return np.float16 if self.half_scales or self.dtype == ir.DataType.FLOAT16 else np.float32
+
+    def weight_sources(self) -> list[WeightSource]:
+        """The table as the weight `[k, n]` of a tap, read where it lies."""
+        table = resolve(self.nodes[0].inputs[0])
+        computed = table is not None and isinstance(table.tensor, ir.LazyTensor)
+        return [WeightSource(self.weight_name, self.k, self.n, self._weight, computed)]
+
+    def _weight(self) -> np.ndarray:
+        table = resolve(self.nodes[0].inputs[0])
+        if table is None:
+            raise ValueError(f"the table of {self.name!r} has been put in already")
+        return table.view().T
+
+
+def find_embeddings(
+    model: Model, recipe: Recipe, groups: Iterable[LinearGroup]
+) -> tuple[list[Embedding], list[Skipped]]:
+    """The tables that `recipe` quantizes, in graph order, and every other large one with the reason why it is not.
+
+    A table stays float where float numbers of it would stay anyway, because something reads it that is quantized
+    neither here nor among `taps`; and where it is a factor of activations, as the cosines of rotary positions are.
+    """
+    linears = {linear.node: (linear, group.spec) for group in groups for linear in group.linears}
+    gathers: dict[tuple[object, ...], list[ir.Node]] = {}
+    tables: dict[ir.Node, tuple[Constant, Spec]] = {}
+    skipped: list[Skipped] = []
+    for node in model.ir.graph.all_nodes():
+        table = _table(node)
+        if table is None:
+            continue
+        reason = _unfit(node, table)
+        if recipe.embedding is None:
+            skipped += [] if reason else [_skip(node, table, FLOAT_BY_DEFAULT)]
+            continue
+        names = (node.name or "", node.outputs[0].name or "", table.root.name or "")
+        spec, left_out = recipe.spec_for(*names, default=recipe.embedding)
+        if reason or spec is None:
+            skipped.append(_skip(node, table, reason or left_out))
+        else:
+            tables[node] = table, spec
+            gathers.setdefault((*table.key, spec), []).append(node)
+    found: list[Embedding] = []
+    for nodes in gathers.values():
+        table, spec = tables[nodes[0]]
+        if reason := _read_otherwise(table.root, tables, linears):
+            skipped += [_skip(node, table, reason) for node in nodes]
+        else:
+            expands = (model.ir.opset_imports.get("") or 0) >= dense.OPSET
+            found.append(_embedding(nodes, table, spec, linears, expands=expands, half_scales=recipe.half_scales))
+    return found, skipped
+
+
+def _table(node: ir.Node) -> Constant | None:
+    """The large float table that a Gather reads, None for anything else."""
+    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
+        return None
+    table = resolve(node.inputs[0])
+    if table is None or len(table.shape) != 2 or table.dtype not in FLOATS or table.tensor.dtype not in FLOATS:
+        return None
+    return table if table.tensor.nbytes >= SMALLEST_TABLE else None
+
+
+def _unfit(node: ir.Node, table: Constant) -> str:
+    """Why a table cannot be quantized, or nothing."""
+    if table.overridable:
+        return "the table is also a graph input, which a caller may override: remove it from the inputs"
+    axis = node.attributes.get("axis")
+    if axis is not None and axis.as_int() not in (0, -2):
+        return "Gather picks columns of the table, not rows"
+    if table.shape[1] < SMALLEST_K:
+        return f"only {table.shape[1]} columns, fewer than the smallest block ({SMALLEST_K})"
+    if _is_factor(node):
+        return "a factor of activations, as rotary positions are: rounding it would turn them"
+    return ""
+
+
+def _is_factor(gather: ir.Node) -> bool:
+    """Whether rows are multiplied by something computed, other than by a norm of themselves."""
+    pending = [gather.outputs[0]]
+    seen: set[ir.Value] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for node, index in value.uses():
+            if node.op_type == "RotaryEmbedding" and index > 0:
+                return True
+            if node.op_type in _MOVES:
+                pending += node.outputs
+            elif node.op_type == "Mul":
+                other = node.inputs[1 - index]
+                if resolve(other) is not None:
+                    pending += node.outputs
+                elif not _follows_from(other, gather):
+                    return True
+    return False
+
+
+def _follows_from(value: ir.Value | None, source: ir.Node) -> bool:
+    pending, seen = [value], set()
+    while pending:
+        one = pending.pop()
+        node = one.producer() if one is not None else None
+        if node is source:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            pending += node.inputs
+    return False
+
+
+def _read_otherwise(
+    root: ir.Value, tables: Mapping[ir.Node, object], linears: Mapping[ir.Node, tuple[Linear, Spec]]
+) -> str:
+    """Who keeps the float table in the model, or nothing."""
+    if root.is_graph_output():
+        return "the table is also an output of the model"
+    for node, index in readers(root):
+        if (node, index) not in [(node, 0)] * (node in tables) + [(node, 1)] * (node in linears):
+            return f"{node.op_type} {node.name or node.outputs[0].name!r}, which stays float, reads the table as well"
+    return ""
+
+
+def _embedding(
+    nodes: Sequence[ir.Node],
+    table: Constant,
+    spec: Spec,
+    linears: Mapping[ir.Node, tuple[Linear, Spec]],
+    *,
+    expands: bool,
+    half_scales: bool,
+) -> Embedding:
+    tied = [(linear, grid) for linear, grid in linears.values() if _is_transpose_of(linear, table)]
+    tied.sort(key=lambda pair: pair[1] != spec)  # one on the same grid first
+    head = tied[0][0] if tied else None
+    return Embedding(
+        name=nodes[0].outputs[0].name or "",
+        nodes=tuple(nodes),
+        weight_name=table.root.name or "",
+        root=table.root,
+        k=table.shape[1],
+        n=table.shape[0],
+        dtype=table.dtype,
+        spec=spec,
+        weight_bytes=table.tensor.nbytes,
+        head=head,
+        shared=bool(tied) and tied[0][1] == spec,
+        counted=any(linear.root is table.root for linear, _ in linears.values()),
+        expands=expands,
+        half_scales=half_scales,
+    )
+
+
+def _is_transpose_of(linear: Linear, table: Constant) -> bool:
+    """Whether a site's weight [K, N] is exactly the transpose of a table."""
+    if linear.root is not table.root or linear.scale != 1.0:
+        return False
+    weight = linear.constant()
+    if len(weight.shape) != 2 or not (_exact(weight) and _exact(table)):
+        return False
+    return (_turns(weight) + linear.transposed()) % 2 != _turns(table) % 2
+
+
+def _turns(constant: Constant) -> int:
+    return sum(op == "Transpose" for op, _ in constant.steps)
+
+
+def _exact(constant: Constant) -> bool:
+    """Whether the numbers are read as they are stored."""
+    stored = constant.tensor.dtype
+    return all(op != "Cast" or to in (stored, ir.DataType.FLOAT) for op, to in constant.steps)
+
+
+def _skip(node: ir.Node, table: Constant, reason: str) -> Skipped:
+    return Skipped(node.outputs[0].name or "", node.name or "", node.op_type, reason, table.tensor.nbytes)

@@ -1,0 +1,418 @@
+"""Find what can be quantized: every MatMul and Gemm with a constant weight, grouped by the activation it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.errors import ModelError
+from onnx_woq.graph.find.attention import FIRST_TOKEN, attended
+from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
+from onnx_woq.graph.find.ranks import Ranks
+from onnx_woq.graph.io.model import Model
+from onnx_woq.recipe import RANKS, Recipe
+from onnx_woq.targets import bitplanes as dense
+
+SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
+
+_MULTIPLIES = {"MatMul": ("",), "Gemm": ("",), "FusedMatMul": ("com.microsoft",), "FusedGemm": ("com.microsoft",)}
+
+_EXPONENTS = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all ones: infinite, or not a number
+_TILE = 1 << 17  # numbers looked at in one go
+
+# What may stand between the last MatMul and the output it makes: one computed input, channels kept in place.
+_TAIL_OPS = {
+    "Add", "Cast", "Clip", "Div", "Identity", "LogSoftmax", "Max", "Min", "Mul", "Reshape", "Sigmoid", "Slice",
+    "Softmax", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Linear:
+    """One MatMul or Gemm to quantize: `y = x @ W`, weight [K, N].
+
+    Attributes:
+        name: its output value name, the unique key.
+        node: the node; lowering rewrites it in place.
+        node_name: may be empty.
+        weight_name: of the initializer, before any transpose or cast.
+        k: input channels.
+        n: output channels.
+        dtype: of the activation.
+        kind: "MatMul" or "Gemm".
+        root: the constant called `weight_name`.
+        scale: Gemm's alpha, 1 for MatMul; part of the weight.
+    """
+
+    name: str
+    node: ir.Node
+    node_name: str
+    weight_name: str
+    k: int
+    n: int
+    dtype: ir.DataType
+    kind: str
+    root: ir.Value
+    scale: float = 1.0
+
+    def constant(self) -> Constant:
+        """The weight as it is in the graph now: folding may have replaced it since the site was found."""
+        constant = resolve(self.node.inputs[1])
+        if constant is None:
+            raise ModelError(f"the weight of {self.name!r} is no longer constant")
+        return constant
+
+    def key(self) -> tuple[object, ...]:
+        """Equal for sites that read the same numbers."""
+        return (*self.constant().key, self.transposed(), self.scale)
+
+    def transposed(self) -> bool:
+        """Whether the graph stores the weight as [N, K] and Gemm transposes it."""
+        attribute = self.node.attributes.get("transB")
+        return self.kind == "Gemm" and attribute is not None and bool(attribute.as_int())
+
+    def view(self) -> np.ndarray:
+        """The weight [K, N], read-only: in the type it is stored in, in either memory order, and no copy.
+
+        A copy only where the graph rounds it to another type, and with a scale, which is multiplied in float32.
+
+        Raises:
+            ModelError: it cannot be read.
+        """
+        array = self.constant().view()
+        array = array.T if self.transposed() else array.reshape(self.k, self.n)
+        if self.scale != 1.0:
+            array = array.astype(np.float32) * np.float32(self.scale)
+            array.flags.writeable = False
+        return array
+
+    def finite_view(self) -> np.ndarray:
+        """As `view`; ModelError naming the weight if a number in it is not finite."""
+        array = self.view()
+        if not _is_finite(array):
+            raise ModelError(
+                f"weight {self.weight_name!r} of {self.node_name or self.name!r} has NaN or infinite values: "
+                "export the model again, or exclude this node"
+            )
+        return array
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """One of the distinct weights of a tap.
+
+    Attributes:
+        name: of the weight.
+        k: input channels.
+        n: output channels.
+        read: gives it, [k, n] in float32, float16 or bfloat16: read-only, in either memory order, mapped from its
+            file if possible and unmapped once nobody holds it. Its numbers are those of `Tap.weight`, finite or not.
+        computed: whether reading it means computing it, all of it.
+    """
+
+    name: str
+    k: int
+    n: int
+    read: Callable[[], np.ndarray]
+    computed: bool = False
+
+
+@dataclass(eq=False)
+class LinearGroup:
+    """One activation and everything that multiplies it by a constant: quantized together.
+
+    Attributes:
+        name: of its first site; unique.
+        values: names of the activations, several only where sites share a weight.
+        attention: what weights the tokens of each of `values` in calibration, see `graph.attention`; "" for nothing.
+        sites: in graph order.
+        spec: the grid of all of them.
+        k: input channels.
+        n: output channels, summed over distinct weights.
+        weight_bytes: of the distinct weights as the model stores them.
+        rank: of the factors added to its weights; 0 for none.
+        corrected: whether a constant is added to its outputs.
+        densely: whether its opset lets codes take no more than their bits in the file (`onnx_woq.targets.bitplanes`).
+        half_scales: whether scales are stored in float16 whatever the kernel computes in.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    linears: tuple[Linear, ...]
+    spec: Spec
+    k: int
+    n: int
+    weight_bytes: int
+    attention: tuple[str, ...]
+    rank: int = 0
+    corrected: bool = False
+    densely: bool = False
+    half_scales: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether the codes take no more than their bits in the file."""
+        return self.densely and self.spec.bits in dense.FORMS
+
+    @property
+    def sources(self) -> tuple[tuple[str, str], ...]:
+        """(activation, what weights its tokens): equal for taps with the same statistics."""
+        return tuple(zip(self.values, self.attention, strict=True))
+
+    @property
+    def reads(self) -> set[str]:
+        """Names of all values that its statistics are made of."""
+        return {name for source in self.sources for name in source if name and name != FIRST_TOKEN}
+
+    def weight(self) -> np.ndarray:
+        """The distinct weights side by side, [K, n] in float32, a copy.
+
+        Raises:
+            ModelError: a weight is not finite or cannot be read.
+        """
+        whole = np.empty((self.k, self.n), np.float32)
+        end = 0
+        for linear in self._distinct():
+            start, end = end, end + linear.n
+            whole[:, start:end] = linear.finite_view()
+        return whole
+
+    def weight_sources(self) -> list[WeightSource]:
+        """The distinct weights one by one, in the order they have in `weight`, as they are stored."""
+        return [
+            WeightSource(
+                linear.weight_name, linear.k, linear.n, linear.view, isinstance(linear.constant().tensor, ir.LazyTensor)
+            )
+            for linear in self._distinct()
+        ]
+
+    def check(self) -> None:
+        """Reads every weight once, for the errors of `weight` before hours of work instead of after."""
+        for linear in self._distinct():
+            linear.finite_view()
+
+    def slices(self) -> Iterator[tuple[Linear, slice]]:
+        """Each site with its columns of `weight()`; sites that read the same constant share them."""
+        places: dict[tuple[object, ...], slice] = {}
+        start = 0
+        for linear in self.linears:
+            key = linear.key()
+            if key not in places:
+                places[key] = slice(start, start + linear.n)
+                start += linear.n
+            yield linear, places[key]
+
+    @property
+    def kernel_dtype(self) -> type[np.float32] | type[np.float16]:
+        """What the kernel that multiplies by its weights reads and gives."""
+        return np.float16 if self.linears[0].dtype == ir.DataType.FLOAT16 else np.float32
+
+    @property
+    def scale_dtype(self) -> type[np.float32] | type[np.float16]:
+        """What the model stores scales in."""
+        return np.float16 if self.half_scales else self.kernel_dtype
+
+    def _distinct(self) -> list[Linear]:
+        first: dict[tuple[object, ...], Linear] = {}
+        for linear in self.linears:
+            first.setdefault(linear.key(), linear)
+        return list(first.values())
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A matrix product that stays as it is.
+
+    Attributes:
+        name: its output value name.
+        node_name: may be empty.
+        op_type: "MatMul", "Gemm" or a fused form.
+        reason: why.
+        weight_bytes: of its constant factor; 0 when both are computed.
+    """
+
+    name: str
+    node_name: str
+    op_type: str
+    reason: str
+    weight_bytes: int
+
+
+def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup], list[Skipped]]:
+    """The taps in graph order, and every other matrix product with the reason why it is left alone.
+
+    With `recipe.lm_head` off, the MatMul that makes the model's first float output is left out: the one found by
+    walking back from that output through elementwise and reshaping nodes (into both branches of an If). A model
+    without one, such as an encoder that ends in a norm, leaves out the last site of its main graph.
+
+    With `recipe.attention_weighted`, what makes keys and values is a tap of its own beside the queries'.
+    """
+    ranks = Ranks(model)
+    linears: list[Linear] = []
+    skipped: list[Skipped] = []
+    for node in model.ir.graph.all_nodes():
+        if node.domain in _MULTIPLIES.get(node.op_type, ()):
+            found = _examine(node, ranks)
+            (linears if isinstance(found, Linear) else skipped).append(found)  # type: ignore[arg-type]
+    for function in model.ir.functions.values():
+        reason = f"inside the function {function.name}, which could not be inlined"
+        skipped += [_skip(node, reason) for node in function.all_nodes() if node.op_type in ("MatMul", "Gemm")]
+    heads = set() if recipe.lm_head else _heads(model.ir.graph, linears)
+    chosen: list[tuple[Linear, Spec]] = []
+    for linear in linears:
+        spec, reason = recipe.spec_for(linear.node_name, linear.name, linear.weight_name)
+        if linear.node in heads:
+            spec, reason = None, "the last MatMul, left float by the recipe"
+        if spec is None:
+            skipped.append(_skip(linear.node, reason))
+        else:
+            chosen.append((linear, spec))
+    groups = _group(chosen, attended(model) if recipe.attention_weighted else {})
+    for group in groups:
+        group.rank = min(recipe.lowrank, -(-min(group.k, group.n) // RANKS) * RANKS)
+        group.corrected = recipe.bias_correction
+        group.densely = (model.ir.opset_imports.get("") or 0) >= dense.OPSET
+        group.half_scales = recipe.half_scales
+    return groups, skipped
+
+
+def _examine(node: ir.Node, ranks: Ranks) -> Linear | Skipped:
+    """The site `node` is, or why it is none."""
+    left, right = (resolve(v) for v in node.inputs[:2])
+    if node.op_type.startswith("Fused"):
+        return _skip(node, f"{node.op_type} is not supported: export the model without runtime optimizations")
+    if right is None:
+        return _skip(node, _computed(node, left))
+    if reason := _unfit(node, right, ranks):
+        return _skip(node, reason)
+    transposed = node.op_type == "Gemm" and _int(node, "transB", 0)
+    k, n = right.shape[-2:] if not transposed else right.shape[::-1]
+    return Linear(
+        name=node.outputs[0].name or "",
+        node=node,
+        node_name=node.name or "",
+        weight_name=right.root.name or "",
+        k=k,
+        n=n,
+        dtype=right.dtype,
+        kind=node.op_type,
+        root=right.root,
+        scale=_float(node, "alpha", 1.0) if node.op_type == "Gemm" else 1.0,
+    )
+
+
+def _computed(node: ir.Node, left: Constant | None) -> str:
+    """Why a product whose right factor is not constant is skipped."""
+    if left is not None:
+        return "the constant is the left factor"
+    producer = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear" and resolve(producer.inputs[0]):
+        return "the weight is quantized already (DequantizeLinear)"
+    return "both inputs are computed"
+
+
+def _unfit(node: ir.Node, weight: Constant, ranks: Ranks) -> str:
+    """Why a product with a constant right factor cannot be quantized, or nothing."""
+    if weight.overridable:
+        return "the weight is also a graph input, which a caller may override: remove it from the inputs"
+    if resolve(node.inputs[0]) is not None:
+        return "both inputs are constant"
+    if weight.dtype not in FLOATS or weight.tensor.dtype not in FLOATS:
+        return f"the weight is {weight.tensor.dtype.name.lower()}, not float32, float16 or bfloat16"
+    if len(weight.shape) < 2:
+        return "the weight is a vector"
+    if any(d != 1 for d in weight.shape[:-2]):
+        return f"the weight is a stack of matrices {list(weight.shape)}"
+    if len(weight.shape) > 2 and (ranks.of(node.inputs[0]) or 0) < len(weight.shape):
+        return f"the weight has {len(weight.shape)} dimensions and the activation is not known to have as many"
+    if node.op_type == "Gemm" and _int(node, "transA", 0):
+        return "Gemm with transA=1"
+    k = weight.shape[-1] if node.op_type == "Gemm" and _int(node, "transB", 0) else weight.shape[-2]
+    if k < SMALLEST_K or 0 in weight.shape:
+        return f"only {k} input channels, fewer than the smallest block ({SMALLEST_K})"
+    return ""
+
+
+def _skip(node: ir.Node, reason: str) -> Skipped:
+    constants = [c for v in node.inputs[:2] if (c := resolve(v)) is not None]
+    size = sum(c.tensor.nbytes for c in constants)
+    return Skipped(node.outputs[0].name or "", node.name or "", node.op_type, reason, size)
+
+
+def _heads(graph: ir.Graph, linears: Sequence[Linear]) -> set[ir.Node]:
+    """The nodes that `lm_head=False` leaves float."""
+    by_node = {linear.node: linear for linear in linears}
+    output = next((v for v in graph.outputs if v.dtype in FLOATS), graph.outputs[0] if graph.outputs else None)
+    found: set[ir.Node] = set()
+    pending = [output]
+    while pending:
+        value = pending.pop()
+        node = value.producer() if value is not None else None
+        if node is None or value is None:
+            continue
+        if node in by_node:
+            found.add(node)
+        elif node.op_type == "If":
+            pending += [branch.as_graph().outputs[value.index() or 0] for branch in node.attributes.values()]
+        elif node.op_type in _TAIL_OPS:
+            computed = [v for v in node.inputs if v is not None and resolve(v) is None and not v.is_graph_input()]
+            # Slice, Reshape and their like compute their other inputs; only the first is data.
+            data = computed if node.op_type in ("Add", "Sub", "Mul", "Div", "Max", "Min") else computed[:1]
+            pending += data if len(data) == 1 else []
+    last = [linear.node for linear in linears if linear.node.graph is graph]
+    return found or set(last[-1:])
+
+
+def _group(chosen: Sequence[tuple[Linear, Spec]], attention: Mapping[ir.Node, str]) -> list[LinearGroup]:
+    """Joins sites that read the same value, its tokens weighted alike, or the same weight; of one spec, in order."""
+    leaders: dict[int, int] = {}
+
+    def leader(i: int) -> int:
+        while leaders[i] != i:
+            leaders[i] = leaders[leaders[i]]
+            i = leaders[i]
+        return i
+
+    first: dict[object, int] = {}
+    for i, (linear, spec) in enumerate(chosen):
+        leaders[i] = i
+        read = ("value", id(linear.node.inputs[0]), attention.get(linear.node, ""), spec)
+        for mark in (read, ("weight", *linear.key(), spec)):
+            other = leader(first.setdefault(mark, i))
+            low, high = sorted((other, leader(i)))
+            leaders[high] = low
+    groups: dict[int, list[Linear]] = {}
+    for i, (linear, _) in enumerate(chosen):
+        groups.setdefault(leader(i), []).append(linear)
+    return [_tap(tuple(linears), chosen[i][1], attention) for i, linears in groups.items()]
+
+
+def _tap(linears: tuple[Linear, ...], spec: Spec, attention: Mapping[ir.Node, str]) -> LinearGroup:
+    sources = {v.name or "": attention.get(s.node, "") for s in linears if (v := s.node.inputs[0]) is not None}
+    values = tuple(sources)
+    n = sum({linear.key(): linear.n for linear in linears}.values())
+    size = sum({linear.root: linear.constant().tensor.nbytes for linear in linears}.values())
+    return LinearGroup(linears[0].name, values, linears, spec, linears[0].k, n, size, tuple(sources.values()))
+
+
+def _int(node: ir.Node, name: str, default: int) -> int:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_int()
+
+
+def _float(node: ir.Node, name: str, default: float) -> float:
+    attribute = node.attributes.get(name)
+    return default if attribute is None else attribute.as_float()
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether every number of a matrix is, from the bits of its exponents: no type is widened, no matrix copied."""
+    rows = array if array.flags.c_contiguous else array.T
+    bits = rows.view(np.dtype(f"u{array.dtype.itemsize}"))
+    mask = bits.dtype.type(_EXPONENTS[array.dtype.name])
+    step = max(1, _TILE // max(1, bits.shape[1]))
+    return not any(((bits[i : i + step] & mask) == mask).any() for i in range(0, len(bits), step))

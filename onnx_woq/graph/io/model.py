@@ -1,0 +1,329 @@
+"""Load a model with its weights left on disk, copy its structure, hand it to a session."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import xxhash
+from onnx_ir.passes.common import InlinePass
+
+from onnx_woq.core.cpu import no_garbage_search
+from onnx_woq.errors import ModelError
+from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
+from onnx_woq.graph.io import external_data as files
+from onnx_woq.graph.io import wire
+from onnx_woq.graph.io.proto import copied, from_proto, to_proto
+
+logger = logging.getLogger(__name__)
+
+OPSETS = range(13, 26)
+MEMORY = "in memory"  # where `serialize` says that the tensors of `memory_tensors` lie
+
+_READ_CLOSELY = {"MatMul", "Gemm", "Cast", "Transpose", "Identity"}  # their inputs and attributes are relied upon
+_LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
+_LOW_BIT_TYPES = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.FLOAT4E2M1}
+
+
+@dataclass
+class Model:
+    """A model in memory, its large tensors in files.
+
+    Attributes:
+        ir: the graph. External tensors have locations relative to `path.parent`.
+        path: the real path of the .onnx file.
+        files: real paths of every file the weights are read from, `path` first.
+    """
+
+    ir: ir.Model
+    path: Path
+    files: tuple[Path, ...] = ()
+
+
+@no_garbage_search()
+def load(path: str | Path) -> Model:
+    """Loads the structure of `path`; its large weights stay on disk and are read when asked for.
+
+    Value names are made unique over all subgraphs (inputs and outputs of the model keep theirs), and functions that
+    contain a MatMul or Gemm are inlined.
+
+    Raises:
+        ModelError: the file cannot be used; the message says what to do.
+    """
+    named = Path(path)
+    real = files.real_path(named)
+    proto = _read(named, real)
+    _check_opset(named, proto)
+    _check_nodes(named, proto)
+    model = Model(_to_ir(named, proto), real)
+    graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
+    lift_constants(graphs, LARGE // 16)  # 16 bytes: the largest element
+    model.files = _place_tensors(model.ir, graphs, named, real)
+    _sort(model.ir.graph)
+    share_names(graphs, _unique_names(graphs))
+    lift_large(model.ir)
+    return model
+
+
+@no_garbage_search()
+def clone(model: Model) -> Model:
+    """A copy of the structure to edit freely; the tensors are shared."""
+    copy = copied(model.ir)
+    unshare_names(copy)
+    return Model(copy, model.path, model.files)
+
+
+@no_garbage_search()
+def structure(model: Model) -> onnx.ModelProto:
+    """The structure as protobuf for a session or for shape inference, next to no weights in it.
+
+    Large tensors on disk are external, at locations relative to `model.path.parent`; large tensors in memory are
+    external at the place `MEMORY`, and `memory_tensors` has them under their names. Those in bodies move to the main
+    graph of `model`.
+    """
+    places = {
+        name: ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
+        for name, tensor in _memory(model)
+    }
+    return to_proto(model.ir, places)
+
+
+def serialize(model: Model) -> bytes:
+    """`structure` as .onnx bytes."""
+    return structure(model).SerializeToString()
+
+
+def memory_tensors(model: Model) -> dict[str, np.ndarray]:
+    """The arrays to hand to a session beside `serialize(model)`, by initializer name."""
+    return {name: tensor.numpy() for name, tensor in _memory(model)}
+
+
+def model_hash(model: Model) -> str:
+    """A hash of the contents of the .onnx file and of its external data files, whatever they are called.
+
+    It tells models apart that somebody has, and results that belong to another one: XXH3 of 128 bits does that ten
+    times as fast as a cryptographic hash, and nothing here is secret or signed.
+
+    Raises:
+        ModelError: a file cannot be read any more.
+    """
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(1 << 18))  # stays in the processor's cache
+    try:
+        for file in model.files:
+            with file.open("rb", buffering=0) as stream:
+                size = os.fstat(stream.fileno()).st_size
+                digest.update(size.to_bytes(8, "little"))  # a byte moved from one file to the next is a difference
+                while count := stream.readinto(buffer):
+                    digest.update(buffer[:count])
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read ({error.strerror}): fetch it again") from error
+    return digest.hexdigest()
+
+
+def file_bytes(model: Model) -> int:
+    """Bytes of the .onnx file and its data files on disk."""
+    return sum(file.stat().st_size for file in model.files)
+
+
+def low_bit_nodes(model: Model) -> int:
+    """How many nodes already carry weights below 8 bits or in a blockwise format."""
+    return sum(map(_is_low_bit, all_nodes(model.ir)))
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of the graph, its subgraphs and its functions; an outer node comes before its bodies."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def _is_low_bit(node: ir.Node) -> bool:
+    if node.op_type in _LOW_BIT_OPS:
+        return True
+    if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
+        return False
+    return any(v is not None and v.dtype in _LOW_BIT_TYPES for v in (*node.inputs, *node.outputs))
+
+
+def _read(named: Path, real: Path) -> onnx.ModelProto:
+    """The structure of a file that is an ONNX model, or a ModelError that says what it is instead."""
+    with real.open("rb") as stream:
+        head = stream.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{named} is a Git LFS pointer, not the model: run 'git lfs pull' beside it")
+    if head[4:8] == b"ORTM":
+        raise ModelError(f"{named} is an ORT-format model: give the .onnx file it was made from")
+    try:
+        proto = wire.read_structure(real)
+    except wire.WireError as error:
+        raise ModelError(f"{named} is not an ONNX model, or is truncated ({error}): fetch it again") from error
+    except OSError as error:
+        raise ModelError(f"{named} cannot be read: {error.strerror}") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ModelError(f"{named} is not an ONNX model: it has no graph; fetch or export it again")
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{named} has sparse initializers, which are not supported: export it with dense weights")
+    return proto
+
+
+def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
+    version = _default_version(proto)
+    if version is None:
+        raise ModelError(f"{named} does not say which version of the ONNX operators it uses: export it again")
+    if version < OPSETS[0]:
+        raise ModelError(
+            f"{named} uses opset {version}, older than {OPSETS[0]}: export it with a newer opset, "
+            "or convert it with onnx.version_converter"
+        )
+    if version > OPSETS[-1]:
+        raise ModelError(f"{named} uses opset {version}, newer than {OPSETS[-1]}: export it with opset {OPSETS[-1]}")
+
+
+def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
+    """Refuses nodes without the inputs and attributes that the rest of this package takes for granted."""
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = proto.ir_version
+    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    context.opset_imports = {o.domain: o.version for o in proto.opset_import} | {"": _default_version(proto) or 0}
+    while pending:
+        node = pending.pop()
+        pending += [inner for attribute in node.attribute for inner in attribute.g.node]
+        if node.op_type not in _READ_CLOSELY or node.domain not in ("", "ai.onnx"):
+            continue
+        try:
+            onnx.checker.check_node(node, context)
+        except (onnx.checker.ValidationError, ValueError) as error:  # ValueError: a message that is not UTF-8
+            raise ModelError(f"{named} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
+
+
+def _default_version(proto: onnx.ModelProto) -> int | None:
+    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+
+
+def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
+    try:
+        model = from_proto(proto)
+    except Exception as error:  # onnx_ir wraps whatever it meets
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
+        raise ModelError(f"{named} is not a valid ONNX model: {cause}") from error
+    heavy = _heavy_functions(model)
+    if not heavy:
+        return model
+    try:
+        InlinePass(lambda function: function.identifier() in heavy)(model)
+    except Exception as error:  # the pass raises ValueError or its own; it may stop half way, so start over
+        logger.warning("the functions of %s cannot be inlined (%s); the MatMuls inside them stay float", named, error)
+        return from_proto(proto)
+    return model
+
+
+def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
+    """The functions that contain a MatMul or Gemm, directly or through functions they call."""
+    heavy: set[ir.OperatorIdentifier] = set()
+    while True:
+        more = {
+            key
+            for key, function in model.functions.items()
+            if any(n.op_type in ("MatMul", "Gemm") or n.op_identifier() in heavy for n in function.all_nodes())
+        }
+        if more == heavy:
+            return heavy
+        heavy = more
+
+
+def _place_tensors(model: ir.Model, graphs: Iterable[ir.Graph], named: Path, real: Path) -> tuple[Path, ...]:
+    """Checks every external tensor and points it at its real file; returns the files, `real` first."""
+    sources: dict[str, files.Source] = {real.name: files.source(real, real.parent)}
+
+    def place(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+        location = str(tensor.location)
+        if location not in sources:
+            sources[location] = files.source(files.data_file(location, named, real), real.parent)
+        return files.placed(tensor, sources[location])
+
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = place(value.const_value)
+            elif value.const_value is not None:
+                value.const_value = _unpacked(named, value.const_value)
+        for node in graph:
+            _load_attributes(node, place)
+    for function in model.functions.values():
+        for node in function.all_nodes():
+            _load_attributes(node, place)
+    return tuple(dict.fromkeys(source.path for source in sources.values()))
+
+
+def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.ExternalTensor]) -> None:
+    """Reads tensors that are attributes: only initializers may be external in every runtime version."""
+    for name, attribute in list(node.attributes.items()):
+        if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
+            loaded = ir.Tensor(place(attribute.value).numpy().copy(), name=attribute.value.name)
+            node.attributes[name] = ir.AttrTensor(name, loaded)
+
+
+def _unpacked(named: Path, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """A tensor of the structure; a large one (stored as a list of numbers) as one array, which sessions may point at.
+
+    Refuses a tensor whose data is missing before anything allocates what its dimensions claim.
+    """
+    proto = getattr(tensor, "raw", None)
+    if tensor.dtype == ir.DataType.UNDEFINED:
+        raise ModelError(f"{named}: tensor {tensor.name!r} has no type: the model is damaged, fetch it again")
+    if not isinstance(proto, onnx.TensorProto) or not is_large(tensor):
+        return tensor
+    if any(d < 0 for d in proto.dims) or proto.ByteSize() < tensor.nbytes // 4:  # varints take a byte per element
+        raise ModelError(f"{named}: tensor {tensor.name!r} of shape {list(proto.dims)} has no data: export it again")
+    try:
+        return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    except Exception as error:  # onnx_ir asserts that type and field belong together
+        raise ModelError(f"{named}: tensor {tensor.name!r} cannot be read ({error}): export it again") from error
+
+
+def _sort(graph: ir.Graph) -> None:
+    """Puts nodes behind the nodes they read, where an exporter did not."""
+    seen: set[ir.Node | None] = {None}
+    for node in graph:
+        if not all(v is None or v.producer() in seen or v.graph is not graph for v in node.inputs):
+            graph.sort()
+            return
+        seen.add(node)
+
+
+def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
+    """Gives values in subgraphs names that no other value has, and returns all names."""
+    used: set[str] = set()
+    counts: dict[str, int] = {}  # of the values that wanted a name: bodies by the hundred may all have the same ones
+    for graph in graphs:  # the main graph comes first, and keeps its names
+        values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+        for value in dict.fromkeys(values):
+            if not value.name:
+                continue
+            name, count = value.name, counts.get(value.name, 1)
+            while name in used:
+                count += 1
+                name = f"{value.name}_{count}"
+            counts[value.name] = count
+            used.add(name)
+            if name != value.name:
+                value.name = name
+    return used
+
+
+def _memory(model: Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
+    """Large tensors that no file has, by name; those in bodies have then moved to the main graph."""
+    lift_large(model.ir)
+    for name, value in model.ir.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and is_large(tensor) and not isinstance(tensor, ir.ExternalTensor):
+            yield name, tensor

@@ -1,1 +1,0 @@
-"""From a `QuantizedTensor` to the nodes that run it: one file per target."""

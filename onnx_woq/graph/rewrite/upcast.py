@@ -1,0 +1,51 @@
+"""Let a part of a half-precision model compute in float32.
+
+The CPU has next to no float16 kernels and no bfloat16 ones. For float16 ONNX Runtime casts around every node and rounds
+where a part of a model ends, so that what is computed would depend on how it was cut; bfloat16 it does not run at all.
+A part is therefore widened before it is run: never the whole model, and its large weights when the session wants them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.graph.edit import is_large
+from onnx_woq.graph.find.constants import release
+from onnx_woq.graph.io.model import Model
+
+HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
+
+
+def upcast(part: Model) -> None:
+    """Turns every float16 and bfloat16 value of `part` into float32, in place; `part` must share no nodes."""
+    for graph in part.ir.graphs():
+        for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
+            if value.dtype in HALF and isinstance(value.type, ir.TensorType):
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+            if value.const_value is not None and value.const_value.dtype in HALF:
+                value.const_value = _wide(value.const_value)
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+        for node in graph:
+            _widen_attributes(node)
+
+
+def _widen_attributes(node: ir.Node) -> None:
+    for name, attribute in list(node.attributes.items()):
+        # `value` rather than `as_tensor`, which asks every tensor whether it is one
+        if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
+            node.attributes[name] = ir.AttrTensor(name, _wide(attribute.value, now=True))
+        elif name in _TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT and attribute.as_int() in HALF:
+            node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+
+
+def _wide(tensor: ir.TensorProtocol, *, now: bool = False) -> ir.TensorProtocol:
+    def read() -> ir.Tensor:
+        array = tensor.numpy().astype(np.float32)
+        release(tensor)
+        return ir.Tensor(array, name=tensor.name)
+
+    if now or not is_large(tensor):
+        return read()
+    return ir.LazyTensor(read, dtype=ir.DataType.FLOAT, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "")

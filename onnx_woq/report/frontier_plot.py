@@ -1,0 +1,130 @@
+"""The frontier as a picture: what was predicted, what was measured, and which model was taken."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_woq.errors import OutputError, RecipeError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from onnx_woq.tuning.results import FrontierPoint, TuneResult
+
+MIX, UNIFORM, CHOSEN, INK = "#1f6fb4", "#8a5a1a", "#c8312b", "#333333"
+MARKERS = "Ds^vPX<>ph"
+
+_LOSSES = {
+    "kl": "mean KL divergence from the float model, nats per token",
+    "sqnr_db": "noise in the outputs, share of their energy",
+    "eval_fn": "how much worse the metric is than the float model's",
+}
+
+
+def check_picture(path: str | Path) -> Path:
+    """`path`, if a picture can be drawn there; worth asking before the work.
+
+    Raises:
+        RecipeError: matplotlib is not installed, or does not know this kind of file.
+        OutputError: there is no such folder.
+    """
+    path = Path(path)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise RecipeError("--frontier needs the package matplotlib: pip install 'onnx-woq[plot]'") from error
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise RecipeError(f"{path}: no picture has this ending, choose one of {', '.join(kinds)}")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist: create it first")
+    return path
+
+
+def draw_frontier(result: TuneResult, path: str | Path) -> None:
+    """Writes the frontier of a mixed-precision run to a picture, PNG or what the ending of `path` says.
+
+    Raises:
+        RecipeError, OutputError: see `check_picture`.
+    """
+    path = check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _decorate(axes, result)
+    _curve(axes, result.frontier)
+    _measured(axes, [p for p in result.frontier if p.measured is not None])
+    _limits(axes, result)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.8)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _decorate(axes: Axes, result: TuneResult) -> None:
+    axes.set_yscale("log")
+    axes.set_xlabel("size of the files, MB")
+    axes.set_ylabel(_LOSSES[result.metric_name])
+    axes.set_title(f"Mixed precision: {result.target}", loc="left", fontsize=12, color=INK)
+    axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.8)
+    axes.grid(visible=True, which="minor", axis="y", color="#f0f0f0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _curve(axes: Axes, points: Sequence[FrontierPoint]) -> None:
+    line = [(p.bytes / 1e6, p.predicted) for p in points if not p.name and p.predicted]
+    if line:
+        axes.plot(*zip(*line, strict=True), color=MIX, linewidth=1.4, alpha=0.75, label="mixes, predicted", zorder=2)
+
+
+def _measured(axes: Axes, points: Sequence[FrontierPoint]) -> None:
+    """What was measured. Names stand in the legend: configurations of one size would write over each other."""
+    some = [p for p in points if p.measured is not None and p.measured > 0]
+    series = [("mixes, measured ± standard error", [p for p in some if p.kind == "mix"], MIX, "o")]
+    uniform = sorted((p for p in some if p.kind == "uniform"), key=lambda p: -(p.measured or 0.0))
+    series += [(p.name, [p], UNIFORM, marker) for p, marker in zip(uniform, itertools.cycle(MARKERS), strict=False)]
+    for label, found, color, marker in series:
+        losses, errors = [p.measured or 0.0 for p in found], [p.standard_error or 0.0 for p in found]
+        down = [min(error, 0.95 * loss) for error, loss in zip(errors, losses, strict=True)]
+        style: dict[str, Any] = {"color": color, "markersize": 6, "elinewidth": 1.2, "capsize": 3, "zorder": 3}
+        if found:
+            axes.errorbar([p.bytes / 1e6 for p in found], losses, [down, errors], fmt=marker, label=label, **style)
+    for p in (p for p in some if p.chosen):
+        error = f" ± {p.standard_error:.2g}" if p.standard_error else ""
+        text = f"chosen: {p.bytes / 1e6:.1f} MB, {p.bpw:.2f} bits per weight,\n{p.measured:.3g}{error}"
+        ring: dict[str, Any] = {
+            "markersize": 14,
+            "markerfacecolor": "none",
+            "markeredgecolor": CHOSEN,
+            "markeredgewidth": 2,
+        }
+        axes.plot(p.bytes / 1e6, p.measured or 0.0, "o", label=text, zorder=4, **ring)
+
+
+def _limits(axes: Axes, result: TuneResult) -> None:
+    """The range that holds what was measured, with the predictions around it; and the loss that was asked for."""
+    measured = [p for p in result.frontier if p.measured is not None]
+    sizes = [p.bytes / 1e6 for p in measured]
+    losses = [p.measured for p in measured if p.measured and p.measured > 0]
+    if not losses:
+        return
+    predicted = [p for p in result.frontier if not p.name]
+    least = min(losses) / 3
+    near = [p.bytes / 1e6 for p in predicted if p.predicted and p.predicted >= least]
+    low, high = min(sizes + near), max(sizes + near)
+    room = 0.05 * (high - low) or 0.05 * high
+    axes.set_xlim(low - room, high + 3 * room)
+    tops = [p.predicted for p in predicted if p.predicted and p.bytes / 1e6 <= high]
+    axes.set_ylim(least, 2 * max([*losses, *tops]))
+    if math.isfinite(result.limit) and result.metric_name == "kl":
+        axes.axhline(result.limit, color=CHOSEN, linewidth=0.9, linestyle=(0, (4, 4)), zorder=1, label="accepted")

@@ -1,0 +1,154 @@
+"""All that a run can tell of itself, as plain data: what a report shows as a page, and what it saves as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Any
+
+from onnx_woq.engine.embedding import table_report
+from onnx_woq.engine.results import QuantizeReport
+from onnx_woq.errors import OutputError
+from onnx_woq.graph.find.embeddings import find_embeddings
+from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
+from onnx_woq.graph.io.find_model import find_model
+from onnx_woq.graph.io.model import Model, load
+from onnx_woq.recipe import Recipe
+from onnx_woq.report.layer_names import places
+from onnx_woq.report.weight_errors import histograms, weight_errors
+from onnx_woq.tuning.results import TuneResult
+from onnx_woq.version import version
+
+LAYERS = "onnx_woq.layers"
+"""Key of a written model's metadata that says what became of each tap."""
+
+_PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
+
+
+def summary(result: QuantizeReport | TuneResult, model: str | Path | None = None, command: str = "") -> dict[str, Any]:
+    """What a report holds; JSON-ready, numbers that are not finite being None.
+
+    Args:
+        result: of `quantize` or `tune`; the model it speaks of must still be on the disk.
+        model: the float model, or its folder, where it is no longer where it was.
+        command: how the run was started.
+
+    Raises:
+        OutputError: the result does not say which model it is of, and neither does `model`.
+    """
+    tuned = result if isinstance(result, TuneResult) else None
+    named = result.model if model is None else model
+    if named is None:
+        raise OutputError("the result does not name the float model: give write_report(…, model=PATH)")
+    source = load(find_model(named))
+    written = result.output if isinstance(result, QuantizeReport) else result.path
+    made = result if isinstance(result, QuantizeReport) else result.best
+    recipe = made.recipe if made else None
+    properties = load(written).ir.metadata_props if written else {}
+    layers = layers_of(written) if written else []
+    if written and all(row["error"] is None for row in layers):
+        known = weight_errors(named, written, layers)
+        layers = [row | {"weight_error": known.get(row["name"])} for row in layers]
+    skipped, tables = _beside(source, recipe)
+    found = {
+        "kind": "tuning" if tuned else "quantization",
+        "version": version(),
+        "versions": _versions(),
+        "command": command,
+        "model": named,
+        "output": written,
+        "bytes_before": tuned.float_bytes if tuned else result.bytes_before,  # type: ignore[union-attr]
+        "bytes_after": _bytes_after(result),
+        "seconds": result.seconds,
+        "recipe": recipe and recipe.to_dict(),
+        "calibration": properties.get("onnx_woq.calibration", ""),
+        "source": properties.get("onnx_woq.source", ""),
+        "needs_onnxruntime": properties.get("onnx_woq.minimum_onnxruntime", ""),
+        "tuning": tuned and _tuning(tuned),
+        "layers": _with_float(source, layers),
+        "embeddings": tables,
+        "skipped": skipped,
+        "worst": histograms(named, written, layers) if written else [],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(_finite(found)))
+    return plain
+
+
+def layers_of(path: Path) -> list[dict[str, Any]]:
+    """What became of each tap of a written model, and where it belongs in a picture of the network."""
+    text = load(path).ir.metadata_props.get(LAYERS, "")
+    rows: list[dict[str, Any]] = json.loads(text) if text else []
+    return _placed([row | {"weight_error": None} for row in rows])
+
+
+def _placed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = places([row["name"] for row in rows], [(row["k"], row["n"]) for row in rows])
+    return [row | {"layer": layer, "kind": kind} for row, (layer, kind) in zip(rows, found, strict=True)]
+
+
+def _with_float(source: Model, layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The taps in graph order, those that stay float too: what the written model does not speak of."""
+    everything, _ = find_linear_groups(source, Recipe("rtn"))
+    done = {linear for row in layers for linear in row["sites"]}
+    order = {linear.name: number for number, group in enumerate(everything) for linear in group.linears}
+    rows = [
+        *layers,
+        *(_float_row(group) for group in everything if not any(linear.name in done for linear in group.linears)),
+    ]
+    return _placed(sorted(rows, key=lambda row: order.get(row["name"], len(order))))
+
+
+def _float_row(group: LinearGroup) -> dict[str, Any]:
+    unknown = dict.fromkeys(("bits", "group_size", "symmetric", "error", "weight_error"))
+    linears = [linear.name for linear in group.linears]
+    shape = {"k": group.k, "n": group.n, "bytes": group.weight_bytes}
+    return {"name": group.name, "sites": linears, "scaling": "", **shape, **unknown}
+
+
+def _beside(source: Model, recipe: Recipe | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Nodes that stay float, with reasons, and what becomes of embeddings."""
+    if recipe is None:
+        return [], []
+    groups, skipped = find_linear_groups(source, recipe)
+    embeddings, left = find_embeddings(source, recipe, groups)
+    return [asdict(node) for node in (*skipped, *left)], [table_report(table).to_dict() for table in embeddings]
+
+
+def _versions() -> dict[str, str]:
+    """Of what did the work; a package under another name is left out."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True), "onnx-woq": version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version_of(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _tuning(result: TuneResult) -> dict[str, Any]:
+    """Trials and frontier, with the unit of the metric."""
+    found = result.to_dict()
+    unit = {"kl": "nats per token", "sqnr_db": "dB", "eval_fn": "your metric"}[result.metric_name]
+    return found | {"unit": unit}
+
+
+def _bytes_after(result: QuantizeReport | TuneResult) -> int | None:
+    if isinstance(result, QuantizeReport):
+        return result.bytes_after
+    return result.best.bytes if result.best else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,232 @@
+"""What people see: tables on standard output."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from onnx_woq.core.spec import Spec
+
+if TYPE_CHECKING:
+    from onnx_woq.engine.results import Inspection, QuantizeReport, WeightReport
+    from onnx_woq.graph.find.linears import Skipped
+    from onnx_woq.runtime.evaluation.metrics import Metrics
+    from onnx_woq.tuning.results import Trial, TuneResult
+
+PLAIN_WIDTH = 10_000
+"""Columns at most when standard output is no terminal: rows stay whole for grep."""
+
+WORST = 10
+"""How many of the taps with the largest error a quantization report lists."""
+
+_LOSSES = {"kl": "KL, nats/token", "sqnr_db": "noise in the outputs", "eval_fn": "loss of the metric"}
+_UNITS = {"kl": "KL, nats/token", "sqnr_db": "SQNR, dB", "eval_fn": "metric"}
+
+
+def size(count: float) -> str:
+    """Bytes for people: `12.3 MB`, decimal as disks are sold."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def spec_name(spec: Spec) -> str:
+    """A grid in short: `4 bit g32 asym`."""
+    group = "per channel" if spec.group_size == -1 else f"g{spec.group_size}"
+    return f"{spec.bits} bit {group} {'sym' if spec.symmetric else 'asym'}"
+
+
+def _grid(group: WeightReport) -> str:
+    return spec_name(group.spec) + (f" + rank {group.rank}" if group.rank else "")
+
+
+def tuning(result: TuneResult) -> None:
+    """The table of a tuning run: what each configuration cost in accuracy and what it saved in bytes."""
+    if result.target:
+        mixing(result)
+        return
+    table = _table("config", f">{_UNITS[result.metric_name]}", "verdict", ">size", ">of float", ">seconds", "note")
+    table.add_row("float", _number(result.baseline), "", size(result.float_bytes), "100.0 %", "", "")
+    for trial in result.trials:
+        best = result.best is not None and trial.name == result.best.name
+        table.add_row(
+            f"[bold]{escape(trial.name)}[/bold]" if best else escape(trial.name),
+            "" if trial.metric is None else _number(trial.metric),
+            _verdict(trial),
+            "" if trial.bytes is None else size(trial.bytes),
+            "" if trial.bytes is None else f"{100 * trial.bytes / result.float_bytes:.1f} %",
+            f"{trial.seconds:.1f}",
+            escape(
+                "; ".join(filter(None, ["chosen" if best else "", "resumed" if trial.resumed else "", trial.error]))
+            ),
+        )
+    relation = "at least" if result.higher_is_better else "at most"
+    stopped = {"met": "the first within the tolerance was taken"}.get(result.stopped, result.stopped)
+    _show(table, f"accepted: {relation} {_number(result.limit)}; {stopped}; {result.seconds:.1f} s in all")
+    if result.best is None:
+        _show("no configuration gave a model: nothing was written")
+    elif result.met:
+        _show(f"{result.best.name} is within the tolerance: {result.path}")
+    else:
+        _show(f"no configuration is within the tolerance; the best so far, {result.best.name}: {result.path}")
+
+
+def mixing(result: TuneResult) -> None:
+    """The tables of a mixed-precision run: what each layer became, and what was measured on the way to it."""
+    if result.layers:
+        total = sum(layer.predicted or 0.0 for layer in result.layers)
+        table = _table("MatMuls of one input", "grid", ">bits", ">size", ">of the loss")
+        for layer in result.layers:
+            share = "" if layer.predicted is None or not total else f"{100 * layer.predicted / total:.1f} %"
+            more = f" +{len(layer.nodes) - 1}" if len(layer.nodes) > 1 else ""
+            grid = "float" if layer.spec is None else spec_name(layer.spec)
+            table.add_row(escape(layer.name + more), grid, f"{layer.bits:.2f}", size(layer.bytes), share)
+        _show(table)
+    table = _table("config", ">size", ">of float", ">bits", f">{_LOSSES[result.metric_name]}", ">predicted", "note")
+    for point in [point for point in result.frontier if point.name]:
+        error = "" if point.standard_error is None else f" ± {point.standard_error:.2g}"
+        trial = next(trial for trial in result.trials if trial.name == point.name)
+        table.add_row(
+            f"[bold]{escape(point.name)}[/bold]" if point.chosen else escape(point.name),
+            "" if trial.bytes is None else size(trial.bytes),
+            "" if trial.bytes is None else f"{100 * trial.bytes / result.float_bytes:.1f} %",
+            f"{point.bpw:.2f}",
+            "" if point.measured is None else f"{_number(point.measured)}{error}",
+            "" if point.predicted is None else _number(point.predicted),
+            escape("; ".join(filter(None, ["chosen" * point.chosen, "resumed" * trial.resumed, trial.error]))),
+        )
+    _show(table, f"asked for: {result.target}; {result.stopped}; {result.seconds:.1f} s in all")
+    if result.best is None:
+        _show("no mix could be made within it: nothing was written")
+    elif not result.met:
+        _show(f"no mix is within it for sure; the best so far, {result.best.name}: {result.path}")
+    else:
+        _show(f"{result.best.name}: {result.path}")
+
+
+def quantization(report: QuantizeReport) -> None:
+    """The table of one quantization: the taps with the largest error, what stayed float, bytes."""
+    known = [group for group in report.groups if group.error is not None]
+    rows = sorted(known, key=lambda group: -(group.error or 0.0))[:WORST] if known else report.groups[:WORST]
+    table = _table("MatMuls", "grid", ">K", ">N", ">before", ">after", ">output error", "input scale")
+    for group in rows:
+        error = "" if group.error is None else f"{100 * group.error**0.5:.2f} %"
+        before, after = size(group.bytes_before), size(group.bytes_after)
+        more = f" +{len(group.nodes) - 1}" if len(group.nodes) > 1 else ""
+        name = escape(group.nodes[0] + more)
+        table.add_row(name, _grid(group), str(group.k), str(group.n), before, after, error, group.scaling)
+    _show(table)
+    if len(report.groups) > len(rows):
+        which = "with the largest error" if known else "first"
+        _show(f"the {len(rows)} {which} of {len(report.groups)} are shown")
+    _show_embeddings(report.embeddings)
+    _show_skipped(report.skipped)
+    _show_bytes(report.bytes_before, report.bytes_after, report.copies)
+    _show(f"{report.output} in {report.seconds:.1f} s")
+    _show(f"what it cost: onnx-woq evaluate {report.output} --reference {report.model} --data …")
+
+
+def inspection(found: Inspection) -> None:
+    """What would be quantized, what not and why."""
+    table = _table("MatMuls of one input", "grid", ">K", ">N", ">before", ">after")
+    for group in found.groups:
+        before, after = size(group.bytes_before), size(group.bytes_after)
+        table.add_row(escape(", ".join(group.nodes)), _grid(group), str(group.k), str(group.n), before, after)
+    _show(table)
+    _show_embeddings(found.embeddings)
+    _show_skipped(found.skipped, every=True)
+    for cut in found.cuts:
+        _show(f"calibration{f', {cut.graph}' if cut.graph else ''}: {cut.reason}")
+    _show_bytes(found.bytes_before, found.bytes_after, found.copies)
+
+
+def evaluation(metrics: Metrics) -> None:
+    """A quantized model against its float original."""
+    table = _table("measure", ">value")
+    for name, value in _measures(metrics):
+        table.add_row(name, value)
+    _show(table)
+
+
+def _measures(metrics: Metrics) -> Iterable[tuple[str, str]]:
+    if metrics.kind == "lm":
+        error = "" if metrics.kl_se is None else f" ± {metrics.kl_se:.4f}"
+        yield "mean KL divergence, nats/token", f"{metrics.kl:.4f}{error}"
+        yield "same top-1 token", f"{100 * _or_nan(metrics.top1):.2f} %"
+        yield "perplexity, float", f"{_or_nan(metrics.ppl_ref):.3f}"
+        yield "perplexity, quantized", f"{_or_nan(metrics.ppl):.3f}"
+    else:
+        yield "output SQNR", f"{_or_nan(metrics.sqnr_db):.2f} dB"
+        yield "cosine to the float output", f"{_or_nan(metrics.cosine):.5f}"
+    yield "tokens" if metrics.kind == "lm" else "rows", str(metrics.tokens)
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _verdict(trial: Trial) -> str:
+    if trial.status != "ok":
+        return "[red]failed[/red]" if trial.status == "failed" else "[red]no number[/red]"
+    if trial.dropped:
+        return "dropped out"
+    colour = "green" if trial.met else "yellow"
+    return f"[{colour}]{trial.verdict}[/{colour}]"
+
+
+def _show_embeddings(embeddings: Sequence[WeightReport]) -> None:
+    if not embeddings:
+        return
+    table = _table("embeddings", "grid", ">rows", ">columns", ">before", ">after", "codes")
+    for row in embeddings:
+        shared = f"those of {row.shared_with}" if row.shared_with else "its own"
+        before, after = (size(count) if count else "" for count in (row.bytes_before, row.bytes_after))
+        name, grid = escape(row.weight_name), spec_name(row.spec)
+        table.add_row(name, grid, str(row.n), str(row.k), before, after, escape(shared))
+    _show(table)
+
+
+def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:
+    if not skipped:
+        return
+    if every:
+        table = _table("left float", "op", ">weight", "why")
+        for node in skipped:
+            weight = size(node.weight_bytes) if node.weight_bytes else ""
+            table.add_row(escape(node.node_name or node.name), node.op_type, weight, escape(node.reason))
+        _show(table)
+        return
+    for reason, count in Counter(node.reason for node in skipped).most_common():
+        _show(f"{count} left float: {reason}")
+
+
+def _show_bytes(before: int, after: int, copies: Any) -> None:
+    for name, count in copies.items():
+        _show(f"{size(count)} of {name} stay float as well: something else in the model reads them")
+    _show(f"{size(before)} → {size(after)} ({100 * after / before:.1f} %)")
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.startswith(">")
+        table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
+    return table
+
+
+def _show(*things: Any) -> None:
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=False)
+    for thing in things:
+        console.print(thing, markup=not isinstance(thing, str), soft_wrap=isinstance(thing, str))

@@ -1,0 +1,348 @@
+"""Calibration and evaluation data in any form to feeds: one dictionary of arrays per sample.
+
+Samples are fed as they are, one after the other, never padded to each other's length: every token counts once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnx_woq.errors import DataError
+from onnx_woq.runtime.data.inputs import (
+    MASKS,
+    POSITIONS,
+    TOKEN_TYPES,
+    InputInfo,
+    can_fill,
+    fill,
+    is_decoder,
+    model_inputs,
+)
+from onnx_woq.runtime.data.text import load_tokenizer, read_records, read_text, stream_rows
+
+__all__ = ["Feed", "InputInfo", "data_hash", "feeds", "model_inputs", "random_feeds"]
+
+logger = logging.getLogger(__name__)
+
+Feed = dict[str, np.ndarray]
+"""Input name -> array."""
+
+RANDOM = "random"
+"""The name a user gives to ask for random data."""
+
+_BY_TOKEN = ("input_ids", *MASKS, POSITIONS, *TOKEN_TYPES)
+_SAFE_KINDS = {"i": "iub", "u": "iub", "f": "f", "b": "b", "V": "f"}  # numpy kinds; bfloat16 is a V
+_FORMS = "a .txt or .jsonl text, a .npz or .npy file, a folder of arrays, or in Python an iterable of dictionaries"
+
+
+def feeds(
+    source: Any,
+    inputs: list[InputInfo],
+    *,
+    samples: int,
+    seqlen: int,
+    exact_length: bool = False,
+    tokenizer: Path | None = None,
+    model_dir: Path | None = None,
+    skip: int = 0,
+    at_most: bool = False,
+) -> list[Feed]:
+    """The first `samples` samples of `source` after `skip`, complete and of the model's types.
+
+    Text of a model that keeps a past is one stream of tokens cut into rows of `seqlen`; for other models (encoders)
+    each line of a .txt is a sample with special tokens around it. Each record of a .jsonl is a sample. A .npz has
+    arrays named like the inputs, a .npy is for a model with one input: the first axis of a stack counts samples. An
+    element of an iterable is a dictionary, one array, a list of arrays in the order of the inputs, or a tuple
+    `(inputs, labels)`, of which the labels are ignored. Inputs that follow from the tokens are filled in
+    (`onnx_woq.runtime.data.inputs.fill`).
+
+    Args:
+        source: data in one of these forms, or "random".
+        inputs: from `model_inputs`.
+        samples: how many are wanted.
+        seqlen: tokens of a sample at most; longer ones are cut.
+        exact_length: leave out samples of fewer than `seqlen` tokens.
+        tokenizer: its folder, when it is not beside the model.
+        model_dir: the model's folder, as the user named it.
+        skip: samples to pass over first, so that others can be held out.
+        at_most: fewer samples than wanted are no error, as long as there is one.
+
+    Raises:
+        DataError: the data is missing, damaged, too little or does not fit the model.
+    """
+    if samples < 1 or seqlen < 1:
+        raise DataError(f"samples={samples} and seqlen={seqlen}: both must be at least 1")
+    if isinstance(source, str) and source == RANDOM:
+        return random_feeds(inputs, samples, seqlen, seed=skip)
+    raw = _open(source, inputs, skip + samples, seqlen, exact_length, tokenizer, model_dir)
+    found = []
+    dropped: set[str] = set()
+    for what, sample in raw:
+        named = _named(sample, inputs, what)
+        dropped |= named.keys() - {info.name for info in inputs}
+        feed = _fitted(named, inputs, seqlen, what)
+        if exact_length and "input_ids" in feed and feed["input_ids"].shape[1] < seqlen:
+            continue
+        found.append(feed)
+        if len(found) == skip + samples:
+            break
+    if dropped:
+        logger.warning("ignored what the model has no input for: %s", ", ".join(sorted(dropped)))
+    kept = found[skip:]
+    if not kept or (len(kept) < samples and not at_most):
+        raise DataError(_too_few(source, len(kept), samples, seqlen, exact_length, skip))
+    return kept
+
+
+def random_feeds(inputs: list[InputInfo], samples: int, seqlen: int, seed: int = 0) -> list[Feed]:
+    """Meaningless samples of the right shapes, for trying things out: uniform ids, normal floats.
+
+    Raises:
+        DataError: an input has no known rank.
+    """
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(samples):
+        feed = {}
+        for info in inputs:
+            if can_fill(info, inputs):
+                continue
+            if info.shape is None:
+                raise DataError(f"random data is not possible: the model does not say the rank of {info}")
+            shape = [d if isinstance(d, int) else (1 if axis == 0 else seqlen) for axis, d in enumerate(info.shape)]
+            if info.dtype.kind in "iub":
+                feed[info.name] = rng.integers(0, info.limit or 2, shape).astype(info.dtype)
+            else:
+                feed[info.name] = rng.standard_normal(shape).astype(info.dtype)
+        made.append(fill(feed, inputs, f"random sample {number + 1}"))
+    return made
+
+
+def data_hash(samples: Iterable[Mapping[str, np.ndarray]]) -> str:
+    """A hash of names, types, shapes and bytes of all samples in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for feed in samples:
+        for name in sorted(feed):
+            array = np.ascontiguousarray(feed[name])
+            digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+            digest.update(array.view(np.uint8).reshape(-1).data if array.size else b"")
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def _open(
+    source: Any,
+    inputs: list[InputInfo],
+    wanted: int,
+    seqlen: int,
+    exact_length: bool,
+    tokenizer: Path | None,
+    model_dir: Path | None,
+) -> Iterator[tuple[str, Any]]:
+    """The elements of any source with their names for messages."""
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        if not path.exists():
+            raise DataError(f"there is no data at {path}: give {_FORMS}")
+        if path.is_file() and path.suffix in (".txt", ".jsonl"):
+            return _text(path, inputs, wanted, seqlen, exact_length, tokenizer, model_dir)
+        return _stacked(_arrays(path), inputs)
+    if isinstance(source, (Mapping, np.ndarray)):
+        return iter([("the sample", source)])
+    if not isinstance(source, Iterable):
+        raise DataError(f"{type(source).__name__} is not data: give {_FORMS}")
+    return ((f"sample {number}", element) for number, element in enumerate(source, 1))
+
+
+def _stacked(loaded: Iterator[tuple[str, Any]], inputs: list[InputInfo]) -> Iterator[tuple[str, Any]]:
+    """Arrays from files, one sample per entry of their common first axis where the model's batch size is free."""
+    needed = [info for info in inputs if not can_fill(info, inputs)]
+    for what, content in loaded:
+        named = content if isinstance(content, Mapping) else {needed[0].name: content} if len(needed) == 1 else {}
+        known = {info.name: info for info in inputs if info.name in named and info.shape}
+        whole = known and all(
+            named[name].ndim == len(info.shape or ()) and not isinstance((info.shape or (1,))[0], int)
+            for name, info in known.items()
+        )
+        count = {named[name].shape[0] for name in known} if whole else set()
+        if len(count) != 1 or any(name.startswith("past") for name in named):
+            yield what, content
+            continue
+        for row in range(count.pop()):
+            yield f"{what}, row {row + 1}", {name: named[name][row : row + 1] for name in known}
+
+
+def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
+    """The samples in a .npz or .npy file, or in all those of a folder by name."""
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy"))
+        if not files:
+            raise DataError(f"the folder {path} holds no .npz or .npy file: give {_FORMS}")
+    elif path.suffix in (".npz", ".npy"):
+        files = [path]
+    else:
+        raise DataError(f"{path} is in no known format: give {_FORMS}")
+    for file in files:
+        yield str(file), _loaded(file)
+
+
+def _loaded(file: Path) -> Any:
+    """The array in a .npy file, or the dictionary of arrays in a .npz file."""
+    try:
+        with file.open("rb") as stream:
+            loaded = np.load(stream, allow_pickle=False)
+            return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except Exception as error:  # a damaged archive raises whatever zipfile, zlib and numpy think fit
+        raise DataError(f"{file} is not a file of plain arrays ({error}): write it with numpy.savez") from error
+
+
+def _text(
+    path: Path,
+    inputs: list[InputInfo],
+    wanted: int,
+    seqlen: int,
+    exact_length: bool,
+    tokenizer: Path | None,
+    model_dir: Path | None,
+) -> Iterator[tuple[str, Feed]]:
+    """Text as samples of input_ids, with a mask where a fixed length makes padding necessary."""
+    ids = next((info for info in inputs if info.name == "input_ids"), None)
+    if ids is None:
+        wants = ", ".join(map(str, inputs))
+        raise DataError(
+            f"{path} is text, but the model takes no input_ids (it takes {wants}): give .npz or dictionaries"
+        )
+    records = None if path.suffix == ".txt" else list(read_records(path))
+    text = read_text(path)
+    tokens = load_tokenizer(tokenizer, model_dir, text if records is None else "\n".join(records[:100]), ids.limit)
+    fixed = ids.shape[1] if ids.shape is not None and len(ids.shape) == 2 else None
+    positions = next((info.limit for info in inputs if info.name == POSITIONS), None)
+    limits = (seqlen, tokens.longest, positions, fixed if isinstance(fixed, int) else None)
+    length = min(limit for limit in limits if limit is not None)
+    if length < seqlen:
+        logger.warning("samples are cut to %d tokens, the longest that %s takes", length, model_dir or "the model")
+    if exact_length and length < seqlen:
+        raise DataError(
+            f"no sample can have exactly {seqlen} tokens: the model takes {length} at most (--seqlen {length})"
+        )
+    closes = tokens.closes()
+    stream = is_decoder(inputs) or not (closes or any(info.name in TOKEN_TYPES for info in inputs))
+    if records is None and stream:
+        rows: Iterable[list[int]] = stream_rows(text, tokens.encode, wanted, length)
+    else:
+        documents = text.splitlines() if records is None else records
+        encoded = (tokens.encode(d, True) for d in documents if d.strip())
+        rows = (row[: length - 1] + row[-1:] if closes and len(row) > length else row[:length] for row in encoded)
+    for number, row in enumerate((row for row in rows if row), 1):
+        yield f"{path} sample {number}", _row(row, fixed if isinstance(fixed, int) else len(row))
+
+
+def _row(ids: list[int], length: int) -> Feed:
+    """One sample `[1, length]`; a mask goes along when it has to be padded."""
+    tokens = np.zeros((1, length), np.int64)
+    tokens[0, : len(ids)] = ids
+    if len(ids) == length:
+        return {"input_ids": tokens}
+    return {"input_ids": tokens, "attention_mask": (np.arange(length) < len(ids)).astype(np.int64)[None]}
+
+
+def _named(sample: Any, inputs: list[InputInfo], what: str) -> dict[str, Any]:
+    """An element of the source as a dictionary."""
+    needed = [info for info in inputs if not can_fill(info, inputs)]
+    if isinstance(sample, tuple) and len(sample) == 2 and (_is_group(sample[0]) or len(needed) == 1):
+        sample = sample[0]
+    if isinstance(sample, Mapping):
+        return dict(sample)
+    if isinstance(sample, (list, tuple)) and sample and any(map(_is_array, sample)):
+        if len(sample) > len(inputs):
+            raise DataError(
+                f"{what} is a list of {len(sample)} arrays, but the model has {len(inputs)} inputs: {_list(inputs)}"
+            )
+        return {info.name: array for info, array in zip(inputs, sample, strict=False)}
+    if not _is_array(sample) and not isinstance(sample, (list, tuple, int, float)):
+        raise DataError(f"{what} is a {type(sample).__name__}: give a dictionary of arrays named {_list(inputs)}")
+    if len(needed) != 1:
+        raise DataError(f"{what} is one array, but the model needs {_list(needed)}: give a dictionary with these keys")
+    return {needed[0].name: sample}
+
+
+def _is_array(value: Any) -> bool:
+    return hasattr(value, "__array__") and np.ndim(value) > 0
+
+
+def _is_group(value: Any) -> bool:
+    """Whether this is the inputs of a sample, not one of them."""
+    return isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and any(map(_is_array, value)))
+
+
+def _list(inputs: list[InputInfo]) -> str:
+    return ", ".join(map(str, inputs)) or "no input"
+
+
+def _fitted(named: Mapping[str, Any], inputs: list[InputInfo], seqlen: int, what: str) -> Feed:
+    """The arrays the model has inputs for, of its types, cut to `seqlen`, checked and completed."""
+    known = {info.name: info for info in inputs}
+    feed = {name: _typed(value, known[name], what) for name, value in named.items() if name in known}
+    if not feed and inputs:
+        raise DataError(f"{what} has {', '.join(map(str, named)) or 'nothing'}, but the model takes {_list(inputs)}")
+    ids = feed.get("input_ids")
+    if ids is not None and ids.ndim == 2 and not any(name.startswith("past") for name in feed):
+        batch, length = ids.shape
+        for name in _BY_TOKEN:
+            if length > seqlen and name in feed and feed[name].shape == (batch, length):
+                feed[name] = np.ascontiguousarray(feed[name][:, :seqlen])
+    feed = fill(feed, inputs, what)
+    for name, array in feed.items():
+        _check(array, known[name], what)
+    return feed
+
+
+def _typed(value: Any, info: InputInfo, what: str) -> np.ndarray:
+    """A value as an array of the input's type; a missing leading batch dimension is added."""
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{what}: {info.name} is not an array ({error})") from error
+    if array.dtype.kind not in _SAFE_KINDS.get(info.dtype.kind, "") and array.dtype != info.dtype:
+        raise DataError(f"{what}: {info.name} is {array.dtype.name}, the model takes {info}: convert it")
+    if info.shape is not None and array.ndim == len(info.shape) - 1:
+        array = array[None]
+    if info.shape is not None and array.ndim != len(info.shape):
+        raise DataError(f"{what}: {info.name} has shape {list(array.shape)}, the model takes {info}")
+    if not array.size and not info.name.startswith("past"):
+        raise DataError(f"{what}: {info.name} is empty, of shape {list(array.shape)}: leave empty samples out")
+    if array.dtype.kind in "iu" and info.dtype.kind in "iu" and array.size:
+        limits = np.iinfo(info.dtype)
+        if int(array.min()) < limits.min or int(array.max()) > limits.max:
+            raise DataError(f"{what}: {info.name} holds numbers too large for {info.dtype.name}")
+    return np.ascontiguousarray(array, dtype=info.dtype).reshape(array.shape)
+
+
+def _check(array: np.ndarray, info: InputInfo, what: str) -> None:
+    """Raises DataError when an array's shape or numbers are none the model can take."""
+    for have, want in zip(array.shape, info.shape or (), strict=False):
+        if isinstance(want, int) and have != want:
+            raise DataError(f"{what}: {info.name} has shape {list(array.shape)}, the model takes {info}")
+    if array.dtype.kind in "fV" and array.size and not np.isfinite(array.astype(np.float32, copy=False)).all():
+        raise DataError(f"{what}: {info.name} holds NaN or infinite numbers: clean the data")
+    if array.dtype.kind in "iu" and info.limit is not None and array.size:
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= info.limit:
+            fix = "give a shorter --seqlen" if info.name == POSITIONS else "is this another model's tokenizer?"
+            worst = low if low < 0 else high
+            raise DataError(f"{what}: {info.name} holds {worst}, but the model's table has {info.limit} rows: {fix}")
+
+
+def _too_few(source: Any, have: int, wanted: int, seqlen: int, exact_length: bool, skip: int) -> str:
+    name = str(source) if isinstance(source, (str, Path)) else "the data"
+    long = f" of {'exactly ' if exact_length else 'up to '}{seqlen} tokens"
+    after = f" after the first {skip}" if skip else ""
+    if not have:
+        return f"{name} has no sample{long if exact_length else ''}{after}: give more data or a shorter --seqlen"
+    return f"{name} has only {have} samples{long}{after}, {wanted} are wanted: give --samples {have}, or more data"

@@ -1,0 +1,192 @@
+"""What a model wants to be fed, and the inputs that follow from the tokens: masks, positions, an empty past."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.errors import DataError
+from onnx_woq.graph.io.model import Model
+
+MASKS = ("attention_mask", "input_mask")
+"""Inputs that say which tokens count, 1 or 0, `[B, T]`."""
+
+POSITIONS = "position_ids"
+TOKEN_TYPES = ("token_type_ids", "segment_ids")
+_TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "input")
+_PAST = re.compile(r"past")
+_ZEROS = ("num_logits_to_keep", "logits_to_keep")  # 0 means the logits of every token
+_SAME_NUMBERS = {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Expand", "Transpose"}
+
+
+@dataclass(frozen=True)
+class InputInfo:
+    """One input of a model.
+
+    Attributes:
+        name: as the model calls it.
+        dtype: numpy's, bfloat16 by way of ml_dtypes.
+        shape: numbers for fixed dimensions, names for symbolic ones, None for unknown ones; None when the rank itself
+            is unknown.
+        limit: integers must be below it because they index a table of that many rows; None where there is no table.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...] | None
+    limit: int | None = None
+
+    def __str__(self) -> str:
+        dims = "?" if self.shape is None else ", ".join("?" if dim is None else str(dim) for dim in self.shape)
+        return f"{self.name} {self.dtype.name} [{dims}]"
+
+
+def model_inputs(model: Model) -> list[InputInfo]:
+    """The inputs that must be fed, in the model's order.
+
+    Newer versions of the onnxruntime-genai builder leave the head size of the past open: it is then read from the
+    configuration beside the model.
+
+    Raises:
+        DataError: one of them is a sequence, an optional or text.
+    """
+    graph = model.ir.graph
+    infos = [_describe(value) for value in graph.inputs if value.name not in graph.initializers]
+    if any(_has_open_head(info) for info in infos) and (size := _head_size(model.path.parent)):
+        infos = [
+            replace(info, shape=(*(info.shape or ())[:-1], size)) if _has_open_head(info) else info for info in infos
+        ]
+    return infos
+
+
+def _has_open_head(info: InputInfo) -> bool:
+    """Whether this is a past `[batch, heads, sequence, head size]` that does not say its head size."""
+    shape = info.shape or ()
+    return is_past(info) and len(shape) == 4 and isinstance(shape[1], int) and not isinstance(shape[3], int)
+
+
+def _head_size(folder: Path) -> int | None:
+    """Channels of an attention head, from genai_config.json or config.json; None if neither says."""
+    for name, path in (("genai_config.json", ("model", "decoder")), ("config.json", ())):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+            for key in path:
+                config = config[key]
+            size = config.get("head_size") or config.get("head_dim")
+            size = size or config["hidden_size"] // config["num_attention_heads"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+            continue
+        if isinstance(size, int) and size > 0:
+            return size
+    return None
+
+
+def can_fill(info: InputInfo, inputs: Sequence[InputInfo]) -> bool:
+    """Whether `fill` can make this input from the tokens of another one."""
+    if info.name in _TOKENS or not any(other.name in _TOKENS for other in inputs):
+        return False
+    rank = None if info.shape is None else len(info.shape)
+    if info.name in (*MASKS, *TOKEN_TYPES, POSITIONS):
+        return rank in (2, None)
+    if info.name in ("use_cache_branch", "cache_position", *_ZEROS):
+        return rank in (0, 1, None)
+    return is_past(info) and info.shape is not None
+
+
+def is_decoder(inputs: Sequence[InputInfo]) -> bool:
+    """Whether the model keeps a past, so that its text is one stream of tokens."""
+    return any(is_past(info) for info in inputs)
+
+
+def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], what: str) -> dict[str, np.ndarray]:
+    """`feed` with the inputs it leaves out made from its tokens, in the model's order.
+
+    An attention mask of ones; positions counted along the mask; token types 0; an empty past; the cache branch off.
+
+    Raises:
+        DataError: an input is missing that does not follow from the tokens.
+    """
+    missing = [info for info in inputs if info.name not in feed]
+    tokens = next((feed[name] for name in _TOKENS if name in feed and np.ndim(feed[name]) >= 2), None)
+    hopeless = [info for info in missing if tokens is None or not can_fill(info, inputs)]
+    if hopeless:
+        raise DataError(
+            f"{what} has no {' and no '.join(map(str, hopeless))}: the model needs "
+            f"{'it' if len(hopeless) == 1 else 'them'} and nothing else tells what to feed. Give samples as "
+            f"dictionaries with the keys {', '.join(i.name for i in inputs if not can_fill(i, inputs))} "
+            "(in a .npz file: arrays of these names)"
+        )
+    full = dict(feed)
+    size = () if tokens is None else tokens.shape[:2]
+    mask = next((feed[name] for name in MASKS if name in feed and np.ndim(feed[name]) == 2), None)
+    for info in missing:
+        full[info.name] = _made(info, size, mask)
+    return {info.name: full[info.name] for info in inputs}
+
+
+def _made(info: InputInfo, size: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
+    """The array for one input that follows from tokens of `size` (B, T)."""
+    batch, length = size
+    if info.name in MASKS:
+        return np.ones((batch, length), info.dtype)
+    if info.name in TOKEN_TYPES:
+        return np.zeros((batch, length), info.dtype)
+    if info.name == POSITIONS:
+        steps = np.ones((batch, length), np.int64) if mask is None or mask.shape != size else mask != 0
+        return np.maximum(np.cumsum(steps, axis=1) - 1, 0).astype(info.dtype)
+    if info.name == "cache_position":
+        return np.arange(length, dtype=info.dtype)
+    if is_past(info):
+        return np.zeros([_past_dim(info, axis, batch) for axis in range(len(info.shape or ()))], info.dtype)
+    return np.zeros([1] * len(info.shape or ()), info.dtype)  # use_cache_branch, num_logits_to_keep
+
+
+def _past_dim(info: InputInfo, axis: int, batch: int) -> int:
+    """One dimension of an empty past: fixed ones as they are, the batch as fed, the sequence empty."""
+    shape = info.shape or ()
+    dim = shape[axis]
+    if isinstance(dim, int):
+        return dim
+    named = any(isinstance(d, str) and "batch" in d for d in shape)
+    is_batch = (isinstance(dim, str) and "batch" in dim) if named else axis == 0
+    return batch if is_batch else 0
+
+
+def is_past(info: InputInfo) -> bool:
+    """Whether an input holds keys and values of earlier tokens."""
+    return bool(_PAST.match(info.name)) and info.dtype.kind not in "iub"
+
+
+def _describe(value: ir.Value) -> InputInfo:
+    name = value.name or ""
+    kind = value.dtype
+    if kind in (None, ir.DataType.STRING, ir.DataType.UNDEFINED) or not isinstance(value.type, ir.TensorType):
+        raise DataError(f"input {name!r} of the model is not a tensor of numbers ({value.type}): it cannot be fed")
+    shape = None if value.shape is None else tuple(_dim(dim) for dim in value.shape)
+    dtype = np.dtype(value.type.dtype.numpy())
+    return InputInfo(name, dtype, shape, _rows_indexed(value) if dtype.kind in "iu" else None)
+
+
+def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value
+
+
+def _rows_indexed(value: ir.Value) -> int | None:
+    """The fewest rows among the constant tables that `value` looks up in Gathers, straight or after a reshape."""
+    rows: list[int] = []
+    for node, position in value.uses():
+        if node.op_type == "Gather" and position == 1:
+            table = node.inputs[0]
+            axis = node.attributes.get_int("axis", 0)
+            if table is not None and table.const_value is not None and table.const_value.shape.rank() > axis:
+                rows.append(int(table.const_value.shape.numpy()[axis]))
+        elif node.op_type in _SAME_NUMBERS and position == 0:
+            deeper = _rows_indexed(node.outputs[0])
+            rows += [] if deeper is None else [deeper]
+    return min(rows, default=None)

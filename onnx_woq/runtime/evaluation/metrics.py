@@ -1,0 +1,308 @@
+"""How far a quantized model is from its float original: both run in step, so no output outlives its sample."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from onnx_woq.errors import DataError
+from onnx_woq.graph.io.model import Model, load
+from onnx_woq.runtime.data.feeds import Feed
+from onnx_woq.runtime.data.inputs import MASKS
+from onnx_woq.runtime.session import make_session, run
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+
+_CHUNK = 1 << 22  # logits worked on at once: 32 MB in float64
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The distance of a model from its reference on some data. A model that computes NaN has NaN metrics.
+
+    Attributes:
+        kind: "lm" for language models, "tensor" for all others.
+        tokens: tokens compared (lm), or rows of the first output (tensor).
+        kl: mean of KL(reference ‖ model) over tokens, nats.
+        kl_se: its standard error over sequences; None for fewer than two.
+        top1: share of tokens for which both models prefer the same next one.
+        ppl, ppl_ref: perplexity of the model and of the reference; None without a token to predict.
+        sqnr_db: signal to quantization noise over all float outputs, dB; infinite when they are equal.
+        cosine: mean cosine of the rows of the first float output; token vectors are first averaged over each sequence.
+    """
+
+    kind: Literal["lm", "tensor"]
+    tokens: int
+    kl: float | None = None
+    kl_se: float | None = None
+    top1: float | None = None
+    ppl: float | None = None
+    ppl_ref: float | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of all fields; numbers may be NaN or infinite."""
+        return asdict(self)
+
+
+def compare(
+    model: str | Path, reference: str | Path, feeds: Sequence[Feed], *, progress: Progress | None = None
+) -> Metrics:
+    """Runs both models on every sample and compares what they give.
+
+    Tokens where a fed attention mask is 0 do not count.
+
+    Args:
+        model: the quantized .onnx file.
+        reference: the float one.
+        feeds: from `onnx_woq.runtime.data.feeds.feeds`.
+        progress: called after each sample.
+
+    Raises:
+        DataError: there are no samples, or a model cannot be run on one.
+        ModelError: a model cannot be run, or the two do not have the same outputs.
+    """
+    tally = None
+    for number, tally in enumerate(_tallies(model, reference, feeds)):  # noqa: B007
+        if progress:
+            progress(number + 1, len(feeds))
+    if tally is None:
+        raise DataError("evaluation needs at least one sample")
+    return tally.metrics()
+
+
+def distances(model: str | Path, reference: str | Path, feeds: Sequence[Feed]) -> Iterator[tuple[float, float]]:
+    """The distance of `model` from the reference on each sample, as it is asked for.
+
+    A distance is a pair whose sums over samples make the metric: divergence (nats) and tokens for language models,
+    noise and signal for others.
+
+    Raises:
+        DataError, ModelError: as `compare`.
+    """
+    seen = 0
+    for tally in _tallies(model, reference, feeds):
+        new = tally.pairs[seen:]
+        seen = len(tally.pairs)
+        yield sum(pair[0] for pair in new), sum(pair[1] for pair in new)
+
+
+def _tallies(
+    model: str | Path, reference: str | Path, feeds: Sequence[Feed]
+) -> Iterator[_LanguageTally | _TensorTally]:
+    """The sums over the samples so far, after each of them."""
+    if not feeds:
+        return
+    language = is_language_model(load(reference), feeds[0])
+    pair = make_session(reference), make_session(model)
+    tally = _LanguageTally() if language else _TensorTally(_float_outputs(pair))
+    for number, feed in enumerate(feeds):
+        what = f"sample {number + 1}"
+        expected, actual = (run(session, tally.outputs, _needed(session, feed, what), what) for session in pair)
+        with np.errstate(all="ignore"):  # NaN and infinity are results here
+            tally.add(expected, actual, feed)
+        yield tally
+
+
+def is_language_model(model: Model, feed: Feed) -> bool:
+    """Whether `input_ids [B, T]` give `logits [B, T, V]` over a vocabulary that holds the tokens in `feed`."""
+    ids = feed.get("input_ids")
+    output = next(iter(model.ir.graph.outputs), None)
+    if ids is None or ids.ndim != 2 or output is None or output.name != "logits":
+        return False
+    if output.shape is None:
+        return True
+    size = output.shape[-1] if len(output.shape) == 3 else 0
+    return not isinstance(size, int) or size > ids.max(initial=0)
+
+
+def _needed(session: ort.InferenceSession, feed: Feed, what: str) -> Feed:
+    names = [value.name for value in session.get_inputs()]
+    if missing := [name for name in names if name not in feed]:
+        raise DataError(f"{what} has no {', '.join(missing)}, which one of the models takes")
+    return {name: feed[name] for name in names}
+
+
+def _float_outputs(pair: tuple[ort.InferenceSession, ort.InferenceSession]) -> list[str]:
+    """The float outputs that both models have, in the reference's order."""
+    first, second = ([value.name for value in s.get_outputs() if "float" in value.type] for s in pair)
+    common = [name for name in first if name in second]
+    if not common:
+        raise DataError(f"the models have no float output in common: {', '.join(first)} and {', '.join(second)}")
+    return common
+
+
+def mask_of(feed: Feed, size: tuple[int, ...]) -> np.ndarray:
+    """Which of `size` [B, T] tokens count."""
+    given = next((feed[name] for name in MASKS if name in feed and feed[name].shape == size), None)
+    return np.ones(size, bool) if given is None else given != 0
+
+
+@dataclass
+class _LanguageTally:
+    """Sums over tokens for a language model, one entry per sequence."""
+
+    counts: list[int] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    agreements: float = 0.0
+    predicted: int = 0
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # reference, model; nats
+    outputs: Sequence[str] = ("logits",)
+
+    @property
+    def pairs(self) -> list[tuple[float, float]]:
+        """Divergence and tokens of each sequence."""
+        return list(zip(self.divergences, map(float, self.counts), strict=True))
+
+    def add(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], feed: Feed) -> None:
+        """One sample: logits [B, T, V] of both models."""
+        ids = feed["input_ids"]
+        if expected[0].shape[:2] != ids.shape or expected[0].shape != actual[0].shape:
+            shapes = f"{list(expected[0].shape)} and {list(actual[0].shape)}"
+            raise DataError(f"the logits have shapes {shapes}, for input_ids of shape {list(ids.shape)}")
+        mask = mask_of(feed, ids.shape)
+        for row in range(len(ids)):
+            follows = np.append(mask[row, 1:] & mask[row, :-1], False)
+            targets = np.append(ids[row, 1:], 0)
+            divergence, count = 0.0, 0
+            step = max(1, _CHUNK // expected[0].shape[-1])
+            for start in range(0, ids.shape[1], step):
+                part = slice(start, start + step)
+                p, q = _log_softmax(expected[0][row, part]), _log_softmax(actual[0][row, part])
+                keep, next_known = mask[row, part], follows[part]
+                divergence += float(_divergence(p, q)[keep].sum())
+                self.agreements += float(_agreement(p, q)[keep].sum())
+                count += int(keep.sum())
+                self.predicted += int(next_known.sum())
+                for model, logp in enumerate((p, q)):
+                    self.losses[model] -= float(logp[np.arange(len(logp)), targets[part]][next_known].sum())
+            self.counts.append(count)
+            self.divergences.append(divergence)
+
+    def metrics(self) -> Metrics:
+        """Means over all tokens."""
+        tokens = sum(self.counts)
+        if not tokens:
+            raise DataError("the attention masks leave no token to compare: check them")
+        kl = sum(self.divergences) / tokens
+        perplexities = [_exp(loss / self.predicted) if self.predicted else None for loss in self.losses]
+        return Metrics(
+            kind="lm",
+            tokens=tokens,
+            kl=kl,
+            kl_se=self._standard_error(kl, tokens),
+            top1=self.agreements / tokens,
+            ppl=perplexities[1],
+            ppl_ref=perplexities[0],
+        )
+
+    def _standard_error(self, kl: float, tokens: int) -> float | None:
+        """Of a ratio of sums over sequences; of the mean, where they are equally long."""
+        n = len(self.counts)
+        if n < 2:
+            return None
+        squares = sum((total - kl * count) ** 2 for total, count in zip(self.divergences, self.counts, strict=True))
+        return math.sqrt(squares * n / (n - 1)) / tokens
+
+
+@dataclass
+class _TensorTally:
+    """Sums over outputs for any other model."""
+
+    outputs: Sequence[str]
+    pairs: list[tuple[float, float]] = field(default_factory=list)  # noise and signal of each sample
+    cosines: float = 0.0
+    rows: int = 0
+
+    def add(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], feed: Feed) -> None:
+        """One sample: the arrays of `outputs` of both models."""
+        signal = noise = 0.0
+        for name, want, have in zip(self.outputs, expected, actual, strict=True):
+            if want.shape != have.shape:
+                raise DataError(
+                    f"output {name!r} has shape {list(want.shape)} in one model, {list(have.shape)} in the other"
+                )
+            want, have = _counted(want, feed), _counted(have, feed)
+            signal += float(np.square(want).sum())
+            noise += float(np.square(want - have).sum())
+        self.pairs.append((noise, signal))
+        a, b = _vectors(expected[0], feed), _vectors(actual[0], feed)
+        size = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        same = (a == b).all(axis=-1)  # two equal vectors of zeros point the same way
+        self.cosines += float(np.where(same, 1.0, (a * b).sum(axis=-1) / size).sum())
+        self.rows += len(a)
+
+    def metrics(self) -> Metrics:
+        """Over all samples."""
+        noise, signal = (sum(column) for column in zip(*self.pairs, strict=True)) if self.pairs else (0.0, 0.0)
+        cosine = self.cosines / self.rows if self.rows else None
+        return Metrics(kind="tensor", tokens=self.rows, sqnr_db=decibels(noise, signal), cosine=cosine)
+
+
+def decibels(noise: float, signal: float) -> float:
+    """The signal to noise ratio in dB: infinite without noise."""
+    ratio = math.inf if noise == 0 else signal / noise
+    return ratio if not math.isfinite(ratio) else 10 * math.log10(ratio) if ratio else -math.inf
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities [T, V] in float64."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
+
+
+def divergence(logits: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """KL of each token [T] between what logits [T, V] and others give, in nats."""
+    return _divergence(_log_softmax(logits), _log_softmax(other))
+
+
+def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p ‖ q) of each token [T] from log probabilities [T, V]; never below 0, as rounding might have it."""
+    weights = np.exp(p)
+    terms = weights * (p - q)
+    terms[weights == 0] = 0  # a token that cannot come, whatever the other model thinks of it
+    return np.maximum(terms.sum(axis=-1), 0)
+
+
+def _agreement(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """1 where both prefer the same token, 0 where not, NaN where one has no preference."""
+    same = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64)
+    same[np.isnan(p).any(axis=-1) | np.isnan(q).any(axis=-1)] = np.nan
+    return same
+
+
+def _counted(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The entries of an output in float64, those of masked tokens left out."""
+    wide = array.astype(np.float64)
+    return wide[mask_of(dict(feed), wide.shape[:2])] if wide.ndim > 2 else wide
+
+
+def _vectors(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
+    """An output as rows [R, D] in float64: token vectors [B, T, D] become their mean over each sequence's mask."""
+    wide = array.astype(np.float64)
+    masked = any(name in feed and feed[name].shape == wide.shape[:2] for name in MASKS)
+    if wide.ndim == 3 and masked:
+        mask = mask_of(dict(feed), wide.shape[:2])[..., None]
+        return (wide * mask).sum(axis=1) / mask.sum(axis=1)
+    return wide.reshape(-1, wide.shape[-1]) if wide.ndim else wide.reshape(1, 1)
+
+
+def _exp(x: float) -> float:
+    """Infinity instead of an overflow."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,82 @@
+"""Let a part of a model have the constants that a session with optimizations would make of what is stored.
+
+Calibration runs without optimizations: codes would be expanded for every sample and multiplied by the slowest kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.graph.find.constants import resolve
+from onnx_woq.graph.io.model import Model
+from onnx_woq.targets.bitplanes import codes_of, planes_behind
+
+_WEIGHT = {"MatMulNBits": slice(1, 4), "GatherBlockQuantized": slice(0, 3)}  # inputs: codes, scales, zero points
+
+
+def fold_constants(part: Model) -> None:
+    """Has every low-bit operator of `part` read constants, in place; large ones are computed when a session wants them.
+
+    `part` must share no nodes. What is no constant in the end stays as it is.
+    """
+    main = part.ir.graph
+    for node in list(main.all_nodes()):
+        for value in node.inputs[_WEIGHT[node.op_type]] if node.op_type in _WEIGHT else ():
+            value = _unshaped(value)
+            tensor = None if value is None or value.producer() is None else _settled(value)
+            if value is None or tensor is None:
+                continue
+            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            constant = ir.Value(name=value.name, type=kind, shape=shape, const_value=tensor)
+            value.replace_all_uses_with(constant)
+            _remove(value)
+            main.register_initializer(constant)
+
+
+def _unshaped(value: ir.Value | None) -> ir.Value | None:
+    """What a Reshape shows, as it does to an embedding that shares the codes of its head."""
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and node.op_type == "Reshape" else value
+
+
+def _settled(value: ir.Value) -> ir.TensorProtocol | None:
+    """The constant that a computed input is, None if it is not one that this package writes."""
+    if found := planes_behind(value):
+        stored, layout = found
+        tensors = [plane.const_value for plane in stored if plane.const_value is not None]
+        n, blocks, width = (int(d) for d in tensors[0].shape.numpy())
+        return _later(
+            value,
+            (n, blocks, layout.form.parts * width),
+            lambda: codes_of([tensor.numpy() for tensor in tensors], layout),
+        )
+    constant = resolve(value)
+    if constant is None:
+        return None
+    if not constant.steps:
+        return constant.tensor
+    return _later(value, constant.shape, constant.array)
+
+
+def _later(value: ir.Value, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> ir.TensorProtocol:
+    dtype = ir.DataType.UINT8 if value.dtype is None else value.dtype
+    return ir.LazyTensor(lambda: ir.Tensor(read(), dtype=dtype), dtype=dtype, shape=ir.Shape(shape), name=value.name)
+
+
+def _remove(value: ir.Value) -> None:
+    """Removes what computes a value that nothing reads any more, and the constants it was computed from."""
+    if value.uses() or value.is_graph_output():
+        return
+    node = value.producer()
+    if node is None:
+        if value.is_initializer() and not value.is_graph_input() and value.graph is not None and value.name:
+            value.graph.initializers.pop(value.name)
+        return
+    inputs = [read for read in node.inputs if read is not None]
+    if node.graph is not None:
+        node.graph.remove(node, safe=True)
+    for read in dict.fromkeys(inputs):
+        _remove(read)

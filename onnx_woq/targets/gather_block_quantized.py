@@ -1,0 +1,137 @@
+"""GatherBlockQuantized: the operator of ONNX Runtime that reads rows of 2, 4 and 8 bit tables as they are.
+
+Its layout is that of MatMulNBits (com.microsoft, see ContribOperators.md of ONNX Runtime) with the codes of a row in
+one piece: a head tied to its embedding stores the codes once, and a Reshape, which the runtime carries out when it
+loads the model, shows them to both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
+from onnx_woq.graph.find.embeddings import Embedding
+from onnx_woq.graph.io.model import Model
+from onnx_woq.targets.matmulnbits import DOMAIN, Packed, add_packed, packed_bytes
+
+
+def embedding_bytes(embedding: Embedding, spec: Spec | None, head: Spec | None) -> int:
+    """Bytes that a table takes on the grid `spec`, beside what its head takes on the grid `head`; None is float.
+
+    Nothing where head and table share their codes, or both stay float.
+    """
+    if embedding.head is not None and spec == head:
+        return 0
+    if spec is None:
+        return embedding.weight_bytes
+    own = replace(embedding, spec=spec)
+    return packed_bytes(own.k, own.n, spec, own.scale_dtype, dense=own.dense)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a GatherBlockQuantized reads: codes [V, bytes], scales [V, blocks], zero points or none."""
+
+    codes: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    bits: int
+    block: int
+
+    @property
+    def columns(self) -> int:
+        """Of the rows it gives: whole blocks."""
+        blocks = self.scales.shape[1] if self.scales.shape is not None else 0
+        return int(blocks) * self.block  # type: ignore[arg-type]
+
+
+def lower_embedding(model: Model, embedding: Embedding, packed: Packed) -> None:
+    """Rewrites every Gather of a table as GatherBlockQuantized reading `packed`, the table as a weight `[D, V]`.
+
+    Nodes and outputs keep their names. The float table goes when nothing reads it any more.
+    """
+    name = f"{embedding.weight_name}_Q{packed.width}_table"
+    codes, scales, zeros = add_packed(model, name, packed, embedding.dtype)
+    if codes is None or scales is None:
+        raise ValueError(f"{embedding.name!r} has no codes or no scales")
+    stored = codes.const_value
+    if isinstance(stored, ir.Tensor):  # as the kernel reads them, but for the shape
+        codes.const_value = ir.Tensor(stored.raw, name=codes.name, shape=_flat(packed))
+        codes.shape = _flat(packed)
+    else:
+        codes = _rows(model, codes, embedding)
+    _rewrite(model, embedding, _Table(codes, scales, zeros, packed.bits, packed.block), None)
+
+
+def share_codes(model: Model, embedding: Embedding, input_scale: np.ndarray | None) -> None:
+    """Rewrites every Gather of a table as GatherBlockQuantized reading the codes of its head, which is lowered.
+
+    Args:
+        model: that both are in.
+        embedding: `shared`.
+        input_scale: [D] where the codes are those of `diag(input_scale) @ W` (AWQ): rows are then divided by it.
+
+    Raises:
+        ValueError: there is no head, or it is float still.
+    """
+    head = embedding.head.node if embedding.head else None
+    if head is None or head.op_type != "MatMulNBits":
+        raise ValueError(f"{embedding.name!r} has no quantized head to share codes with")
+    codes, scales = head.inputs[1], head.inputs[2]
+    if codes is None or scales is None:
+        raise ValueError(f"{embedding.head and embedding.head.name!r} has no codes or no scales")
+    zeros = head.inputs[3] if len(head.inputs) > 3 else None
+    bits, block = (head.attributes[name].as_int() for name in ("bits", "block_size"))
+    _rewrite(model, embedding, _Table(_rows(model, codes, embedding), scales, zeros, bits, block), input_scale)
+
+
+def _flat(packed: Packed) -> ir.Shape:
+    (codes,) = packed.codes
+    return ir.Shape((packed.n, codes[0].size))
+
+
+def _rows(model: Model, codes: ir.Value, embedding: Embedding) -> ir.Value:
+    """Codes [V, blocks, bytes] as [V, bytes], by a node behind what makes them, or in front of everything else."""
+    graph = model.ir.graph  # also for nodes in bodies: sessions fold what they can only there
+    shape = add_initializer(graph, f"{codes.name}_flat", np.array([embedding.n, -1], np.int64))
+    maker = codes.producer()
+    rows = add_node("Reshape", [codes, shape], f"{codes.name}_rows", before=None if maker else graph[0], after=maker)
+    rows.type = ir.TensorType(ir.DataType.UINT8)
+    return rows
+
+
+def _rewrite(model: Model, embedding: Embedding, table: _Table, input_scale: np.ndarray | None) -> None:
+    """Turns each Gather into GatherBlockQuantized, and adds the nodes behind it that make its rows what they were."""
+    model.ir.opset_imports.setdefault(DOMAIN, 1)
+    graph, dtype = model.ir.graph, table.scales.dtype
+    inverse = None
+    if input_scale is not None:
+        factors = (1.0 / np.asarray(input_scale, np.float64)).astype(dtype.numpy())  # type: ignore[union-attr]
+        inverse = add_initializer(graph, f"{embedding.name}_inverse_scale", factors)
+    cut = []
+    if table.columns != embedding.k:
+        ends = {"starts": 0, "ends": embedding.k, "axes": -1}
+        cut = [add_initializer(graph, f"{embedding.name}_{k}", np.array([v], np.int64)) for k, v in ends.items()]
+    for node in embedding.nodes:
+        old, indices = node.inputs[:2]
+        # Each goes in right behind the node, so the last comes first.
+        if dtype != embedding.dtype:
+            insert_after(node, "Cast", [], "stored", to=embedding.dtype).type = ir.TensorType(dtype)  # type: ignore[arg-type]
+        if inverse is not None:
+            insert_after(node, "Mul", [inverse], "scaled")
+        if cut:
+            insert_after(node, "Slice", cut, "padded").shape = None
+        inputs = [table.codes, indices, table.scales] + ([] if table.zeros is None else [table.zeros])
+        node.resize_inputs(len(inputs))
+        for index, value in enumerate(inputs):
+            node.replace_input_with(index, value)
+        node.domain, node.op_type, node.version = DOMAIN, "GatherBlockQuantized", None
+        node.attributes.clear()
+        numbers = {"bits": table.bits, "block_size": table.block, "gather_axis": 0, "quantize_axis": 1}
+        for name, number in numbers.items():
+            node.attributes.add(ir.AttrInt64(name, number))
+        prune(old)

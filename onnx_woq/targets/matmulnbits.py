@@ -1,0 +1,355 @@
+"""MatMulNBits: the operator of ONNX Runtime that multiplies by 2, 4 and 8 bit weights as they are.
+
+Its CPU kernels take less than its schema says, and not all they take is fast; the constants below are what was tried.
+Other widths are stored in the next wider one and other groups in smaller blocks with repeated scales: same numbers.
+These codes are dense in the file where the model's opset allows it, and scales may be float16 there; the session
+that loads it makes of them what the kernels read (`onnx_woq.targets.bitplanes`, docs/storage.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
+from onnx_woq.graph.find.constants import resolve
+from onnx_woq.graph.find.linears import Linear, LinearGroup
+from onnx_woq.graph.io.model import Model
+from onnx_woq.targets.bitplanes import FORMS, add_expansion, layout_of, planes_of
+from onnx_woq.targets.packing import pack_codes, pack_zeros, spread
+
+if TYPE_CHECKING:
+    from onnx_woq.core.grids.integer import QuantizedTensor
+
+DOMAIN = "com.microsoft"
+_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
+_OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
+_BODIES = (1, 29)  # before, int8 products with zero points in bodies are silently wrong: constants lie outside
+_GATHERS = {2: (1, 27), 4: (1, 23), 8: (1, 23)}  # of GatherBlockQuantized on uint8, each tried
+_RAGGED = (1, 27)  # before, its zero points are silently wrong where those of a row do not fill whole bytes
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One weight `[K, N]` as MatMulNBits stores it; nothing but arrays and numbers, so it can be sent and kept.
+
+    Attributes:
+        codes: uint8 [N, blocks, bytes per block]; or the arrays of `dense.planes_of`, a part of that as wide.
+        scales: float32 or float16 [N, blocks].
+        zeros: uint8 [N, bytes], None where all of them are the middle of the range.
+        k, n: of the weight.
+        bits: per stored code.
+        block: rows per block.
+        width: bits of the grid, at most `bits`; names carry it.
+    """
+
+    codes: tuple[np.ndarray, ...]
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    k: int
+    n: int
+    bits: int
+    block: int
+    width: int
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """What there is to store, in the order of the operator's inputs."""
+        return (*self.codes, self.scales) if self.zeros is None else (*self.codes, self.scales, self.zeros)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the codes are planes."""
+        return 8 * self.codes[0].shape[-1] != self.block * self.bits
+
+    def with_arrays(self, arrays: Sequence[np.ndarray]) -> Packed:
+        """The same weight with other arrays, given as `arrays` gives them."""
+        count = len(self.codes)
+        scales, *zeros = arrays[count:]
+        return replace(self, codes=tuple(arrays[:count]), scales=scales, zeros=zeros[0] if zeros else None)
+
+
+def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.floating] = np.float32) -> str:
+    """The oldest onnxruntime whose CPU kernels run weights of `bits` bits as `lower_tap` writes them."""
+    return _text(_oldest(_container(bits), accuracy_level, scale_dtype is np.float16))
+
+
+def required_runtime(model: Model) -> str:
+    """The oldest onnxruntime whose CPU kernels run every MatMulNBits and GatherBlockQuantized in `model`, "" if it has
+    none."""
+    nodes = list(model.ir.graph.all_nodes())
+    found = [
+        _oldest_of(n, in_body=n.graph is not model.ir.graph)
+        for n in nodes
+        if n.op_type == "MatMulNBits" and "accuracy_level" in n.attributes
+    ]
+    found += [_oldest_gather(n) for n in nodes if n.op_type == "GatherBlockQuantized"]
+    return _text(max(found)) if found else ""
+
+
+def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
+    """How a weight is stored: (bits per stored code, rows per block).
+
+    A block divides the group, so that every block has one scale. A native group size is its own block; otherwise the
+    block that takes the fewest bytes, the larger of equals. At 2 bits only blocks of 32, 64 and 128 have the int8
+    kernel; groups that are no multiple of 32 need blocks of 16 all the same.
+
+    Args:
+        bits: 1 to 8.
+        group_size: rows per scale, -1 for all.
+        k: input channels.
+    """
+    container = _container(bits)
+    native = _BLOCKS[container]
+    whole = group_size == -1 or group_size >= k
+    if not whole and group_size in native:
+        return container, group_size
+    fitting = [block for block in native if whole or group_size % block == 0] or [16]
+
+    def column_bytes(block: int) -> int:
+        blocks = -(-k // block)
+        return blocks * (block * container // 8 + _SCALE_BYTES)
+
+    return container, min(fitting, key=lambda block: (column_bytes(block), -block))
+
+
+def packed_shapes(
+    k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False
+) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
+    """Shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
+    container, block = native_layout(spec.bits, spec.group_size, k)
+    blocks = -(-k // block)
+    byte = np.dtype(np.uint8)
+    width = block * container // 8
+    form = FORMS[spec.bits] if dense else None
+    codes = (((n, blocks, width // form.parts), byte),) * form.planes if form else (((n, blocks, width), byte),)
+    shapes = (*codes, ((n, blocks), np.dtype(scale_dtype)))
+    return shapes if spec.symmetric else (*shapes, ((n, -(-blocks * container // 8)), byte))
+
+
+def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False) -> int:
+    """Bytes that a weight `[k, n]` takes once quantized: codes, scales and zero points."""
+    shapes = packed_shapes(k, n, spec, scale_dtype, dense=dense)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, *, dense: bool = False) -> Packed:
+    """The `Packed` that has these `arrays`, of the shapes that `packed_shapes` gives."""
+    container, block = native_layout(spec.bits, spec.group_size, k)
+    count = FORMS[spec.bits].planes if dense else 1
+    scales, *zeros = arrays[count:]
+    return Packed(tuple(arrays[:count]), scales, zeros[0] if zeros else None, k, n, container, block, spec.bits)
+
+
+def pack(q: QuantizedTensor, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
+    """What is stored of `q` for MatMulNBits, its scales in `scale_dtype`, its codes dense if so asked."""
+    k, n = q.codes.shape
+    container, block = native_layout(q.bits, q.group_size, k)
+    # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
+    shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric and not dense else 0
+    scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
+    zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
+    codes = pack_codes(q.codes, container, block, shift)
+    if dense and q.bits not in FORMS:
+        raise ValueError(f"codes of {q.bits} bits have no dense form")
+    if not dense:
+        return Packed((codes,), scales, zeros, k, n, container, block, q.bits)
+    if q.symmetric:
+        gap = FORMS[q.bits].gap
+        codes <<= gap
+        scales /= 1 << gap
+    planes = planes_of(codes, layout_of(q.bits, symmetric=q.symmetric))
+    return Packed(planes, scales, zeros, k, n, container, block, q.bits)
+
+
+def weight_places(group: LinearGroup) -> list[int]:
+    """Of each site of a tap that is not lowered yet, which of the tap's distinct weights it reads."""
+    places: dict[tuple[object, ...], int] = {}
+    return [places.setdefault(linear.key(), len(places)) for linear in group.linears]
+
+
+def lower_group(
+    model: Model, group: LinearGroup, packed: Sequence[Packed], *, accuracy_level: int, bias: Sequence[np.ndarray] = ()
+) -> list[ir.Value]:
+    """Rewrites every site of `tap` in place as MatMulNBits reading `packed`.
+
+    Nodes and outputs keep their names. Sites that share a weight share the new initializers. A Gemm's constant bias
+    becomes the bias input, together with what is to be added to the outputs; any other C becomes an Add. bfloat16,
+    which has no CPU kernel, is computed in float32 between Casts. Float weights go when nothing reads them any more.
+
+    Args:
+        model: the model `tap` was found in.
+        tap: every site of it is rewritten.
+        packed: its distinct weights, in order.
+        accuracy_level: 4 computes with int8 activations, 0 in float.
+        bias: float32 [n] for each weight, added to what it makes; none if empty.
+
+    Returns:
+        The new initializers, weight by weight.
+    """
+    model.ir.opset_imports.setdefault(DOMAIN, 1)
+    added: dict[int, tuple[ir.Value | None, ...]] = {}
+    places = weight_places(group)  # before any weight goes
+    if max(places) + 1 != len(packed):
+        raise ValueError(f"{group.name!r} has {max(places) + 1} weights, not {len(packed)}")
+    for linear, index in zip(group.linears, places, strict=True):
+        if index not in added:
+            name = f"{linear.weight_name}_Q{packed[index].width}"
+            added[index] = add_packed(model, name, packed[index], linear.dtype)
+        _rewrite(model, linear, packed[index], added[index], accuracy_level, bias[index] if bias else None)
+    return [value for values in added.values() for value in values if value is not None]
+
+
+def _container(bits: int) -> int:
+    """The width a code of `bits` bits is stored in."""
+    return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+def _oldest(container: int, accuracy_level: int, half: bool) -> tuple[int, int]:
+    if container == 8 and accuracy_level != 4:
+        return (1, 23)
+    if container == 2 and half:
+        return (1, 28)
+    return _OLDEST[container]
+
+
+def _oldest_of(node: ir.Node, *, in_body: bool) -> tuple[int, int]:
+    level = node.attributes["accuracy_level"].as_int()
+    if in_body and level == 4 and len(node.inputs) > 3 and node.inputs[3] is not None:
+        return _BODIES
+    return _oldest(node.attributes["bits"].as_int(), level, _is_half(node.inputs[2]))
+
+
+def _oldest_gather(node: ir.Node) -> tuple[int, int]:
+    bits = node.attributes["bits"].as_int()
+    scales, zeros = node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
+    blocks = scales.shape[1] if scales is not None and scales.shape is not None else 1
+    ragged = zeros is not None and (not isinstance(blocks, int) or blocks * bits % 8)
+    return _RAGGED if ragged else _GATHERS[bits]
+
+
+def _is_half(scales: ir.Value | None) -> bool:
+    cast = None if scales is None else scales.producer()  # a Cast makes float32 of them
+    return cast is None and scales is not None and scales.dtype == ir.DataType.FLOAT16
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def add_packed(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> tuple[ir.Value | None, ...]:
+    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None; the codes get the name.
+
+    What has to be made of the stored arrays first is made in front of everything else, where sessions fold it. If one
+    does not, codes must be computed where scales are: the int8 kernel takes scales only together with constant codes,
+    and silently computes nonsense when it has got the one without the other.
+
+    Args:
+        model: the model.
+        name: of the codes.
+        packed: the weight.
+        dtype: of the activation; scales that are float16 beside another one are cast.
+    """
+    graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
+    cast = packed.scales.dtype == np.float16 and dtype != ir.DataType.FLOAT16
+    if packed.dense:
+        codes = add_expansion(graph, name, packed.codes, layout_of(packed.width, symmetric=packed.zeros is None))
+    elif cast:
+        stored = add_initializer(graph, f"{name}_stored", packed.codes[0])
+        codes = add_node("Identity", [stored], name, before=graph[0])
+        codes.type, codes.shape = stored.type, stored.shape
+    else:
+        codes = add_initializer(graph, name, packed.codes[0])
+    scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
+    if cast:
+        half, scales = scales, add_node("Cast", [scales], f"{codes.name}_float", before=graph[0], to=ir.DataType.FLOAT)
+        scales.type, scales.shape = ir.TensorType(ir.DataType.FLOAT), half.shape
+    zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
+    return codes, scales, zeros
+
+
+def attributes_of(packed: Packed, accuracy_level: int) -> dict[str, int]:
+    """The attributes of a MatMulNBits node that multiplies by `packed`."""
+    shape = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block}
+    return shape | {"accuracy_level": accuracy_level}
+
+
+def _rewrite(
+    model: Model,
+    linear: Linear,
+    packed: Packed,
+    stored: tuple[ir.Value | None, ...],
+    accuracy_level: int,
+    correction: np.ndarray | None,
+) -> None:
+    """Turns one node into MatMulNBits, and adds the nodes around it for what the float one did itself."""
+    node = linear.node
+    old = list(node.inputs)
+    activation = old[0]
+    bias, addend = _bias(model, linear)
+    if correction is not None:
+        bias = _corrected(model, linear, bias, correction)
+    if addend is not None:
+        insert_after(node, "Add", [addend], "product")
+    if linear.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
+        activation = add_node("Cast", [activation], f"{linear.name}_input", before=node, to=ir.DataType.FLOAT)
+        product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
+        product.type = ir.TensorType(ir.DataType.FLOAT)
+    inputs = [activation, *stored, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    node.resize_inputs(len(inputs))
+    for index, value in enumerate(inputs):
+        node.replace_input_with(index, value)
+    node.domain, node.op_type, node.version = DOMAIN, "MatMulNBits", None
+    node.attributes.clear()
+    for name, number in attributes_of(packed, accuracy_level).items():
+        node.attributes.add(ir.AttrInt64(name, number))
+    for value in old[1:]:
+        prune(value)
+
+
+def _corrected(model: Model, linear: Linear, bias: ir.Value | None, correction: np.ndarray) -> ir.Value:
+    """A bias [N] with a correction [N] added to it."""
+    constant = None if bias is None else resolve(bias)
+    array = correction if constant is None else correction + constant.array()
+    dtype = ir.DataType.FLOAT if linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
+    with np.errstate(over="ignore"):
+        stored = array.astype(dtype.numpy())
+    prune(bias)
+    return add_initializer(model.ir.graph, f"{linear.name}_bias", stored, dtype)
+
+
+def _bias(model: Model, linear: Linear) -> tuple[ir.Value | None, ir.Value | None]:
+    """What Gemm adds, `beta * C`, as the kernel's bias `[N]`, or as a value to add behind it."""
+    c = linear.node.inputs[2] if linear.kind == "Gemm" and len(linear.node.inputs) > 2 else None
+    attribute = linear.node.attributes.get("beta")
+    beta = 1.0 if attribute is None else attribute.as_float()
+    if c is None or beta == 0.0:
+        return None, None
+    constant = resolve(c)
+    if constant is None or constant.overridable:
+        return None, c if beta == 1.0 else _scaled(model, linear, c, beta)
+    per_channel = constant.shape in ((), (1,), (linear.n,), (1, 1), (1, linear.n))
+    dtype = ir.DataType.FLOAT if per_channel and linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
+    if beta == 1.0 and (constant.shape == (linear.n,) or not per_channel) and constant.dtype == dtype:
+        return (c, None) if per_channel else (None, c)
+    array = constant.array() * np.float32(beta)
+    if per_channel:
+        array = np.broadcast_to(array.reshape(-1), (linear.n,))
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array.astype(dtype.numpy()))
+    value = add_initializer(model.ir.graph, f"{linear.name}_bias", stored, dtype)
+    return (value, None) if per_channel else (None, value)
+
+
+def _scaled(model: Model, linear: Linear, c: ir.Value, beta: float) -> ir.Value:
+    factor = add_initializer(model.ir.graph, f"{linear.name}_beta", np.array(beta, linear.dtype.numpy()), linear.dtype)
+    return add_node("Mul", [c, factor], f"{linear.name}_addend", before=linear.node)

@@ -1,0 +1,300 @@
+"""How a tuning trial is judged: by the user's own evaluation, or by divergence from the float model.
+
+The built-in judge is a race (`onnx_woq.tuning.bootstrap`): every model is seen on the same samples, few where that is clear,
+more where it is close; what stays too close to call is called undecided.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from onnx_woq.errors import DataError, OnnxWoqError
+from onnx_woq.graph.io.model import Model
+from onnx_woq.tuning import bootstrap as racing
+from onnx_woq.tuning import journal
+
+KL_LIMIT = 0.05
+"""Mean KL divergence to the float model, nats per token, that the built-in judge accepts for language models."""
+
+SQNR_LIMIT = 15.0
+"""Output signal to quantization noise ratio, dB, that the built-in judge accepts for other models."""
+
+
+Report = Callable[[int, int], None]
+"""Called with (samples done, samples in all)."""
+
+Pair = tuple[float, float]
+"""Of one sample: what is summed up over samples and divided to give a metric, see `racing.estimate`."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model in a race: where it is, if it is kept, and how it did on the first samples."""
+
+    path: Path | None
+    pairs: tuple[Pair, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the built-in judge gives: the metric, the samples it is from, and the leader's, which may be more by now."""
+
+    metric: float
+    pairs: tuple[Pair, ...]
+    leader: tuple[Pair, ...] = ()
+    dropped: bool = False
+
+
+Score = Callable[..., "float | Measured"]
+"""`(path, report)` gives a model's metric; the built-in one takes the `Runner` to beat as well."""
+
+Outcome = Literal["within", "outside", "undecided"]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A score against `limit`.
+
+    Attributes:
+        name: of the metric: "eval_fn", "kl" (nats per token) or "sqnr_db" (dB).
+        key: what identifies it in a journal, its data included.
+        score: gives the metric; can be pickled if the user's function can.
+        baseline: the float model's metric.
+        limit: the last value that is accepted.
+        reads: files that `score` reads beside the model that is judged.
+        races: whether `score` gives `Measured` and takes a leader.
+    """
+
+    name: str
+    key: str
+    score: Score
+    baseline: float
+    limit: float
+    higher_is_better: bool
+    reads: tuple[Path, ...] = ()
+    races: bool = False
+
+    def met(self, metric: float) -> bool:
+        """Whether a metric is within the limit."""
+        return metric >= self.limit if self.higher_is_better else metric <= self.limit
+
+    def metric(self, pairs: Sequence[Pair]) -> float:
+        """The metric that samples of a race add up to."""
+        return _metric(self.name, pairs)
+
+    def outcome(self, metric: float, pairs: Sequence[Pair] = ()) -> Outcome:
+        """Whether a model is within the limit, as far as the samples `pairs` can tell."""
+        if not pairs:
+            return "within" if self.met(metric) else "outside"
+        side = racing.side(np.array(pairs), _ratio(self.name, self.limit))
+        return {"below": "within", "above": "outside", "undecided": "undecided"}[side]  # type: ignore[return-value]
+
+    def rank(self, metric: float) -> float:
+        """A sort key: smaller is better."""
+        return -metric if self.higher_is_better else metric
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of judging a model: a metric, or NaN and the error; and the seconds that it took.
+
+    `measured` holds what a race gave.
+    """
+
+    metric: float
+    seconds: float
+    error: str = ""
+    measured: Measured | None = None
+
+
+def judge_model(path: Path, score: Score, report: Report | None, leader: Runner | None = None) -> Verdict:
+    """The verdict on the model at `path`, an error being one too."""
+    start = time.monotonic()
+    try:
+        found = score(path, report) if leader is None else score(path, report, leader)
+        measured = found if isinstance(found, Measured) else None
+        metric = found.metric if isinstance(found, Measured) else found
+        return Verdict(metric, time.monotonic() - start, measured=measured)
+    except Exception as error:
+        return Verdict(math.nan, time.monotonic() - start, f"{type(error).__name__}: {error}")
+
+
+FileStamps = dict[Path, tuple[int, int]]
+"""Size and time of files."""
+
+
+def stamp_files(files: Iterable[Path]) -> FileStamps:
+    """What `judged_there` goes by to tell whether a worker sees the same files as this process."""
+    found = {file: file.stat() for file in files}
+    return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
+
+
+def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner | None = None) -> Verdict:
+    """`judged` in a worker, of a pickled score. Whatever goes wrong comes back as an error: what is raised is printed.
+
+    Args:
+        path: of the model, absolute.
+        score: from `pickled`.
+        files: what is read, and how that looks to the process that asks.
+        leader: of the race, if there is one.
+    """
+
+    def unpickled(path: Path, *rest: Any) -> float | Measured:
+        if stamp_files(files) != files:
+            raise FileNotFoundError(f"the worker sees another file than this process at {path}")
+        try:
+            metric: float | Measured = pickle.loads(score)(path, *rest)  # noqa: S301  the asking process pickled it
+        except SystemExit as end:  # would take the worker of a cluster along
+            raise RuntimeError(f"it ends the program: {end}") from end
+        return metric
+
+    with _quiet():
+        return judge_model(path, unpickled, None, leader)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Where nobody has set up logging, warnings go to standard error: that is the terminal of another process."""
+    package, nowhere = logging.getLogger("onnx_woq"), logging.NullHandler()
+    package.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        package.removeHandler(nowhere)
+
+
+def user_judge(
+    eval_fn: Callable[[Path], float],
+    float_model: Path,
+    journal_file: Path,
+    run_key: str,
+    *,
+    tolerance: float,
+    criterion: str,
+    higher_is_better: bool,
+) -> Judge:
+    """A judge by `eval_fn`; the float model is evaluated once, an earlier run's value in the journal counts.
+
+    Raises:
+        DataError: `eval_fn` raises, or gives no finite number, on the float model.
+    """
+    name = f"{getattr(eval_fn, '__module__', '')}:{getattr(eval_fn, '__qualname__', type(eval_fn).__name__)}"
+    key = f"{run_key}/float/{name}"
+    if known := journal.read(journal_file).get(key):
+        baseline = float(known["metric"])
+    else:
+        baseline = _evaluate_float(eval_fn, float_model)
+        journal.append(journal_file, {"key": key, "metric": baseline})
+    room = tolerance * abs(baseline) if criterion == "relative" else tolerance
+    limit = baseline - room if higher_is_better else baseline + room
+    return Judge("eval_fn", name, partial(_evaluated, eval_fn), baseline, limit, higher_is_better)
+
+
+def built_in_judge(
+    float_model: Model,
+    held_out: list[dict[str, np.ndarray]],
+    limit: float | None,
+) -> Judge:
+    """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration.
+
+    An infinite `limit` accepts everything.
+    """
+    from onnx_woq.runtime.data.feeds import data_hash
+    from onnx_woq.runtime.evaluation.metrics import is_language_model
+
+    language = is_language_model(float_model, held_out[0])
+    name, default, baseline = ("kl", KL_LIMIT, 0.0) if language else ("sqnr_db", SQNR_LIMIT, math.inf)
+
+    limit = default if limit is None else limit
+    if math.isinf(limit):
+        limit = math.inf if language else -math.inf
+    return Judge(
+        name=name,
+        key=f"{name}/{data_hash(held_out)}",
+        score=partial(_race, float_model.path, held_out, name, limit),
+        baseline=baseline,
+        limit=limit,
+        higher_is_better=not language,
+        reads=float_model.files,
+        races=True,
+    )
+
+
+def _evaluated(eval_fn: Callable[[Path], Any], path: Path, _: Report | None) -> float:
+    return float(eval_fn(path))
+
+
+def _race(
+    float_model: Path,
+    held_out: list[dict[str, np.ndarray]],
+    name: str,
+    limit: float,
+    path: Path,
+    report: Report | None,
+    leader: Runner | None = None,
+) -> Measured:
+    """Sees the model at `path` on samples until it is clear what it is, beside the limit and beside the leader."""
+    from onnx_woq.runtime.evaluation.metrics import distances
+
+    own, best = list[Pair](), list(leader.pairs if leader else ())
+    each_own = distances(path, float_model, held_out)
+    each_best = (
+        iter(())
+        if leader is None or leader.path is None
+        else distances(leader.path, float_model, held_out[len(best) :])
+    )
+    dropped = False
+    for stage in [*(stage for stage in racing.STAGES if stage < len(held_out)), len(held_out)]:
+        for number, pair in enumerate(islice(each_own, stage - len(own)), len(own) + 1):
+            own.append(pair)
+            if report:
+                report(number, stage)
+        best += islice(each_best, max(0, stage - len(best)))
+        if not math.isfinite(racing.estimate(np.array(own))):
+            break
+        beside = racing.worse(np.array(own), np.array(best)) if leader else "below"
+        dropped = beside == "above"
+        if dropped or (beside == "below" and racing.side(np.array(own), _ratio(name, limit)) != "undecided"):
+            break
+    return Measured(_metric(name, own), tuple(own), tuple(best), dropped)
+
+
+def _metric(name: str, pairs: Sequence[Pair]) -> float:
+    from onnx_woq.runtime.evaluation.metrics import decibels
+
+    num, den = (sum(column) for column in zip(*pairs, strict=True))
+    return decibels(num, den) if name == "sqnr_db" else racing.estimate(np.array(pairs))
+
+
+def _ratio(name: str, limit: float) -> float:
+    """The limit as `racing` sums samples up: noise per signal instead of decibels."""
+    return float(10 ** (-limit / 10)) if name == "sqnr_db" else limit
+
+
+def _evaluate_float(eval_fn: Callable[[Path], Any], path: Path) -> float:
+    try:
+        baseline = float(eval_fn(path))
+    except OnnxWoqError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the evaluation function failed on the float model ({type(error).__name__}: {error}): "
+            "it must take the path of an .onnx file and return a number"
+        ) from error
+    if not math.isfinite(baseline):
+        raise DataError(
+            f"the evaluation function gives {baseline} for the float model: nothing can be compared with it"
+        )
+    return baseline

@@ -1,0 +1,211 @@
+"""A mix: every unit with its choices, what they take and lose, and the recipe that a combination of them is."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from onnx_woq.core.methods.registry import METHODS
+from onnx_woq.core.spec import Spec
+from onnx_woq.engine.embedding import standalone_tables
+from onnx_woq.engine.execute import layers_json, report_of
+from onnx_woq.engine.quantize import metadata, prepared
+from onnx_woq.errors import ModelError
+from onnx_woq.graph.find.embeddings import find_embeddings
+from onnx_woq.graph.find.linears import WeightSource, find_linear_groups
+from onnx_woq.graph.io.model import Model, clone, file_bytes, load
+from onnx_woq.graph.io.save import planned_bytes
+from onnx_woq.recipe import Recipe
+from onnx_woq.targets.gather_block_quantized import lower_embedding, share_codes
+from onnx_woq.targets.matmulnbits import Packed, lower_group, packed_from, packed_shapes, required_runtime
+from onnx_woq.tuning.mixed.knapsack import Allocation, Choice, frontier, within_bytes, within_loss
+from onnx_woq.tuning.mixed.layers import MixedLayer, bytes_of, freed
+from onnx_woq.tuning.results import LayerChoice
+
+Count = Literal["stored", "written"]
+"""What a unit takes, see `Unit`."""
+
+
+@dataclass(frozen=True)
+class MixCandidates:
+    """The mixes of a model.
+
+    Attributes:
+        source: the float model.
+        base: tells method, options and what is quantized at all.
+        units: in graph order.
+        hashes: of source and calibration, which a written file carries.
+        out: where the chosen model is written; None if it stays where it was made.
+    """
+
+    source: Model
+    base: Recipe
+    units: tuple[MixedLayer, ...]
+    hashes: tuple[str, str]
+    out: Path | None
+
+    @cached_property
+    def points(self) -> list[Allocation]:
+        """The frontier in bytes written, those that leave everything float left out."""
+        found = [point for point in frontier(self._choices("written")) if not self._all_float(point)]
+        return found or [self.nearest_float()]
+
+    def within_bytes(self, most: int, count: Count) -> Allocation | None:
+        """The best mix whose units take at most so many bytes."""
+        return self._some_quantized(within_bytes(self._choices(count), most))
+
+    def within_loss(self, most: float) -> Allocation | None:
+        """The smallest mix with a predicted loss of at most `most`."""
+        return self._some_quantized(within_loss(self._choices("written"), most))
+
+    def smallest(self, count: Count) -> Allocation:
+        """The mix of the fewest bytes, known before anything is measured."""
+        picks = [int(np.argmin([*getattr(unit, count)])) for unit in self.units]
+        return Allocation(
+            sum(getattr(u, count)[p] for u, p in zip(self.units, picks, strict=True)), math.nan, tuple(picks)
+        )
+
+    def loss(self, picks: Sequence[int]) -> float:
+        """What a mix is predicted to lose."""
+        return math.fsum(unit.losses[pick] for unit, pick in zip(self.units, picks, strict=True))
+
+    def bits_per_weight(self, picks: Sequence[int]) -> float:
+        """Bits that a weight takes on average, scales and zero points included, float ones as they are stored."""
+        stored = sum(unit.stored[pick] for unit, pick in zip(self.units, picks, strict=True))
+        return 8 * stored / self.weights
+
+    @property
+    def weights(self) -> int:
+        """How many weights the base recipe selects."""
+        return sum(unit.weights for unit in self.units)
+
+    def written(self, picks: Sequence[int]) -> int:
+        """About the bytes of the files of a mix, by addition alone."""
+        return self._rest + sum(unit.written[pick] for unit, pick in zip(self.units, picks, strict=True))
+
+    @cached_property
+    def _rest(self) -> int:
+        """Bytes of the files beside what the units take."""
+        return file_bytes(self.source) - sum(freed(self.source, unit) for unit in self.units)
+
+    def planned(self, recipe: Recipe) -> int:
+        """The bytes of the files that a recipe will give, by writing them without their content."""
+        return planned_file_bytes(self.source, recipe, self.out or self.source.path, *self.hashes)
+
+    def final(self, made: Path) -> int:
+        """The bytes that a model which has been made takes once it is written to where it goes."""
+        model = load(made)
+        return planned_bytes(model, self.out, metadata={}) if self.out else file_bytes(model)
+
+    def recipe(self, picks: Sequence[int]) -> Recipe:
+        """The recipe of a mix: the base with an override for each spec, by the exact names of its sites and tables.
+
+        Raises:
+            ModelError: the sites of some units cannot be told apart by name.
+        """
+        names: dict[Spec | None, list[str]] = {}
+        for unit, pick in zip(self.units, picks, strict=True):
+            if not unit.settled:
+                names.setdefault(unit.specs[pick], []).extend(self._names[unit.name])
+        overrides = {f"^(?:{'|'.join(map(re.escape, found))})$": spec for spec, found in names.items()}
+        options = {"enable_full_range": True} if "enable_full_range" in METHODS[self.base.method].options else {}
+        return replace(
+            self.base, options=options | dict(self.base.options), overrides={**self.base.overrides, **overrides}
+        )
+
+    def layers(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
+        """What each unit becomes by a recipe."""
+        groups = find_linear_groups(self.source, recipe)[0]
+        tap_of = {linear.name: group for group in groups for linear in group.linears}
+        table_of = {table.name: table for table in find_embeddings(self.source, recipe, groups)[0]}
+        found = []
+        for unit in self.units:
+            group = tap_of.get(unit.name)
+            table = table_of.get(unit.table.name) if unit.table and (group or not unit.group) else None
+            made = group or table
+            spec = made.spec if made else None
+            size = bytes_of(group, table) if made else unit.main.weight_bytes
+            loss = unit.losses[unit.specs.index(spec)] if spec in unit.specs and unit.losses else None
+            nodes, main = tuple(names[0] for names in unit.names), unit.main
+            found.append(LayerChoice(unit.name, nodes, main.k, main.n, spec, size, unit.alpha, loss))
+        return tuple(found)
+
+    def _choices(self, count: Count) -> list[list[Choice]]:
+        return [
+            [Choice(size, loss) for size, loss in zip(getattr(unit, count), unit.losses, strict=True)]
+            for unit in self.units
+        ]
+
+    def _all_float(self, found: Allocation) -> bool:
+        return all(unit.specs[pick] is None for unit, pick in zip(self.units, found.picks, strict=True))
+
+    def _some_quantized(self, found: Allocation | None) -> Allocation | None:
+        return self.nearest_float() if found and self._all_float(found) else found
+
+    def nearest_float(self) -> Allocation:
+        """Everything float but one unit, where that loses least."""
+        floats = [len(unit.specs) - 1 for unit in self.units]
+        changes = [
+            (unit.losses[pick], index, pick)
+            for index, unit in enumerate(self.units)
+            for pick in range(len(unit.specs))
+            if unit.specs[pick] is not None
+        ]
+        loss, index, pick = min(changes)
+        picks = (*floats[:index], pick, *floats[index + 1 :])
+        return Allocation(sum(u.written[p] for u, p in zip(self.units, picks, strict=True)), loss, picks)
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        """By unit, a name of each of its nodes that finds no node of another unit."""
+        owners: dict[str, set[str]] = {}
+        for unit in self.units:
+            for name in (name for names in unit.names for name in names):
+                owners.setdefault(name, set()).add(unit.name)
+        found = {}
+        for unit in self.units:
+            standalone_tables = [next((name for name in names if len(owners[name]) == 1), None) for names in unit.names]
+            if None in standalone_tables:
+                raise ModelError(
+                    f"the nodes and values around {unit.name!r} share their names with other products, so a recipe "
+                    "cannot tell them apart: export the model again, or exclude them"
+                )
+            found[unit.name] = [name for name in dict.fromkeys(standalone_tables) if name]
+        return found
+
+
+def planned_file_bytes(source: Model, recipe: Recipe, out: Path, source_hash: str, calibration: str) -> int:
+    """About the bytes of the files that quantizing `source` by `recipe` writes to `out`, without solving anything.
+
+    Nodes that solving may add (input scales of AWQ, factors, biases) are not counted.
+    """
+    model, groups = prepared(clone(source), recipe)
+    tables = find_embeddings(model, recipe, groups)[0]
+    reports = [report_of(group, group.weight_bytes, 0.123456789012345678) for group in groups]
+    for group in groups:
+        packed = [_empty(part, group.spec, group.scale_dtype, dense=group.dense) for part in group.weight_sources()]
+        lower_group(model, group, packed, accuracy_level=recipe.accuracy_level)
+        for table in tables:
+            if table.shared and table.head in group.linears:
+                share_codes(model, table, None)
+    for table in standalone_tables(tables):
+        lower_embedding(
+            model, table, _empty(table.weight_sources()[0], table.spec, table.scale_dtype, dense=table.dense)
+        )
+    properties = metadata(recipe, source_hash, calibration)
+    properties |= {"onnx_woq.minimum_onnxruntime": required_runtime(model), "onnx_woq.layers": layers_json(reports)}
+    return planned_bytes(model, out, metadata=properties)
+
+
+def _empty(part: WeightSource, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
+    """What a weight is stored as, of the right size and without content."""
+    shapes = packed_shapes(part.k, part.n, spec, scale_dtype, dense=dense)
+    arrays = [np.broadcast_to(np.zeros((), dtype), shape) for shape, dtype in shapes]
+    return packed_from(arrays, part.k, part.n, spec, dense=dense)

@@ -1,0 +1,161 @@
+"""The units that a mix shares bytes out to, their choices, and what each takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
+from onnx_woq.graph.find.float_copies import float_copy_bytes
+from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
+from onnx_woq.graph.io.model import Model
+from onnx_woq.recipe import Recipe
+from onnx_woq.targets.gather_block_quantized import embedding_bytes
+from onnx_woq.targets.low_rank import group_bytes
+
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class MixedLayer:
+    """A tap, a table whose rows are gathered, or a tap with the table that its weight is tied to: one grid for all.
+
+    Attributes:
+        tap: in the float model; None for a table by itself.
+        table: in the float model, or None.
+        specs: its choices; None leaves it float. A single one where the recipe has settled it.
+        stored: bytes of each; of a weight that stays float those it is stored in.
+        written: likewise, but for float weights that stay in the file whatever becomes of this unit, for something else
+            reads them (the table of a tied head, where tables are not quantized): leaving them float takes nothing.
+        losses: predicted for the whole model, of each; empty while nothing has been measured.
+        alpha: what a unit of local loss of the tap (of the table, if there is none) does to the outputs.
+    """
+
+    group: LinearGroup | None
+    table: Embedding | None
+    specs: tuple[Spec | None, ...]
+    stored: tuple[int, ...]
+    written: tuple[int, ...]
+    losses: tuple[float, ...] = ()
+    alpha: float = math.nan
+
+    @property
+    def main(self) -> LinearGroup | Embedding:
+        """The tap, or else the table."""
+        main = self.group or self.table
+        if main is None:
+            raise ValueError("a unit without a weight")
+        return main
+
+    @property
+    def name(self) -> str:
+        """Unique: of the tap, or else of the table."""
+        return self.main.name
+
+    @property
+    def weights(self) -> int:
+        """How many numbers it has."""
+        return self.main.k * self.main.n
+
+    @property
+    def settled(self) -> bool:
+        """Whether it has no choice."""
+        return len(self.specs) == 1
+
+    @property
+    def names(self) -> list[list[str]]:
+        """What a recipe may call each of its nodes: by output, node and weight."""
+        return _node_names(self.group, self.table)
+
+
+def mixed_layers(source: Model, base: Recipe) -> list[MixedLayer]:
+    """The units of a mix that `base` is the base of, taps in graph order and then tables, nothing measured yet."""
+    groups = find_linear_groups(source, base)[0]
+    tables = find_embeddings(source, base, groups)[0]
+    tied = {table.head: table for table in tables if table.head is not None}
+    units = []
+    for group in groups:
+        table = next((tied[linear] for linear in group.linears if linear in tied), None)
+        units.append(_unit(source, base, group, table))
+    loose = [table for table in tables if table not in {unit.table for unit in units}]
+    # A table that a tap reads as well, other than as its transpose, is left to the recipe: neither can move alone.
+    return units + [_unit(source, base, None, table) for table in loose if not table.counted]
+
+
+def freed(source: Model, unit: MixedLayer) -> int:
+    """Bytes of float weights that leave the file when the unit is quantized."""
+    if unit.group is None:
+        return unit.main.weight_bytes
+    kept = float_copy_bytes(source, [unit.group], [unit.table] if unit.table else [])
+    return unit.group.weight_bytes - sum(kept.values())
+
+
+def bytes_on(group: LinearGroup | None, table: Embedding | None, spec: Spec | None) -> int:
+    """Bytes of a tap and its table, or of a table, on one grid; None is float. Codes that are shared count once."""
+    if group is not None:
+        return group.weight_bytes if spec is None else group_bytes(replace(group, spec=spec))
+    if table is None:
+        raise ValueError("a unit without a weight")
+    return table.weight_bytes if spec is None else embedding_bytes(table, spec, None)
+
+
+def bytes_of(group: LinearGroup | None, table: Embedding | None) -> int:
+    """Bytes of a tap and its table, or of a table, each on its own grid."""
+    if group is not None:
+        return group_bytes(group) + (embedding_bytes(table, table.spec, group.spec) if table else 0)
+    if table is None:
+        raise ValueError("a unit without a weight")
+    return embedding_bytes(table, table.spec, None)
+
+
+def _unit(source: Model, base: Recipe, group: LinearGroup | None, table: Embedding | None) -> MixedLayer:
+    size = lambda spec: bytes_on(group, table, spec)  # noqa: E731
+    main = group or table
+    if main is None:
+        raise ValueError("a unit without a weight")
+    if any(_named(names, base) for names in _node_names(group, table)):
+        taken = bytes_of(group, table)
+        return MixedLayer(group, table, (main.spec,), (taken,), (taken,))
+    specs = _worthwhile(size)
+    unit = MixedLayer(group, table, (*specs, None), (), ())
+    sizes = tuple(size(spec) for spec in specs)
+    return MixedLayer(group, table, unit.specs, (*sizes, main.weight_bytes), (*sizes, freed(source, unit)))
+
+
+def _worthwhile(size: Callable[[Spec], int]) -> tuple[Spec, ...]:
+    """The grids that no other is better than in no more bytes.
+
+    Better are more bits for the same groups (than 3 bits that are stored as 4, the opset being too old for less), and
+    smaller groups for the same bits (than 128 where the last group is padded).
+    """
+    every = [Spec(bits, group, symmetric) for group in GROUPS for bits in BITS for symmetric in (False, True)]
+    sizes = {spec: size(spec) for spec in every}
+
+    def needless(spec: Spec) -> bool:
+        return any(
+            other != spec
+            and other.symmetric == spec.symmetric
+            and other.bits >= spec.bits
+            and other.group_size <= spec.group_size
+            and sizes[other] <= sizes[spec]
+            for other in every
+        )
+
+    return tuple(spec for spec in every if not needless(spec))
+
+
+def _node_names(group: LinearGroup | None, table: Embedding | None) -> list[list[str]]:
+    linears = [(linear.name, linear.node_name, linear.weight_name) for linear in group.linears] if group else []
+    gathers = (
+        [(node.outputs[0].name or "", node.name or "", table.weight_name) for node in table.nodes] if table else []
+    )
+    return [[name for name in names if name] for names in (*linears, *gathers)]
+
+
+def _named(names: Sequence[str], recipe: Recipe) -> bool:
+    """Whether an override of the recipe finds one of the names."""
+    return any(re.search(expression, name) for expression in recipe.overrides for name in names)
