@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_woq.core.spec import Spec
-    from onnx_woq.engine.inspection import evaluate, inspect
+    from onnx_woq.engine.inspection import inspect
     from onnx_woq.engine.quantize import quantize
     from onnx_woq.errors import OnnxWoqError
     from onnx_woq.presets import PRESETS
     from onnx_woq.recipe import Recipe
     from onnx_woq.report.html_page import write_report
+    from onnx_woq.runtime.evaluation.compare import evaluate
     from onnx_woq.tuning.results import TuneResult
     from onnx_woq.tuning.tune import tune
 
@@ -23,7 +24,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Spec": "core.spec",
     "TuneResult": "tuning.results",
-    "evaluate": "engine.inspection",
+    "evaluate": "runtime.evaluation.compare",
     "inspect": "engine.inspection",
     "quantize": "engine.quantize",
     "tune": "tuning.tune",
