@@ -23,6 +23,7 @@ from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import Linear, LinearGroup, Skipped, WeightSource, find_linear_groups
 from onnx_woq.graph.io.model import Model, clone, file_bytes, low_bit_nodes
+from onnx_woq.graph.rewrite.raise_opset import raise_opset
 from onnx_woq.graph.rewrite.rotate import rotate
 from onnx_woq.recipe import RANKS, Recipe
 from onnx_woq.targets.base import EmbeddingOperator, LinearOperator, Packed, Shapes, Storage, stored_bytes
@@ -199,6 +200,24 @@ class Plan:
         return (*self.groups, *(table for table in self.embeddings if table.lender is None))
 
     @property
+    def opset(self) -> int:
+        """Returns the version of the ONNX operators that the written model needs: that of the model, or a newer one."""
+        needed = (one.operator.minimum_opset(one.spec, one.storage.scale_dtype) for one in self.solved)
+        return max(opset_of(self.model), *needed, 0)
+
+    def raised(self) -> Plan:
+        """Returns the plan of a model whose opset is new enough for what will be written; this one if it is already.
+
+        Raises:
+            ModelError: the model cannot be converted.
+        """
+        before = opset_of(self.model)
+        if self.opset == before:
+            return self
+        logger.warning("the opset is raised from %d to %d for %s", before, self.opset, self.recipe.target)
+        return make_plan(raise_opset(self.model, self.opset), self.recipe)
+
+    @property
     def linear_groups(self) -> list[LinearGroup]:
         """Returns the linear groups as calibration knows them."""
         return [group.source for group in self.groups if isinstance(group.source, LinearGroup)]
@@ -267,7 +286,7 @@ def prepared_plan(source: Model, recipe: Recipe) -> Plan:
     Raises:
         RotationError: see `Plan.prepare`.
     """
-    plan = make_plan(clone(source) if recipe.rotation else source, recipe)
+    plan = make_plan(clone(source) if recipe.rotation else source, recipe).raised()
     plan.prepare()
     return plan
 

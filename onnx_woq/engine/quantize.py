@@ -76,6 +76,7 @@ def quantize(
         check_output(source, place.onnx)
     plan = make_plan(source, recipe)
     plan.require_work()
+    plan = plan.raised()
     plan.prepare()
     wanted = recipe.nsamples if recipe.needs_data else 0
     batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []

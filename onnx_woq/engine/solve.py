@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_woq.core.cpu import ParallelMap
-from onnx_woq.core.methods.registry import METHODS
+from onnx_woq.core.methods.registry import solve
 from onnx_woq.core.methods.rtn import PIECE
 from onnx_woq.core.refine.asymmetric import asymmetric_target
 from onnx_woq.core.refine.bias import correction
@@ -194,7 +194,7 @@ def _alone(task: Task, parallel_map: ParallelMap) -> Solved:
 def _in_pieces(task: Task, weight: WeightSource, parallel_map: ParallelMap) -> Packed:
     """Solves a weight a few output channels at a time: codes that are not packed yet, and mapped rows, are let go."""
     width = max(1, PIECE // max(1, weight.k))
-    if weight.n <= width or not task.operator.BY_CHANNEL:
+    if weight.n <= width or not task.operator.BY_CHANNEL or task.spec.group_dim == 0:
         q = _solved(task, weight.name, weight.read(), None, parallel_map)
         return task.operator.pack(q, task.storage)
     shapes = task.operator.shapes(weight.k, weight.n, task.spec, task.storage)
@@ -269,17 +269,9 @@ def _acting(q: QuantizedTensor, factors: Factors | None, columns: slice) -> np.n
 def _solved(
     task: Task, name: str, weight: np.ndarray, stats: Stats | None, parallel_map: ParallelMap
 ) -> QuantizedTensor:
+    arguments = {"scale_dtype": task.storage.scale_dtype, "parallel_map": parallel_map, **dict(task.options)}
     try:
-        solve = METHODS[task.method].solve
-        q: QuantizedTensor = solve(
-            weight,
-            stats,
-            task.spec,
-            scale_dtype=task.storage.scale_dtype,
-            parallel_map=parallel_map,
-            **dict(task.options),
-        )
-        return q
+        return solve(task.method, weight, stats, task.spec, **arguments)
     except FloatingPointError as error:
         raise not_finite(task, name) from error
 

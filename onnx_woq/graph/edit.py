@@ -87,7 +87,13 @@ def add_node(
 
 
 def insert_after(
-    node: ir.Node, op: str, others: Sequence[ir.Value], suffix: str, **attributes: int | Sequence[int]
+    node: ir.Node,
+    op: str,
+    others: Sequence[ir.Value],
+    suffix: str,
+    *,
+    label: str = "",
+    **attributes: int | Sequence[int],
 ) -> ir.Value:
     """Inserts a node behind `node` that takes over its output: name, type, readers. Returns what `node` makes now.
 
@@ -96,13 +102,14 @@ def insert_after(
         op: of the default domain.
         others: the other inputs.
         suffix: of the name that the value in between gets.
+        label: ends the name of the new node; `op` by default.
         attributes: of the new node.
     """
     graph = graph_of(node)
     product = node.outputs[0]
     name = product.name or ""
     result = ir.Value(type=product.type, shape=product.shape)
-    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=f"{node.name or name}_{op}")
+    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=f"{node.name or name}_{label or op}")
     graph.insert_after(node, new)
     product.replace_all_uses_with(result, replace_graph_outputs=True)
     new.replace_input_with(0, product)

@@ -68,7 +68,7 @@ class Operator(Protocol):
     def refusal(self, spec: Spec) -> str:
         """Returns why the operator cannot hold weights of a number format, "" if it can."""
 
-    def minimum_opset(self, spec: Spec) -> int:
+    def minimum_opset(self, spec: Spec, scale_dtype: type[np.floating]) -> int:
         """Returns the oldest version of the ONNX operators that the written nodes need; 0 for any."""
 
     def speed(self, spec: Spec) -> Speed:

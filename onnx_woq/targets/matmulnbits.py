@@ -17,11 +17,11 @@ import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
 from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of, insert_after, prune
-from onnx_woq.graph.find.constants import resolve
 from onnx_woq.graph.find.linears import Linear, LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.targets.base import Shapes, Speed, Storage, Version
 from onnx_woq.targets.bitplanes import FORMS, OPSET, add_expansion, layout_of, planes_of
+from onnx_woq.targets.gemm_bias import corrected_bias, split_bias
 from onnx_woq.targets.packing import pack_codes, pack_zeros, spread
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def refusal(spec: Spec) -> str:
     return ""
 
 
-def minimum_opset(spec: Spec) -> int:  # noqa: ARG001 (every operator is asked alike)
+def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001 (every operator is asked alike)
     """Returns 0: the operator is of a domain of its own."""
     return 0
 
@@ -302,9 +302,9 @@ def _rewrite(
     node = linear.node
     old = list(node.inputs)
     activation = old[0]
-    bias, addend = _bias(model, linear)
+    bias, addend = split_bias(model, linear)
     if correction is not None:
-        bias = _corrected(model, linear, bias, correction)
+        bias = corrected_bias(model, linear, bias, correction)
     if addend is not None:
         insert_after(node, "Add", [addend], "product")
     if linear.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
@@ -323,42 +323,3 @@ def _rewrite(
         node.attributes.add(ir.AttrInt64(name, number))
     for value in old[1:]:
         prune(value)
-
-
-def _corrected(model: Model, linear: Linear, bias: ir.Value | None, correction: np.ndarray) -> ir.Value:
-    """A bias [N] with a correction [N] added to it."""
-    constant = None if bias is None else resolve(bias)
-    array = correction if constant is None else correction + constant.array()
-    dtype = ir.DataType.FLOAT if linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
-    with np.errstate(over="ignore"):
-        stored = array.astype(dtype.numpy())
-    prune(bias)
-    return add_initializer(model.ir.graph, f"{linear.name}_bias", stored, dtype)
-
-
-def _bias(model: Model, linear: Linear) -> tuple[ir.Value | None, ir.Value | None]:
-    """What Gemm adds, `beta * C`, as the kernel's bias `[N]`, or as a value to add behind it."""
-    c = linear.node.inputs[2] if linear.kind == "Gemm" and len(linear.node.inputs) > 2 else None
-    attribute = linear.node.attributes.get("beta")
-    beta = 1.0 if attribute is None else attribute.as_float()
-    if c is None or beta == 0.0:
-        return None, None
-    constant = resolve(c)
-    if constant is None or constant.overridable:
-        return None, c if beta == 1.0 else _scaled(model, linear, c, beta)
-    per_channel = constant.shape in ((), (1,), (linear.n,), (1, 1), (1, linear.n))
-    dtype = ir.DataType.FLOAT if per_channel and linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
-    if beta == 1.0 and (constant.shape == (linear.n,) or not per_channel) and constant.dtype == dtype:
-        return (c, None) if per_channel else (None, c)
-    array = constant.array() * np.float32(beta)
-    if per_channel:
-        array = np.broadcast_to(array.reshape(-1), (linear.n,))
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(array.astype(dtype.numpy()))
-    value = add_initializer(model.ir.graph, f"{linear.name}_bias", stored, dtype)
-    return (value, None) if per_channel else (None, value)
-
-
-def _scaled(model: Model, linear: Linear, c: ir.Value, beta: float) -> ir.Value:
-    factor = add_initializer(model.ir.graph, f"{linear.name}_beta", np.array(beta, linear.dtype.numpy()), linear.dtype)
-    return add_node("Mul", [c, factor], f"{linear.name}_addend", before=linear.node)

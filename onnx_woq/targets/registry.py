@@ -8,12 +8,13 @@ from types import MappingProxyType
 from onnx_woq.core.spec import Spec
 from onnx_woq.errors import RecipeError, nearest
 from onnx_woq.graph.io.model import Model
-from onnx_woq.targets import gather_block_quantized, matmulnbits
+from onnx_woq.targets import gather_block_quantized, matmulnbits, qdq, qdq_gather
 from onnx_woq.targets.base import EmbeddingOperator, LinearOperator, Target
 
 TARGETS: Mapping[str, Target] = MappingProxyType(
     {
         "matmulnbits": Target(matmulnbits, gather_block_quantized),
+        "qdq": Target(qdq, qdq_gather),
     }
 )
 """Every target, the preferred one first."""

@@ -202,6 +202,7 @@ def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> Non
     """Quantizes the float model by `recipe` and writes it to `path`."""
     plan = make_plan(clone(run.source), recipe)
     plan.require_work()
+    plan = plan.raised()
     plan.prepare()
 
     def while_time_lasts(left: Sequence[PlannedWeight], states: Path) -> Iterator[tuple[LinearGroup, Stats | None]]:

@@ -65,6 +65,17 @@ def load(path: str | Path) -> Model:
     graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
     lift_constants(graphs, LARGE // 16)  # 16 bytes: the largest element
     model.files = _place_tensors(model.ir, graphs, named, real)
+    return finished(model, graphs)
+
+
+def finished(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
+    """Puts the nodes of a new model in order, makes its value names unique, and moves large tensors to the main graph.
+
+    Args:
+        model: changed in place, and returned.
+        graphs: all of it, if they are known.
+    """
+    graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
     share_names(graphs, _unique_names(graphs))
     lift_large(model.ir)

@@ -140,6 +140,9 @@ def _min_ir_version(model: ir.Model) -> int:
     return onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
 
 
+_IN_MEMORY = (ir.Tensor, ir.PackedTensor)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """What goes into a data file: `new` tensors at their offsets, behind the first `keep` bytes of what is there."""
@@ -176,7 +179,9 @@ def _move_out(model: ir.Model, location: str, stored: Stored | None) -> tuple[di
 def _laid_out(tensors: Mapping[object, ir.TensorProtocol], stored: Stored | None) -> tuple[dict[object, int], _Layout]:
     """The offset of each tensor: where it is stored, if all that is stored is used; else one after the other."""
     places = stored.places if stored else {}
-    offsets = {key: places[id(t.raw)] for key, t in tensors.items() if isinstance(t, ir.Tensor) and id(t.raw) in places}
+    offsets = {
+        key: places[id(t.raw)] for key, t in tensors.items() if isinstance(t, _IN_MEMORY) and id(t.raw) in places
+    }
     end = stored.end if stored else 0
     if len(set(offsets.values())) < len(places):
         offsets, end = {}, 0
@@ -193,6 +198,8 @@ def _identity(tensor: ir.TensorProtocol) -> object:
     """Equal for tensors that are the same bytes read as the same type, which are then written once."""
     if isinstance(tensor, ir.ExternalTensor):
         return (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
+    if isinstance(tensor, _IN_MEMORY):
+        return (id(tensor.raw), tensor.dtype, tuple(tensor.shape.numpy()))
     return id(tensor)
 
 

@@ -1,0 +1,77 @@
+"""Raising the opset of a model by ONNX's version converter, its weights left where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import version_converter
+from onnx_ir.passes.common import InlinePass
+
+from onnx_woq.errors import ModelError
+from onnx_woq.graph.io.model import Model, clone, finished, structure
+from onnx_woq.graph.io.proto import from_proto
+
+_ASIDE = "onnx_woq.aside"  # a domain where operators wait that the converter does not know: it passes other domains on
+_NOT_CONVERTED = ("GroupNormalization",)  # changed in 21, and the converter leaves it as it was
+
+
+def raise_opset(model: Model, opset: int) -> Model:
+    """Returns a model of a newer opset that computes the same; names of values and nodes stay.
+
+    Args:
+        model: stays as it is.
+        opset: the version of the ONNX operators that is wanted, newer than that of the model.
+
+    Raises:
+        ModelError: the version converter cannot convert the model.
+    """
+    source = clone(model)
+    if source.ir.functions:
+        InlinePass()(source.ir)  # the converter drops functions
+    proto = structure(source)
+    nodes = list(_nodes(proto.graph))
+    if stuck := next((node.op_type for node in nodes if node.op_type in _NOT_CONVERTED and not node.domain), None):
+        raise _refused(model, opset, f"the converter does not convert {stuck}")
+    props = {node.output[0]: list(node.metadata_props) for node in nodes if node.metadata_props and node.output}
+    for node in nodes:
+        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, ""):
+            node.domain = _ASIDE
+    proto.opset_import.add(domain=_ASIDE, version=1)
+    try:
+        new = version_converter.convert_version(proto, opset)
+    except Exception as error:  # RuntimeError, ConvertError, IndexError: the converter has no base for them
+        raise _refused(model, opset, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+    for node in _nodes(new.graph):
+        if node.domain == _ASIDE:
+            node.domain = ""
+        node.metadata_props.extend(props.get(node.output[0] if node.output else "", []))
+    for graph in _graphs(new.graph):
+        del graph.value_info[:]  # inferred by the converter
+    for index in reversed([i for i, one in enumerate(new.opset_import) if one.domain == _ASIDE]):
+        del new.opset_import[index]
+    raised = from_proto(new)
+    for name, value in source.ir.graph.initializers.items():
+        raised.graph.initializers[name].const_value = value.const_value
+    oldest = onnx.helper.find_min_ir_version_for(list(new.opset_import), ignore_unknown=True)
+    raised.ir_version = max(model.ir.ir_version, oldest)
+    return finished(Model(raised, model.path, model.files))
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for body in ([attribute.g] if attribute.HasField("g") else []) + list(attribute.graphs):
+                yield from _graphs(body)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    return (node for one in _graphs(graph) for node in one.node)
+
+
+def _refused(model: Model, opset: int, reason: str) -> ModelError:
+    return ModelError(
+        f"{model.path} cannot be raised to opset {opset}, which its codes need ({reason}): export it with opset {opset}, "
+        "or choose --target matmulnbits"
+    )
