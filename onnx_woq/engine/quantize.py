@@ -22,8 +22,9 @@ from onnx_woq.errors import AlreadyQuantized, DataError, NothingToQuantize
 from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import LinearGroup, Skipped, find_linear_groups
+from onnx_woq.graph.find.quantized import low_bit_nodes
 from onnx_woq.graph.io.find_model import find_model
-from onnx_woq.graph.io.model import Model, clone, file_bytes, load, low_bit_nodes, model_hash
+from onnx_woq.graph.io.model import Model, clone, file_bytes, load, model_hash
 from onnx_woq.graph.io.save import check_output
 from onnx_woq.graph.rewrite.rotate import rotate
 from onnx_woq.presets import preset
