@@ -1,4 +1,8 @@
-"""Named errors: each says what is wrong and what to do about it. The CLI maps every one to exit code 2."""
+"""The errors this package raises on purpose.
+
+Each message says what is wrong and what to do about it. The command line prints it and exits with code 2. This module
+imports nothing of the package.
+"""
 
 from __future__ import annotations
 
@@ -7,47 +11,50 @@ from collections.abc import Iterable
 
 
 class OnnxWoqError(Exception):
-    """Base of every error this package raises on purpose; the message names the fix."""
+    """The base class of every error this package raises on purpose."""
 
 
 class ModelError(OnnxWoqError):
-    """The model file cannot be used: not ONNX, truncated, data missing or outside its folder, NaN weights."""
+    """A model file that cannot be used: not ONNX, truncated, data missing or outside its folder, NaN weights."""
 
 
 class DataError(OnnxWoqError):
-    """The calibration or evaluation data cannot be used with this model."""
+    """Calibration or evaluation data that cannot be used with this model."""
 
 
 class RecipeError(OnnxWoqError):
-    """A recipe, spec, preset or option is unknown or out of range."""
+    """A recipe, spec, preset or option that is unknown or out of range."""
 
 
 class OutputError(OnnxWoqError):
-    """The result cannot be written where it was asked for."""
+    """A result that cannot be written where it was asked for."""
 
 
 class DiskError(OutputError):
-    """The disk is full, or fails, while the result is being written; what is finished is kept where it says so."""
+    """A disk that is full or fails while a result is written; where finished layers are kept, the message says so."""
 
 
 class MemoryLimit(OnnxWoqError):
-    """The memory that the process may take is too little for the largest weight."""
+    """A memory budget that is too small for the largest weight."""
 
 
 class RotationError(ModelError):
-    """The residual stream of a model cannot be rotated without changing what it computes."""
+    """A model whose residual stream cannot be rotated without changing what the model computes."""
 
 
 class NothingToQuantize(ModelError):
-    """No eligible MatMul or Gemm remains under this recipe."""
+    """A model without any MatMul or Gemm that the recipe quantizes."""
 
 
 class AlreadyQuantized(ModelError):
-    """The model already carries low-bit weights; quantizing it again would do nothing."""
+    """A model that already carries low-bit weights, which quantizing again would not change."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Ends an error message about an unknown `name`: the closest known ones, or all of them."""
+    """Returns the end of an error message about an unknown `name`: the known names closest to it, or all of them.
+
+    Upper and lower case count as the same. For example "did you mean gptq?", or "known: awq, gptq, rtn".
+    """
     known = list(known)
     folded = {k.lower(): k for k in known}
     close = [folded[m] for m in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.5)]

@@ -1,4 +1,8 @@
-"""The predefined configurations: the five published ones, and a family named for what it gives."""
+"""The predefined recipes, by name.
+
+Five names are published ones, such as `GPTQ_G32ASYM`: method, group size, asymmetric. The others form a family named
+for effort and width: `FAST`, `BALANCED` and `BEST` with 4, 3 and 2 bits.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ _G32 = Spec(bits=4, group_size=32, symmetric=False)
 _G128 = Spec(bits=4, group_size=128, symmetric=False)
 _GRIDS = {4: _G32, 3: Spec(bits=3, group_size=64), 2: Spec(bits=2, group_size=32)}
 
-# Of the fewer levels there are, the more of a range may be given up for finer steps; and errors of 2 bits are so large
-# that feedback along directions that few tokens show does harm.
+# The fewer levels a grid has, the more of its range is worth giving up for finer steps. The errors of 2 bits are so
+# large that feeding them back along directions seen in few tokens does harm: hence the stronger damping.
 _CLIP: Mapping[int, dict[str, Any]] = {
     4: {"mse_range": (0.6, 1.0, 0.01)},
     3: {"mse_range": (0.5, 1.0, 0.02)},
@@ -24,7 +28,7 @@ _CLIP: Mapping[int, dict[str, Any]] = {
 
 
 def _family(bits: int) -> dict[str, Recipe]:
-    """Three efforts on one grid."""
+    """Returns the presets of three efforts on the grid of `bits` bits."""
     order: dict[str, Any] = {"group_order": True}
     search = order | {"enable_mse_search": True} | _CLIP[bits]
     return {
@@ -52,9 +56,10 @@ PRESETS: Mapping[str, Recipe] = MappingProxyType(
         **_family(2),
     }
 )
+"""Preset name -> recipe."""
 
 TUNED = (*list(PRESETS)[:5], "BEST_4BIT")
-"""What `tune()` tries by default, in this order."""
+"""Names of the presets that `tune()` tries by default, in this order."""
 
 MEANINGS: Mapping[str, str] = MappingProxyType(
     {
@@ -74,10 +79,15 @@ MEANINGS: Mapping[str, str] = MappingProxyType(
         "BEST_2BIT": "2 bits, groups of 32: as BEST_4BIT",
     }
 )
+"""Preset name -> one line for people."""
 
 
 def preset(name: str) -> Recipe:
-    """The recipe a preset name stands for, whatever its case; RecipeError names the nearest when unknown."""
+    """Returns the recipe of a preset; upper and lower case of the name count as the same.
+
+    Raises:
+        RecipeError: no preset has this name; the message gives the closest ones.
+    """
     if found := PRESETS.get(name.upper()):
         return found
     raise RecipeError(f"unknown config {name!r}: {nearest(name, PRESETS)}")

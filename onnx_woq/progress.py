@@ -1,8 +1,8 @@
-"""Progress of long work, told to whoever asked."""
+"""The type of a progress callback."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
+"""A function that long work calls with `(stage, steps done, steps in all)`, such as `("solve", 3, 24)`."""

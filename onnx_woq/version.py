@@ -1,4 +1,4 @@
-"""The installed version of this package."""
+"""The version of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.metadata import version as installed_version
 
 
 def version() -> str:
-    """The version in the installed package's metadata; "0+unknown" when run from a source tree not installed."""
+    """Returns the version of the installed package; "0+unknown" for a source tree that is not installed."""
     try:
         return installed_version("onnx-woq")
     except PackageNotFoundError:

@@ -22,7 +22,8 @@ from onnx_woq.errors import AlreadyQuantized, NothingToQuantize
 from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import Linear, LinearGroup, Skipped, WeightSource, find_linear_groups
-from onnx_woq.graph.io.model import Model, clone, file_bytes, low_bit_nodes
+from onnx_woq.graph.find.quantized import low_bit_nodes
+from onnx_woq.graph.io.model import Model, clone, file_bytes
 from onnx_woq.graph.rewrite.raise_opset import raise_opset
 from onnx_woq.graph.rewrite.rotate import rotate
 from onnx_woq.recipe import RANKS, Recipe

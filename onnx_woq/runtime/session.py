@@ -12,7 +12,8 @@ import onnxruntime as ort
 
 from onnx_woq.core.cpu import cores
 from onnx_woq.errors import DataError, ModelError
-from onnx_woq.graph.io.model import Model, low_bit_nodes, memory_tensors, serialize
+from onnx_woq.graph.find.quantized import low_bit_nodes
+from onnx_woq.graph.io.model import Model, memory_tensors, serialize
 
 THREADS_VARIABLE = "ONNX_WOQ_THREADS"
 """Environment variable that gives the number of threads where the caller does not."""

@@ -14,7 +14,8 @@ from builders import BFLOAT16, BOOL, FLOAT, INT64, graph, linear, lower, node, r
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import fresh
 from onnx_woq.graph.find.linears import find_linear_groups
-from onnx_woq.graph.io.model import Model, clone, file_bytes, load, low_bit_nodes, memory_tensors, serialize
+from onnx_woq.graph.find.quantized import low_bit_nodes
+from onnx_woq.graph.io.model import Model, clone, file_bytes, load, memory_tensors, serialize
 from onnx_woq.recipe import Recipe
 
 W = random(40, 9)
@@ -304,7 +305,7 @@ def test_low_bit_nodes(tmp_path):
         {"Q": packed, "E": eight, "s": np.float32([0.1])[0]},
     )
     model = load(write(tmp_path / "q.onnx", main))
-    assert low_bit_nodes(model) == 1, "8 bits are not low"
+    assert low_bit_nodes(model) == 2, "the weight of 4 bits and that of 8"
     _, skipped = find_linear_groups(model, Recipe())
     assert {s.reason for s in skipped} == {"the weight is quantized already (DequantizeLinear)"}
 

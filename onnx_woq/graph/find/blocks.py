@@ -1,49 +1,57 @@
 """Cut a graph into blocks: pieces between which only the residual stream is alive.
 
-The nodes of a transformer's graph fall into two kinds. Those below a product with a constant matrix carry the *stream*;
-the others (shapes, masks, rotary tables, embeddings) follow from the inputs alone at next to no cost. Walking along the
-stream, the values already computed and still to be read are *alive*; where no more than one is (two in graphs whose
-norms add the residual themselves), the graph can be cut, and what lies between two cuts is a *segment*. Segments of
-equal structure that come back again and again are the layers: a block is one period of them. What follows from the
-inputs alone is computed beside the blocks, once, where several of them read it, and in the block that reads it
-otherwise. A node that owns a subgraph is one node; the branches of a merged decoder are cut as graphs of their own.
+A transformer's graph has two kinds of nodes. Those *downstream* of a weight compute hidden states; the others (shapes,
+masks, rotary tables, embeddings) follow from the inputs alone at next to no cost. The downstream nodes run in order,
+and behind each of them the *live set* holds what is computed and still to be read. Where it holds one value, the
+residual stream (or two, in graphs whose norms add the residual themselves), the graph can be *cut*. What lies between
+two cuts is a *segment*. Segments of equal structure that come back again and again are the layers, and a *block* is
+one period of them.
+
+Nodes that follow from the inputs alone join the block that reads them. Those that several blocks read are computed
+once, beside the blocks. A node that owns graphs counts as one node; the branches of a merged decoder are cut as graphs
+of their own.
 """
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
 
-from onnx_woq.graph.find.constants import Constant, resolve
+from onnx_woq.graph.find.dependencies import (
+    Dependencies,
+    bodies,
+    constant_matrices,
+    find_dependencies,
+    is_costly,
+    owners,
+    product_bytes,
+    weight_shapes,
+)
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model
 
 Kind = Literal["repeated", "balanced", "whole"]
 
 ALIVE = (1, 2)  # values that may cross a cut: the residual stream; and the norm of it, where norms add the residual
-PIECES = 16  # blocks of a graph without repetition, at most
+PIECES = 16  # the most blocks of a graph without repetition
 _MOST = 0.75  # of the products in one piece: that graph is as good as whole
 _WORTH = 2  # two values may cross where that makes the largest block smaller by this factor
 
 _CUTS, _REACH = "onnx_woq cuts", "onnx_woq reach"  # keys in the `meta` of a graph; never saved
 
-_PRODUCTS = re.compile("MatMul|Gemm|Conv|LSTM|GRU|RNN|QMoE")
-
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive nodes of one graph that run together.
+    """Consecutive nodes of one graph that run together, such as one layer.
 
     Attributes:
-        values: names of what its nodes compute.
-        inputs: names of what it reads from outside: inputs of the graph, side values, what earlier blocks leave.
-        outputs: names of what later blocks read, and of the graph's outputs that it computes.
-        weight_bytes: of the constants it reads, as stored.
+        values: names of the values its nodes compute.
+        inputs: names of the values it reads from outside: inputs of the graph, side values, outputs of earlier blocks.
+        outputs: names of its values that later blocks read or that are outputs of the graph.
+        weight_bytes: size of the constants it reads, as stored.
     """
 
     values: tuple[str, ...]
@@ -54,13 +62,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Cut:
-    """How one graph falls into blocks.
+    """The blocks of one graph.
 
     Attributes:
         graph: "" for the main graph, else the branch of an If.
         kind: "repeated" layers; "balanced" by bytes for want of repetition; "whole" where it cannot be cut.
         reason: one sentence for people.
-        side: what follows from the inputs alone and several blocks read; None if there is nothing such.
+        side: the nodes that follow from the inputs alone and that several blocks read; None if there are none.
         blocks: in the order they run.
     """
 
@@ -72,23 +80,79 @@ class Cut:
 
 
 def cuts(model: Model) -> list[Cut]:
-    """How the main graph is cut, and after it each branch of an If that holds layers of its own.
+    """Returns the cut of the main graph, and after it that of each branch of an If that holds layers of its own.
 
-    Found once for a model and its clones: quantizing does not change it.
+    The cuts are found once and remembered for the model and its clones: quantizing does not change them.
     """
     meta = model.ir.graph.meta
     if _CUTS not in meta:
-        meta[_CUTS] = _found(model.ir.graph)
+        meta[_CUTS] = _find_cuts(model.ir.graph)
     return list(meta[_CUTS])
 
 
 def forget(model: Model) -> None:
-    """Has `cuts` look again, after the graph has been given other nodes."""
+    """Drops the remembered results of `cuts` and `reach`, after nodes were added to or removed from the graph."""
     for key in (_CUTS, _REACH):
         model.ir.graph.meta.pop(key, None)
 
 
-def _found(main: ir.Graph) -> tuple[Cut, ...]:
+def blocks_of(model: Model, groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
+    """Splits linear groups into runs, one per block; their order is kept."""
+    return [members for _, members in groups_by_block(model, groups)]
+
+
+def groups_by_block(model: Model, groups: Sequence[LinearGroup]) -> list[tuple[Block | None, list[LinearGroup]]]:
+    """Splits linear groups into runs, each with the block it lies in; None for a run that lies in no block."""
+    numbers: dict[str, int] = {}
+    blocks = [block for cut in cuts(model)[::-1] for block in cut.blocks]  # branches first: values in them are theirs
+    for number, block in enumerate(blocks):
+        for name in block.values:
+            numbers.setdefault(name, number)
+    owner_of: dict[ir.Node, ir.Node] = {}
+    found: list[tuple[Block | None, list[LinearGroup]]] = []
+    last: int | None = None
+    for group in groups:
+        node: ir.Node | None = group.linears[0].node
+        while node is not None and (node.outputs[0].name or "") not in numbers:
+            owner_of = owner_of or owners(model.ir.graph)
+            node = owner_of.get(node)
+        home = None if node is None else numbers[node.outputs[0].name or ""]
+        if not found or home != last:
+            found.append((None if home is None else blocks[home], []))
+        found[-1][1].append(group)
+        last = home
+    return found
+
+
+def reach(model: Model) -> dict[str, int]:
+    """Returns how much of the model has run once a value is known: value name -> bytes of the weights multiplied by.
+
+    The nodes run in graph order, and the bytes are those of float32, so quantizing does not change them. In a branch
+    of an If only that branch counts. A value in any other body is known when the node that owns the body has run. The
+    result is remembered, as that of `cuts` is.
+    """
+    meta = model.ir.graph.meta
+    if _REACH in meta:
+        return dict(meta[_REACH])
+    found: dict[str, int] = {}
+    _add_reach(model.ir.graph, 0, found)
+    meta[_REACH] = found
+    return dict(found)
+
+
+def _add_reach(graph: ir.Graph, total: int, found: dict[str, int]) -> int:
+    for node in graph:
+        if node.op_type == "If":  # only one branch is run, and its layers one after another once it is written out
+            total = max(_add_reach(body, total, found) for body in bodies(node))
+        else:
+            total += product_bytes(node)
+            inner = (n for body in bodies(node) for n in body.all_nodes())
+            found.update((value.name or "", total) for n in inner for value in n.outputs)
+        found.update((value.name or "", total) for value in node.outputs)
+    return total
+
+
+def _find_cuts(main: ir.Graph) -> tuple[Cut, ...]:
     found = [_cut(main, "")]
     for node in main:
         if node.op_type == "If":
@@ -99,163 +163,20 @@ def _found(main: ir.Graph) -> tuple[Cut, ...]:
     return tuple(found)
 
 
-def blocks_of(model: Model, groups: Sequence[LinearGroup]) -> list[list[LinearGroup]]:
-    """The taps in consecutive groups, those of one block together; their order is kept."""
-    return [members for _, members in groups_by_block(model, groups)]
-
-
-def groups_by_block(model: Model, groups: Sequence[LinearGroup]) -> list[tuple[Block | None, list[LinearGroup]]]:
-    """As `blocks_of`, each group with its block; None for what lies in no block."""
-    numbers: dict[str, int] = {}
-    blocks = [block for cut in cuts(model)[::-1] for block in cut.blocks]  # branches first: values in them are theirs
-    for number, block in enumerate(blocks):
-        for name in block.values:
-            numbers.setdefault(name, number)
-    owners: dict[ir.Node, ir.Node] = {}
-    found: list[tuple[Block | None, list[LinearGroup]]] = []
-    last: int | None = None
-    for group in groups:
-        node: ir.Node | None = group.linears[0].node
-        while node is not None and (node.outputs[0].name or "") not in numbers:
-            owners = owners or _owners(model.ir.graph)
-            node = owners.get(node)
-        home = None if node is None else numbers[node.outputs[0].name or ""]
-        if not found or home != last:
-            found.append((None if home is None else blocks[home], []))
-        found[-1][1].append(group)
-        last = home
-    return found
-
-
-def reach(model: Model) -> dict[str, int]:
-    """Value name -> bytes of the matrices, in float32, multiplied up to it when the nodes run in their order.
-
-    In the branches of an If, up to it in that branch; in other bodies, when the node that has the body has run. Found
-    once, as `cuts` are.
-    """
-    meta = model.ir.graph.meta
-    if _REACH in meta:
-        return dict(meta[_REACH])
-    found: dict[str, int] = {}
-    _reach(model.ir.graph, 0, found)
-    meta[_REACH] = found
-    return dict(found)
-
-
-def _reach(graph: ir.Graph, total: int, found: dict[str, int]) -> int:
-    for node in graph:
-        if node.op_type == "If":  # only one branch is run, and its layers one after another once it is written out
-            total = max(_reach(body, total, found) for body in bodies(node))
-        else:
-            total += product_bytes(node)
-            inner = (n for body in bodies(node) for n in body.all_nodes())
-            found.update((value.name or "", total) for n in inner for value in n.outputs)
-        found.update((value.name or "", total) for value in node.outputs)
-    return total
-
-
-def product_bytes(node: ir.Node) -> int:
-    """Bytes of the matrices, in float32, that a node and its bodies multiply by."""
-    inner = sum(product_bytes(n) for body in bodies(node) for n in body)
-    return inner + 4 * sum(map(math.prod, _shapes(node)))
-
-
-def is_costly(node: ir.Node) -> bool:
-    """Whether the node multiplies by a constant matrix, or runs bodies that do: not to be done twice without need."""
-    return bool(_matrices(node)) or any(map(is_costly, (inner for body in bodies(node) for inner in body)))
-
-
-def bodies(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that a node owns."""
-    if not node.attributes:  # most have none
-        return []
-    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-
-
-def reads_of(node: ir.Node, graph: ir.Graph) -> list[ir.Value]:
-    """What `node` of `graph` reads, and its bodies read from outside themselves."""
-    reads = [value for value in node.inputs if value is not None]
-    inner = bodies(node)
-    if inner:
-        within = {g for body in inner for g in (body, *body.subgraphs())}
-        for body in inner:
-            outside = [*body.outputs, *(v for n in body.all_nodes() for v in n.inputs if v is not None)]
-            reads += [v for v in outside if v.graph is graph or (v.graph is not None and v.graph not in within)]
-    return list(dict.fromkeys(reads))
-
-
-def _matrices(node: ir.Node) -> list[Constant]:
-    """The constant matrices that the node itself multiplies by."""
-    if not _PRODUCTS.search(node.op_type):
-        return []
-    return [constant for constant in map(resolve, node.inputs) if constant and len(constant.shape) > 1]
-
-
-def _owners(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
-    """Node in a body -> the node that has the body, at every depth."""
-    return {inner: node for node in graph.all_nodes() for body in bodies(node) for inner in body}
-
-
-@dataclass
-class _Flow:
-    """The nodes of a graph by kind, in graph order.
-
-    Attributes:
-        nodes: everything.
-        reads: node -> what it reads, in its bodies too.
-        readers: value -> the nodes that read it.
-        outputs: of the graph.
-        stream: nodes below a product with a constant matrix, these included.
-        costly: those of them that are such products.
-        free: nodes that read constants alone; whoever needs them does them.
-    """
-
-    nodes: list[ir.Node]
-    reads: dict[ir.Node, list[ir.Value]]
-    readers: dict[ir.Value, list[ir.Node]]
-    outputs: set[ir.Value]
-    stream: list[ir.Node]
-    costly: set[ir.Node]
-    free: set[ir.Node]
-
-    def products(self, piece: Iterable[ir.Node]) -> int:
-        """How many of the nodes in `piece` are products."""
-        return sum(node in self.costly for node in piece)
-
-
-def _flow(graph: ir.Graph) -> _Flow:
-    nodes = list(graph)
-    reads = {node: reads_of(node, graph) for node in nodes}
-    costly = {node for node in nodes if is_costly(node)}
-    below: set[ir.Node] = set()
-    free: set[ir.Node] = set()
-    for node in nodes:
-        producers = {value.producer() for value in reads[node]}
-        if node in costly or not below.isdisjoint(producers):
-            below.add(node)
-        elif all(value.is_initializer() or value.producer() in free for value in reads[node]):
-            free.add(node)
-    readers: dict[ir.Value, list[ir.Node]] = {}
-    for node in nodes:
-        for value in reads[node]:
-            readers.setdefault(value, []).append(node)
-    stream = [node for node in nodes if node in below]
-    return _Flow(nodes, reads, readers, set(graph.outputs), stream, costly, free)
-
-
 def _cut(graph: ir.Graph, name: str) -> Cut:
-    flow = _flow(graph)
-    best: tuple[Kind, list[list[ir.Node]]] = ("whole", [flow.stream])
+    found = find_dependencies(graph)
+    live = found.live_counts()
+    best: tuple[Kind, list[list[ir.Node]]] = ("whole", [found.downstream])
     largest = _largest(best[1])
     for alive in ALIVE:
-        kind, pieces = _pieces(_segments(flow, alive))
+        kind, pieces = _pieces(_segments(found, live, alive))
         size = _largest(pieces)
         if len(pieces) > 1 and (best[0] == "whole" or size * _WORTH <= largest):
             best, largest = (kind, pieces), size
     kind, pieces = best
-    if kind == "balanced" and max(map(flow.products, pieces)) > _MOST * len(flow.costly):
-        kind, pieces = "whole", [flow.stream]
-    side, blocks = _assign(flow, pieces)
+    if kind == "balanced" and max(map(found.count_costly, pieces)) > _MOST * len(found.costly):
+        kind, pieces = "whole", [found.downstream]
+    side, blocks = _assign(found, pieces)
     return Cut(name, kind, _reason(kind, blocks, graph), side, blocks)
 
 
@@ -272,33 +193,27 @@ def _reason(kind: Kind, blocks: Sequence[Block], graph: ir.Graph) -> str:
     return "runs whole: more than two values are alive at every place between its products"
 
 
-def _segments(flow: _Flow, alive: int) -> list[list[ir.Node]]:
-    """The stream cut wherever at most `alive` values of it are still to be read; each segment has a product.
+def _segments(found: Dependencies, live: Sequence[int], alive: int) -> list[list[ir.Node]]:
+    """Cuts the downstream nodes wherever at most `alive` values are live, so that each segment has a costly node.
 
-    The embeddings are the residual stream of the first layer. They follow from the inputs alone, as masks do, but the
-    last layers do not read them.
+    Args:
+        found: the dependencies.
+        live: size of the live set behind each downstream node.
+        alive: the most values that may cross a cut.
     """
-    on_stream = set(flow.stream)
-    last_read: dict[ir.Value, int] = {}
-    for index, node in enumerate(flow.stream):
-        last_read |= {v: index for v in flow.reads[node] if v.producer() and v.producer() not in flow.free}
     segments: list[list[ir.Node]] = [[]]
-    early = [v for v, last in last_read.items() if v.producer() not in on_stream and 2 * last < len(flow.stream)]
-    living = {value: last_read[value] for value in early}
-    for index, node in enumerate(flow.stream):
+    for node, count in zip(found.downstream, live, strict=True):
         segments[-1].append(node)
-        living |= {value: last_read[value] for value in node.outputs if value in last_read}
-        living = {value: last for value, last in living.items() if last > index}
-        if len(living) <= alive and not flow.costly.isdisjoint(segments[-1]):
+        if count <= alive and not found.costly.isdisjoint(segments[-1]):
             segments.append([])
-    if len(segments) > 1 and flow.costly.isdisjoint(segments[-1]):
+    if len(segments) > 1 and found.costly.isdisjoint(segments[-1]):
         rest = segments.pop()
         segments[-1] += rest
     return segments
 
 
 def _pieces(segments: list[list[ir.Node]]) -> tuple[Kind, list[list[ir.Node]]]:
-    """Segments joined to one piece per period of what repeats, or to pieces of about equal bytes if nothing does."""
+    """Joins segments to one piece per period of what repeats, or to pieces of about equal bytes if nothing does."""
     if len(segments) < 2:
         return "whole", segments
     kinds: dict[tuple[object, ...], int] = {}
@@ -313,24 +228,16 @@ def _pieces(segments: list[list[ir.Node]]) -> tuple[Kind, list[list[ir.Node]]]:
 
 
 def _signature(segment: Iterable[ir.Node]) -> tuple[object, ...]:
-    """What two layers of one kind have in common: their products and the shapes of these.
+    """Returns the shapes of the weights of a segment, which two layers of one kind have in common.
 
-    Not what is between: of the first layer that is partly off the stream. A layer that is quantized already is of the
-    same kind as one that is not.
+    The nodes between the products do not count: those of the first layer partly follow from the inputs alone. The shape
+    of a weight is the same once it is quantized.
     """
-    return tuple(shapes for node in segment if (shapes := _shapes(node)))
-
-
-def _shapes(node: ir.Node) -> tuple[tuple[int, ...], ...]:
-    """Of the matrices that a node multiplies by; `[K, N]` in a linear layer, whatever it is stored in."""
-    if node.op_type == "MatMulNBits":
-        return ((node.attributes["K"].as_int(), node.attributes["N"].as_int()),)
-    transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
-    return tuple(constant.shape[::-1] if transposed else constant.shape for constant in _matrices(node))
+    return tuple(shapes for node in segment if (shapes := weight_shapes(node)))
 
 
 def _repetition(marks: Sequence[int]) -> tuple[int, int, int]:
-    """(start, period, count) of what repeats and covers most of `marks`; the shortest period of equals."""
+    """Returns `(start, period, count)` of the repetition that covers most of `marks`, of equals the shortest period."""
     best = (0, 1, 1)
     covered = 1
     for period in range(1, len(marks) // 2 + 1):
@@ -345,7 +252,7 @@ def _repetition(marks: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _balanced(segments: list[list[ir.Node]], limit: float) -> list[list[ir.Node]]:
-    """Consecutive segments joined as long as their matrices take at most `limit` bytes in float32."""
+    """Joins consecutive segments as long as their weights take at most `limit` bytes in float32."""
     pieces: list[list[ir.Node]] = []
     size = 0.0
     for segment in segments:
@@ -367,62 +274,65 @@ def _largest(pieces: Iterable[list[ir.Node]]) -> int:
 
 
 def _size(nodes: Iterable[ir.Node]) -> int:
-    """Bytes of the matrices that `nodes` and their bodies multiply by, in float32: quantizing does not change it."""
-    return sum(4 * sum(map(math.prod, _shapes(node))) + sum(_size(body) for body in bodies(node)) for node in nodes)
+    return sum(map(product_bytes, nodes))
 
 
-def _bytes(nodes: Iterable[ir.Node]) -> int:
-    """Of the constants that `nodes` and their bodies read, each counted once."""
+def _stored_bytes(nodes: Iterable[ir.Node]) -> int:
+    """Returns the bytes of the constants that `nodes` and their bodies read, each counted once."""
     found: dict[int, int] = {}
     for node in nodes:
-        found |= {id(c.root): c.tensor.nbytes for c in _matrices(node)}
+        found |= {id(c.root): c.tensor.nbytes for c in constant_matrices(node)}
         for value in node.inputs:
             if value is not None and value.const_value is not None and value.is_initializer():
                 found[id(value)] = value.const_value.nbytes
-        found[id(node)] = sum(_bytes(body) for body in bodies(node))
+        found[id(node)] = sum(_stored_bytes(body) for body in bodies(node))
     return sum(found.values())
 
 
-def _assign(flow: _Flow, pieces: Sequence[Sequence[ir.Node]]) -> tuple[Block | None, tuple[Block, ...]]:
-    """The blocks made of `pieces` of the stream, with the other nodes put where they are read."""
+def _assign(found: Dependencies, pieces: Sequence[Sequence[ir.Node]]) -> tuple[Block | None, tuple[Block, ...]]:
+    """Makes a block of each piece of the downstream nodes, with the other nodes put where they are read.
+
+    Returns:
+        The side, for nodes that several blocks read, and the blocks.
+    """
     place = {node: number for number, piece in enumerate(pieces) for node in piece}
     needed_by: dict[ir.Node, set[int]] = {}
     shared = -1
-    for node in reversed(flow.nodes):
+    for node in reversed(found.nodes):
         if node not in place:  # its readers have their places by now
             numbers = needed_by.get(node, set())
             place[node] = shared if len(numbers) > 1 else min(numbers, default=0)
-        for value in flow.reads[node]:
+        for value in found.reads[node]:
             producer = value.producer()
             if producer is not None:
                 needed_by.setdefault(producer, set()).add(place[node])
     numbered: dict[int, list[ir.Node]] = {}
-    for node in flow.nodes:
-        numbers = needed_by.get(node, set()) if node in flow.free else {place[node]}
+    for node in found.nodes:
+        numbers = needed_by.get(node, set()) if node in found.free else {place[node]}
         for number in numbers or {place[node]}:
             numbered.setdefault(number, []).append(node)
-    side = _block(flow, numbered[shared]) if shared in numbered else None
-    blocks = tuple(_block(flow, numbered[number]) for number in range(len(pieces)) if number in numbered)
+    side = _block(found, numbered[shared]) if shared in numbered else None
+    blocks = tuple(_block(found, numbered[number]) for number in range(len(pieces)) if number in numbered)
     return side, blocks
 
 
-def _block(flow: _Flow, nodes: Sequence[ir.Node]) -> Block:
+def _block(found: Dependencies, nodes: Sequence[ir.Node]) -> Block:
     inside = set(nodes)
-    reads = dict.fromkeys(value for node in nodes for value in flow.reads[node])
+    reads = dict.fromkeys(value for node in nodes for value in found.reads[node])
     inputs = [v for v in reads if v.producer() not in inside and not v.is_initializer()]
     made = [value for node in nodes for value in node.outputs if value.name]
     return Block(
         values=tuple(value.name or "" for value in made),
         inputs=tuple(value.name or "" for value in inputs),
-        outputs=tuple(value.name or "" for value in made if _leaves(value, inside, flow)),
-        weight_bytes=_bytes(nodes),
+        outputs=tuple(value.name or "" for value in made if _leaves(value, inside, found)),
+        weight_bytes=_stored_bytes(nodes),
     )
 
 
-def _leaves(value: ir.Value, inside: set[ir.Node], flow: _Flow) -> bool:
-    """Whether something outside reads a value that `inside` computes."""
-    if value in flow.outputs:
+def _leaves(value: ir.Value, inside: set[ir.Node], found: Dependencies) -> bool:
+    """Tells whether a value that `inside` computes is read outside of it, by another block or as an output."""
+    if value in found.outputs:
         return True
-    if value.producer() in flow.free:
+    if value.producer() in found.free:
         return False  # whoever reads it computes it
-    return any(reader not in inside for reader in flow.readers.get(value, ()))
+    return any(reader not in inside for reader in found.readers.get(value, ()))

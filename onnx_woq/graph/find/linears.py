@@ -12,6 +12,7 @@ from onnx_woq.core.spec import Spec
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.find.attention import FIRST_TOKEN, attended
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
+from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
@@ -22,12 +23,6 @@ _MULTIPLIES = {"MatMul": ("",), "Gemm": ("",), "FusedMatMul": ("com.microsoft",)
 
 _EXPONENTS = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all ones: infinite, or not a number
 _TILE = 1 << 17  # numbers looked at in one go
-
-# What may stand between the last MatMul and the output it makes: one computed input, channels kept in place.
-_TAIL_OPS = {
-    "Add", "Cast", "Clip", "Div", "Identity", "LogSoftmax", "Max", "Min", "Mul", "Reshape", "Sigmoid", "Slice",
-    "Softmax", "Squeeze", "Sub", "Tanh", "Transpose", "Unsqueeze",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +242,7 @@ def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup],
     for function in model.ir.functions.values():
         reason = f"inside the function {function.name}, which could not be inlined"
         skipped += [_skip(node, reason) for node in function.all_nodes() if node.op_type in ("MatMul", "Gemm")]
-    heads = set() if recipe.lm_head else _heads(model.ir.graph, linears)
+    heads = set() if recipe.lm_head else find_heads(model.ir.graph, [linear.node for linear in linears])
     chosen: list[tuple[Linear, Spec]] = []
     for linear in linears:
         spec, reason = recipe.spec_for(linear.node_name, linear.name, linear.weight_name)
@@ -322,30 +317,6 @@ def _skip(node: ir.Node, reason: str) -> Skipped:
     constants = [c for v in node.inputs[:2] if (c := resolve(v)) is not None]
     size = sum(c.tensor.nbytes for c in constants)
     return Skipped(node.outputs[0].name or "", node.name or "", node.op_type, reason, size)
-
-
-def _heads(graph: ir.Graph, linears: Sequence[Linear]) -> set[ir.Node]:
-    """The nodes that `lm_head=False` leaves float."""
-    by_node = {linear.node: linear for linear in linears}
-    output = next((v for v in graph.outputs if v.dtype in FLOATS), graph.outputs[0] if graph.outputs else None)
-    found: set[ir.Node] = set()
-    pending = [output]
-    while pending:
-        value = pending.pop()
-        node = value.producer() if value is not None else None
-        if node is None or value is None:
-            continue
-        if node in by_node:
-            found.add(node)
-        elif node.op_type == "If":
-            pending += [branch.as_graph().outputs[value.index() or 0] for branch in node.attributes.values()]
-        elif node.op_type in _TAIL_OPS:
-            computed = [v for v in node.inputs if v is not None and resolve(v) is None and not v.is_graph_input()]
-            # Slice, Reshape and their like compute their other inputs; only the first is data.
-            data = computed if node.op_type in ("Add", "Sub", "Mul", "Div", "Max", "Min") else computed[:1]
-            pending += data if len(data) == 1 else []
-    last = [linear.node for linear in linears if linear.node.graph is graph]
-    return found or set(last[-1:])
 
 
 def _group(chosen: Sequence[tuple[Linear, Spec]], attention: Mapping[ir.Node, str]) -> list[LinearGroup]:

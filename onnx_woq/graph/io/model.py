@@ -27,8 +27,6 @@ OPSETS = range(13, 26)
 MEMORY = "in memory"  # where `serialize` says that the tensors of `memory_tensors` lie
 
 _READ_CLOSELY = {"MatMul", "Gemm", "Cast", "Transpose", "Identity"}  # their inputs and attributes are relied upon
-_LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
-_LOW_BIT_TYPES = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.FLOAT4E2M1}
 
 
 @dataclass
@@ -141,26 +139,6 @@ def model_hash(model: Model) -> str:
 def file_bytes(model: Model) -> int:
     """Bytes of the .onnx file and its data files on disk."""
     return sum(file.stat().st_size for file in model.files)
-
-
-def low_bit_nodes(model: Model) -> int:
-    """How many nodes already carry weights below 8 bits or in a blockwise format."""
-    return sum(map(_is_low_bit, all_nodes(model.ir)))
-
-
-def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Every node of the graph, its subgraphs and its functions; an outer node comes before its bodies."""
-    yield from model.graph.all_nodes()
-    for function in model.functions.values():
-        yield from function.all_nodes()
-
-
-def _is_low_bit(node: ir.Node) -> bool:
-    if node.op_type in _LOW_BIT_OPS:
-        return True
-    if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
-        return False
-    return any(v is not None and v.dtype in _LOW_BIT_TYPES for v in (*node.inputs, *node.outputs))
 
 
 def _read(named: Path, real: Path) -> onnx.ModelProto:

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of
 from onnx_woq.graph.find.constants import resolve
+from onnx_woq.graph.find.quantized import low_bit_dtype, low_bit_shape
 from onnx_woq.graph.io.model import Model, clone
 
 
@@ -145,6 +146,6 @@ def _channels(value: ir.Value) -> tuple[int, ir.DataType]:
         if index == 0 and node.op_type in ("MatMul", "Gemm") and (weight := resolve(node.inputs[1])):
             transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
             return weight.shape[-1 if transposed else -2], weight.dtype
-        if index == 0 and node.op_type == "MatMulNBits" and node.inputs[2] is not None and node.inputs[2].dtype:
-            return node.attributes["K"].as_int(), node.inputs[2].dtype
+        if index == 0 and (shape := low_bit_shape(node)) and (dtype := low_bit_dtype(node)):
+            return shape[0], dtype
     raise ModelError(f"the width of value {value.name!r} is not known, so it cannot be taken out of its body")

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from onnx_woq.graph.edit import fresh
-from onnx_woq.graph.find.blocks import forget, is_costly
+from onnx_woq.graph.find.blocks import forget
+from onnx_woq.graph.find.dependencies import is_costly
 from onnx_woq.graph.io.model import Model, clone
 
 

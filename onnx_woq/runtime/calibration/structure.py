@@ -8,7 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnx_woq.graph.find.blocks import bodies, is_costly, product_bytes, reads_of
+from onnx_woq.graph.find.dependencies import bodies, is_costly, product_bytes, reads_of
 from onnx_woq.graph.io.model import Model
 
 
