@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from onnx_woq.runtime.evaluation.compare import evaluate
     from onnx_woq.tuning.results import TuneResult
     from onnx_woq.tuning.tune import tune
+
+# Whatever of us imports onnxruntime comes through here first, in worker processes too. From 1.32 on it would write a
+# device id and an event database under the home folder and call its vendor; what is set already is the user's word.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
 _HOMES = {
