@@ -12,7 +12,7 @@ from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
 from onnx_woq import Recipe, Spec, tune
-from onnx_woq.cli.commands import main
+from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.engine import memory
 from onnx_woq.engine import quantize as pipeline

@@ -6,7 +6,7 @@ import pytest
 from builders import graph, node, random, value, write
 from click.testing import CliRunner
 
-from onnx_woq.cli.commands import main
+from onnx_woq.cli import main
 from onnx_woq.engine import execute as making
 
 

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from onnx_woq import Recipe, Spec, quantize, tune, write_report
-from onnx_woq.cli.commands import main
+from onnx_woq.cli import main
 from onnx_woq.errors import OutputError
 from onnx_woq.report import charts
 from onnx_woq.report.html_page import page

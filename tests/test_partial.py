@@ -23,7 +23,7 @@ from builders import FLOAT16, graph, node, random, value, write
 from click.testing import CliRunner
 
 from onnx_woq import Recipe, Spec, quantize
-from onnx_woq.cli.commands import main
+from onnx_woq.cli import main
 from onnx_woq.engine import quantize as pipeline
 from onnx_woq.engine.resume import store as partial
 from onnx_woq.engine.resume.store import partial_folder

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from core.measure import peak_bytes
 
 from onnx_woq import Recipe, Spec, quantize
-from onnx_woq.cli.commands import main
+from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
 from onnx_woq.engine import executors
 from onnx_woq.engine import solve as solving
@@ -300,7 +300,7 @@ def test_dask_without_distributed_says_what_to_install(tmp_path, monkeypatch):
     [("3GB", 3 * 10**9), ("800MB", 8 * 10**8), ("512MiB", 1 << 29), ("1.5 gb", 15 * 10**8), ("7", 7), ("2KiB", 2048)],
 )
 def test_sizes(text, count):
-    from onnx_woq.cli.commands import Size
+    from onnx_woq.cli.options import Size
 
     assert Size()(text) == count
 

@@ -177,10 +177,10 @@ def python(code: str, *arguments: object, cwd: Path | None = None, **options: An
     return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
-def command_line(*arguments: object, cwd: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+def command_line(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs `python -m onnx_woq.cli` in a process of its own."""
     command = [sys.executable, "-m", "onnx_woq.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=60, check=False, **options)
+    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.fixture

@@ -111,7 +111,7 @@ def run_cli(arguments: Sequence[object], **plan: Any) -> subprocess.CompletedPro
 def main() -> None:
     """What the child does."""
     plan, arguments = json.loads(sys.argv[1]), sys.argv[2:]
-    from onnx_woq.cli.commands import main as command_line
+    from onnx_woq.cli import main as command_line
 
     with ExitStack() as stack:
         if "log" in plan:

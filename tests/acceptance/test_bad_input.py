@@ -574,7 +574,7 @@ def test_a_read_only_folder(lm, cli, tmp_path):
 FULL = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from onnx_woq.cli.commands import main
+from onnx_woq.cli import main
 main(sys.argv[2:])
 """
 

@@ -35,7 +35,7 @@ def long(path):
 def command(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     (cwd / "judging.py").write_text(JUDGE)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "ONNX_WOQ_THREADS": "1"}
-    code = "import os; open('main', 'w').write(str(os.getpid())); from onnx_woq.cli.commands import main; main()"
+    code = "import os; open('main', 'w').write(str(os.getpid())); from onnx_woq.cli import main; main()"
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

@@ -1,0 +1,21 @@
+"""`onnx-woq inspect`: the plan of a quantization, without its work."""
+
+from __future__ import annotations
+
+import click
+
+from onnx_woq.cli.console import print_result
+from onnx_woq.cli.options import RecipeFlags, json_option, recipe_options
+from onnx_woq.cli.recipe_flags import build_recipe
+
+
+@click.command()
+@click.argument("model", type=click.Path())
+@recipe_options
+@json_option
+def inspect(model: str, as_json: bool, recipe: RecipeFlags) -> None:
+    """Show what would be quantized in MODEL, what not and why, and the bytes before and after."""
+    from onnx_woq.engine import inspection
+    from onnx_woq.report import terminal
+
+    print_result(inspection.inspect(model, build_recipe(recipe)), as_json, terminal.inspection)
