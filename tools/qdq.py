@@ -153,6 +153,8 @@ def products() -> dict[str, tuple[Case, list[onnx.NodeProto], list[TensorProto]]
     for block in (1, 16, 24, 100, 256, 512, 600):
         add(f"uint4, block {block} along K, K = 600", Case(block=block, k=600))
     add("uint4, block 512 along K, K = 2048", Case(block=512, k=2048))
+    for n in (48, 50):
+        add(f"uint2, block 32 along K, N = {n}", Case("uint2", n=n))
     add("uint4, float16", Case(half=True))
     bias = numpy_helper.from_array(np.ones(48, np.float32), "b")
     add("uint4, Gemm", Case(), node("Gemm", ["x", "W"], ["y"]))
