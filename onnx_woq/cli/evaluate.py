@@ -22,12 +22,12 @@ def evaluate(model: str, reference: str, path: str, as_json: bool, data: DataFla
 
     Language models: mean KL divergence, same top-1, perplexities. Others: SQNR and cosine of the outputs.
     """
-    from onnx_woq.engine import inspection
     from onnx_woq.report import terminal
+    from onnx_woq.runtime.evaluation import compare
 
     seqlen = data.seqlen or TOKENS
     with progress_bar() as progress:
-        metrics = inspection.evaluate(
+        metrics = compare.evaluate(
             model, reference, path, samples=data.samples, seqlen=seqlen, tokenizer=data.tokenizer, progress=progress
         )
     print_result(metrics, as_json, terminal.evaluation)

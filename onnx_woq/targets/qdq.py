@@ -108,7 +108,7 @@ def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
 
 def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
     """Returns shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
-    bits = container(spec.bits)
+    bits = _width(spec.bits, n)
     axis, block = _layout(spec.group_size, spec.group_dim, k, n)
     blocks = -(-(k, n)[axis] // block) if block else 0
     scales = ((blocks, n) if axis == 0 else (k, blocks)) if block else ((k, n)[axis],)
@@ -120,13 +120,13 @@ def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storag
     """Returns the `Packed` that has these `arrays`, of the shapes that `shapes` gives."""
     codes, scales, *zeros = arrays
     axis, block = _layout(spec.group_size, spec.group_dim, k, n)
-    return Packed(codes, scales, zeros[0] if zeros else None, k, n, container(spec.bits), axis, block, spec.bits)
+    return Packed(codes, scales, zeros[0] if zeros else None, k, n, _width(spec.bits, n), axis, block, spec.bits)
 
 
 def pack(q: QuantizedTensor, storage: Storage) -> Packed:
     """Lays `q` out as DequantizeLinear reads it; scales of a group are repeated where its blocks are smaller."""
     k, n = q.codes.shape
-    bits = container(q.bits)
+    bits = _width(q.bits, n)
     axis, block = _layout(q.group_size, q.group_dim, k, n)
     scales, zeros = q.scales, q.zeros
     if block:
@@ -191,8 +191,16 @@ def multiply(
 
 
 def container(bits: int) -> int:
-    """Returns the width of the type that codes of `bits` bits are stored in."""
+    """Returns the width of the narrowest type that holds codes of `bits` bits."""
     return 2 if bits <= 2 else 4 if bits <= 4 else 8
+
+
+def _width(bits: int, n: int) -> int:
+    """Returns the width of the type that codes of a weight with `n` output channels are stored in.
+
+    Sessions fuse 2-bit rows that do not fill whole bytes to a product of wrong numbers (1.25 to 1.32): they get 4 bits.
+    """
+    return 4 if bits <= 2 and n % 4 else container(bits)
 
 
 def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
