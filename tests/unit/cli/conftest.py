@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import graph, node, random, value, write
 from click.testing import CliRunner, Result
 
 from onnx_woq.cli import main
+from tests.zoo.nodes import graph, node, random, value, write
 
 Run = Callable[..., Result]
 

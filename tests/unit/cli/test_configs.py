@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from onnx_woq import PRESETS, Recipe
 from onnx_woq.presets import MEANINGS
-
-from .conftest import strict_json
+from tests.unit.cli.conftest import strict_json
 
 
 def test_each_configuration_is_a_line_with_its_meaning(run):

@@ -20,8 +20,7 @@ from onnx_woq.cli.console import (
     replace_non_finite,
 )
 from onnx_woq.errors import DataError, OnnxWoqError, RecipeError
-
-from .conftest import strict_json
+from tests.unit.cli.conftest import strict_json
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -7,8 +7,7 @@ import pytest
 from onnx_woq import quantize
 from onnx_woq.cli.evaluate import TOKENS
 from onnx_woq.engine import inspection
-
-from .conftest import strict_json
+from tests.unit.cli.conftest import strict_json
 
 
 def test_the_distance_to_the_original(run, model, tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .conftest import strict_json
+from tests.unit.cli.conftest import strict_json
 
 
 def test_what_would_be_quantized_by_the_recipe_of_the_flags(run, model):

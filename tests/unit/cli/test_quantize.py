@@ -12,8 +12,7 @@ from onnx_woq.cli.quantize import load_metric, open_executor, tune_keywords
 from onnx_woq.errors import RecipeError
 from onnx_woq.presets import TUNED
 from onnx_woq.tuning import tune as tuning
-
-from .conftest import strict_json
+from tests.unit.cli.conftest import strict_json
 
 RANDOM = ("--calib", "random", "--samples", 6)
 

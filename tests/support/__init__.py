@@ -1,0 +1,1 @@
+"""What the tests hold the package against, and ways to watch, stop and start it."""
