@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.core.refine.low_rank import GRID
-from onnx_woq.graph.edit import fresh, graph_of, insert_after
+from onnx_woq.graph.edit import fresh_name, graph_of, insert_after
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.targets.matmulnbits import (
@@ -87,7 +87,7 @@ def _product(
 ) -> ir.Value:
     """A new MatMulNBits of the activation with a factor, in front of a node that makes values of the same type."""
     graph = graph_of(before)
-    out = ir.Value(name=fresh(graph, name), type=before.outputs[0].type)
+    out = ir.Value(name=fresh_name(graph, name), type=before.outputs[0].type)
     inputs = [activation, *stored]
     while inputs[-1] is None:
         inputs.pop()

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of
+from onnx_woq.graph.edit import add_initializer, add_node, fresh_name, graph_of
 from onnx_woq.graph.find.constants import resolve
 from onnx_woq.graph.find.quantized import low_bit_dtype, low_bit_shape
 from onnx_woq.graph.io.model import Model, clone
@@ -104,7 +104,7 @@ def _leave_loop(node: ir.Node, body: ir.Graph, flat: ir.Value, nothing: ir.Tenso
     start = add_node("Constant", [], f"{flat.name}_none", before=node, value=nothing)
     node.resize_inputs(carried + 3)
     node.replace_input_with(carried + 2, start)
-    state = ir.Value(name=fresh(body, f"{flat.name}_so_far"), type=flat.type, shape=flat.shape)
+    state = ir.Value(name=fresh_name(body, f"{flat.name}_so_far"), type=flat.type, shape=flat.shape)
     body.inputs.append(state)
     collected = add_node("Concat", [state, flat], f"{flat.name}_collected", end_of=body, axis=0)
     collected.type, collected.shape = flat.type, flat.shape
@@ -129,7 +129,7 @@ def _widen(node: ir.Node, results: Sequence[tuple[ir.Graph, ir.Value]], place: i
         body.outputs.insert(first + place, value)
     node.resize_outputs(len(node.outputs) + 1)
     outputs = node.outputs
-    outputs[-1].name = fresh(graph_of(node), f"{results[0][1].name}_{node.op_type}")
+    outputs[-1].name = fresh_name(graph_of(node), f"{results[0][1].name}_{node.op_type}")
     for index in range(len(outputs) - 1, place, -1):
         before, after = outputs[index - 1], outputs[index]
         before.replace_all_uses_with(after, replace_graph_outputs=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnx_woq.graph.edit import add_initializer, fresh, graph_of, prune
+from onnx_woq.graph.edit import add_initializer, fresh_name, graph_of, prune
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.linears import LinearGroup
 
@@ -212,7 +212,7 @@ def _multiply(value: ir.Value, inverse: np.ndarray, dtype: ir.DataType, nodes: S
     """Puts `value * inverse` between `value` and the given nodes."""
     graph = graph_of(value)
     factor = add_initializer(graph, f"{value.name}_inverse_scale", inverse, dtype)
-    product = ir.Value(name=fresh(graph, f"{value.name}_scaled"), type=value.type, shape=value.shape)
+    product = ir.Value(name=fresh_name(graph, f"{value.name}_scaled"), type=value.type, shape=value.shape)
     node = ir.node("Mul", [value, factor], outputs=[product], name=product.name)
     producer = value.producer()
     if producer is not None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from onnx_woq.graph.edit import fresh
+from onnx_woq.graph.edit import fresh_name
 from onnx_woq.graph.find.blocks import forget
 from onnx_woq.graph.find.dependencies import is_costly
 from onnx_woq.graph.io.model import Model, clone
@@ -66,7 +66,7 @@ def take(model: Model, taken: Mapping[str, bool]) -> Model:
         main.insert_before(node, inner)
         for old, result in zip(list(node.outputs), results, strict=True):
             name = old.name or ""
-            old.name = fresh(main, f"{name}/untaken")
+            old.name = fresh_name(main, f"{name}/untaken")
             new = ir.Value(name=name, type=old.type, shape=old.shape)
             main.insert_before(node, ir.node("Identity", [result], outputs=[new], name=name))
             old.replace_all_uses_with(new, replace_graph_outputs=True)
