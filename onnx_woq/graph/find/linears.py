@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.find.attention import FIRST_TOKEN, attended
+from onnx_woq.graph.find.attention import FIRST_TOKEN, find_key_value_linears
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
@@ -266,7 +266,7 @@ def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup],
             skipped.append(_skip(linear.node, reason))
         else:
             chosen.append((linear, spec))
-    groups = _group(chosen, attended(model) if recipe.attention_weighted else {})
+    groups = _group(chosen, find_key_value_linears(model) if recipe.attention_weighted else {})
     for group in groups:
         group.rank = min(recipe.lowrank, -(-min(group.k, group.n) // RANKS) * RANKS)
         group.corrected = recipe.bias_correction
