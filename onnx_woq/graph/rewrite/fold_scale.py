@@ -159,11 +159,11 @@ def _operand_folds(node: ir.Node, index: int, k: int) -> list[_Fold] | None:
 
 
 def _quantized_folds(node: ir.Node, k: int) -> list[_Fold | None]:
-    """Returns the scales and bias of a MatMulNBits with `k` output channels as folds, None in place of one that is none."""
+    """Returns the scales and bias of a MatMulNBits with `k` output channels as folds, None for one that is none."""
     bias = [_vector(node, 5, k, linear=True)] if len(node.inputs) > 5 and node.inputs[5] is not None else []
     cast = node.inputs[2].producer() if node.inputs[2] is not None else None
     scales = None
-    if cast is not None and cast.op_type == "Cast" and len(cast.outputs[0].uses()) == 1:  # stored in float16, for this node alone
+    if cast is not None and cast.op_type == "Cast" and len(cast.outputs[0].uses()) == 1:  # float16, for this node alone
         scales = _vector(cast, 0, k, axis=_FIRST, linear=True)
     return [scales or _vector(node, 2, k, axis=_FIRST, linear=True), *bias]
 
