@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_woq.core.spec import Spec
-    from onnx_woq.engine.inspection import evaluate, inspect
+    from onnx_woq.engine.inspection import inspect
     from onnx_woq.engine.quantize import quantize
     from onnx_woq.errors import OnnxWoqError
     from onnx_woq.presets import PRESETS
     from onnx_woq.recipe import Recipe
     from onnx_woq.report.html_page import write_report
+    from onnx_woq.runtime.evaluation.compare import evaluate
     from onnx_woq.tuning.results import TuneResult
     from onnx_woq.tuning.tune import tune
+
+# Whatever of us imports onnxruntime comes through here first, in worker processes too. From 1.32 on it would write a
+# device id and an event database under the home folder and call its vendor; what is set already is the user's word.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
 _HOMES = {
@@ -23,7 +29,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Spec": "core.spec",
     "TuneResult": "tuning.results",
-    "evaluate": "engine.inspection",
+    "evaluate": "runtime.evaluation.compare",
     "inspect": "engine.inspection",
     "quantize": "engine.quantize",
     "tune": "tuning.tune",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, field, fields, replace
+from dataclasses import InitVar, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,8 @@ class Recipe:
         embedding: grid of the tables that Gather reads rows of (see `onnx_woq.graph.find.embeddings`), along their columns;
             None leaves them float. `include`, `exclude` and `overrides` hold for them as well. A head that is the same
             table on the same grid shares its codes.
+        target: the operators that the written model multiplies with, a name in `onnx_woq.targets.registry` or "auto" for
+            the first of them that holds the number format of a weight.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
         accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
         half_scales: store scales in float16 also where the model computes in float32, which is what they are cast to
@@ -89,6 +91,7 @@ class Recipe:
     nsamples: int = 128
     pad_max_length: int = 2048
     use_max_length: bool = False
+    target: str = "matmulnbits"
     both_streams: InitVar[bool | None] = None
     stream_share: InitVar[float | None] = None
 
@@ -119,6 +122,12 @@ class Recipe:
             raise RecipeError(f"asymmetric_strength={share!r} must be above 0 and at most 1")
         if self.asymmetric_calibration:
             object.__setattr__(self, "true_sequential", True)
+        specs = [self.spec, self.embedding, *self.overrides.values()]
+        if self.needs_data and any(spec is not None and spec.group_dim == 0 for spec in specs):
+            raise RecipeError("group_dim=0 goes with methods that need no data: choose rtn or hqq, and no compensation")
+        if not isinstance(self.target, str) or not self.target:
+            raise RecipeError(f"target={self.target!r} must be the name of a target, such as matmulnbits or qdq")
+        object.__setattr__(self, "target", self.target.lower())
         if self.sequential_unit not in SEQUENTIAL_UNITS:
             raise RecipeError(f"unknown sequential_unit: {nearest(str(self.sequential_unit), SEQUENTIAL_UNITS)}")
         object.__setattr__(self, "include", _expressions("include", self.include))
@@ -151,13 +160,17 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` gives the same recipe back."""
         out = {_WRITTEN.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
+        if (
+            self.target == "matmulnbits"
+        ):  # as files of version 0.1 have it, so that hashes of recipes stay what they were
+            del out["target"]
         return out | {
-            "spec": asdict(self.spec),
-            "embedding": self.embedding and asdict(self.embedding),
+            "spec": self.spec.to_dict(),
+            "embedding": self.embedding and self.embedding.to_dict(),
             "options": dict(self.options),
             "include": list(self.include),
             "exclude": list(self.exclude),
-            "overrides": {k: v and asdict(v) for k, v in self.overrides.items()},
+            "overrides": {k: v and v.to_dict() for k, v in self.overrides.items()},
         }
 
     @classmethod
@@ -192,12 +205,7 @@ class Recipe:
 
 
 def _spec(data: Any, name: str = "spec") -> Spec:
-    if isinstance(data, Spec):
-        return data
-    known = [f.name for f in fields(Spec)]
-    if unknown := next((name for name in _table(name, data) if name not in known), None):
-        raise RecipeError(f"unknown {name} field {unknown!r}: {nearest(unknown, known)}")
-    return Spec(**data)
+    return data if isinstance(data, Spec) else Spec.from_dict(_table(name, data), name)
 
 
 def _table(name: str, data: Any) -> Mapping[str, Any]:

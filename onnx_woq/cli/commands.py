@@ -197,8 +197,8 @@ def evaluate(
 
     Language models: mean KL divergence, same top-1, perplexities. Others: SQNR and cosine of the outputs.
     """
-    from onnx_woq.engine import inspection as examine
     from onnx_woq.report import terminal as report
+    from onnx_woq.runtime.evaluation import compare as examine
 
     with progress_bar() as progress:
         metrics = examine.evaluate(

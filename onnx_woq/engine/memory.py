@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_woq.core.methods.registry import result_bytes, solve_bytes
+from onnx_woq.core.methods.rtn import PIECE
 from onnx_woq.core.refine import asymmetric, low_rank
-from onnx_woq.engine.embedding import table_bytes
+from onnx_woq.engine.plan import Plan, PlannedWeight
 from onnx_woq.engine.resume.store import MAPS
 from onnx_woq.errors import MemoryLimit
 from onnx_woq.graph.find.blocks import cuts
 from onnx_woq.graph.find.embeddings import Embedding
-from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets.gather_block_quantized import embedding_bytes
-from onnx_woq.targets.low_rank import group_bytes
+from onnx_woq.targets.base import stored_bytes
 
 if TYPE_CHECKING:
     from onnx_woq.runtime.calibration.windows import CalibrationMemory
@@ -62,34 +61,22 @@ class MemoryPlan:
     text: str
 
 
-def plan_memory(
-    model: Model,
-    groups: Sequence[LinearGroup],
-    batches: Sequence[Feed],
-    recipe: Recipe,
-    max_memory: int | None,
-    workers: int,
-    tables: Sequence[Embedding] = (),
-) -> MemoryPlan:
-    """What quantizing `taps` takes, within `max_memory` bytes for the whole process if that is given.
+def plan_memory(plan: Plan, batches: Sequence[Feed], max_memory: int | None, workers: int) -> MemoryPlan:
+    """Returns what carrying out a plan takes, within `max_memory` bytes for the whole process if that is given.
 
     Args:
-        model: the float model.
-        taps: of it.
+        plan: model and recipe.
         batches: calibration samples; none where the method needs no data.
-        recipe: tells the method.
         max_memory: bytes; None takes what makes it fast.
         workers: of the executor.
-        tables: embeddings to solve.
 
     Raises:
-        MemoryLimit: the largest tap does not fit; the message says how much is needed.
+        MemoryLimit: the largest weight does not fit; the message says how much is needed.
     """
-    needs = _needs(model, groups, batches, recipe) if recipe.needs_data and batches else None
-    results = sum(map(group_bytes, groups)) + sum(embedding_bytes(table, table.spec, None) for table in tables)
+    needs = _needs(plan, batches) if plan.recipe.needs_data and batches else None
+    results = sum(weight.bytes for weight in plan.solved)
     base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else results)
-    tasks = [task_bytes(group, recipe) for group in groups] + [table_bytes(table, workers) for table in tables]
-    tasks.sort(reverse=True)
+    tasks = sorted((task_bytes(weight, plan.recipe, workers) for weight in plan.solved), reverse=True)
     largest, solving = tasks[0], sum(tasks[:workers])
     least, between = (needs.least(), needs.between) if needs else (0, 0)
     window = WINDOW
@@ -98,8 +85,8 @@ def plan_memory(
         if free < largest + least:
             needed = base + between + largest + least
             raise MemoryLimit(
-                f"{size(max_memory)} of memory is too little for {model.path.name}: the largest of its weights needs "
-                f"{size(needed)}; give at least --max-memory {-(-needed >> 20)}MiB"
+                f"{size(max_memory)} of memory is too little for {plan.model.path.name}: the largest of its weights "
+                f"needs {size(needed)}; give at least --max-memory {-(-needed >> 20)}MiB"
                 + (", or shorter samples" if needs else "")
             )
         solving = max(largest, min(solving, (free - least) // 2 if needs else free))
@@ -107,31 +94,50 @@ def plan_memory(
     used = needs.used(window) if needs else 0
     peak = base + used + solving
     disk = needs.spilled(window) if needs else 0
-    return MemoryPlan(window, solving, workers, peak, disk, _text(model, used, solving, base, peak, max_memory))
+    return MemoryPlan(window, solving, workers, peak, disk, _text(plan.model, used, solving, base, peak, max_memory))
 
 
-def _needs(model: Model, groups: Sequence[LinearGroup], batches: Sequence[Feed], recipe: Recipe) -> CalibrationMemory:
+def _needs(plan: Plan, batches: Sequence[Feed]) -> CalibrationMemory:
     from onnx_woq.runtime.calibration.windows import CalibrationMemory  # brings onnxruntime
 
-    return CalibrationMemory.of(model, groups, batches, streams=2 if recipe.asymmetric_calibration else 1)
+    streams = 2 if plan.recipe.asymmetric_calibration else 1
+    return CalibrationMemory.of(plan.model, plan.linear_groups, batches, streams=streams)
 
 
-def task_bytes(group: LinearGroup, recipe: Recipe) -> int:
-    """Bytes that solving a tap takes, its statistics and its result included."""
+def task_bytes(weight: PlannedWeight, recipe: Recipe, workers: int = 1) -> int:
+    """Returns the bytes that solving a weight takes, its statistics and its result included.
+
+    Args:
+        weight: the weight.
+        recipe: tells the method.
+        workers: that solve pieces of a table side by side.
+    """
+    group = weight.source
+    if isinstance(group, Embedding):
+        return _table_bytes(weight, workers)
     with_data = recipe.needs_data
     stats = 4 * group.k * group.k if with_data else 0
     itemsize = 4 if with_data else group.weight_bytes // max(1, group.k * group.n)
     solving = solve_bytes(recipe.method, group.k, group.n, group.spec, tuple(recipe.options.items()))
-    if group.rank:
+    if weight.rank:
         held = result_bytes(group.k, group.n, group.spec) + 4 * group.k * group.n
-        solving = max(solving, held + low_rank.working_bytes(group.k, group.n, group.rank))
+        solving = max(solving, held + low_rank.working_bytes(group.k, group.n, weight.rank))
     if recipe.asymmetric_calibration:
         solving = 4 * group.k * group.n + max(solving, asymmetric.working_bytes(group.k, group.n))
         stats *= 2  # with the cross products
-    stats *= 2 if group.corrected else 1  # those of the inputs less their mean as well
+    stats *= 2 if weight.corrected else 1  # those of the inputs less their mean as well
     # A rotated weight is not mapped from its file but computed, one at a time.
     computed = max(4 * linear.k * linear.n for linear in group.linears) if recipe.rotation else 0
-    return stats + itemsize * group.k * group.n + max(solving, computed) + group_bytes(group)
+    return stats + itemsize * group.k * group.n + max(solving, computed) + weight.bytes
+
+
+def _table_bytes(table: PlannedWeight, workers: int) -> int:
+    """Returns the bytes that solving a table takes: a piece of its rows for each worker, and its result."""
+    k, rows = table.k, min(table.n, max(1, PIECE // table.k))
+    stored = table.weight_bytes // max(1, table.k * table.n)
+    piece = stored * k * rows + solve_bytes("rtn", k, rows, table.spec)
+    result = stored_bytes(table.operator.shapes(table.k, table.n, table.spec, table.storage))
+    return result + piece * min(workers, -(-table.n // rows))
 
 
 def give_back_at_once() -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnx_woq.engine.plan import Plan
+from onnx_woq.engine.resume.store import ResumeStore, partial_folder
 from onnx_woq.errors import OutputError
+from onnx_woq.graph.io.model import Model, file_bytes
+from onnx_woq.graph.io.save import data_path, failure, save
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 """What a tokenizer or `optimum` needs beside a model: copied into an output folder."""
@@ -111,3 +115,53 @@ def output_folder(folder: Path) -> Iterator[None]:
     except BaseException:
         remove_empty(made)
         raise
+
+
+def write(
+    model: Model,
+    place: Destination,
+    properties: Mapping[str, str],
+    companions_from: Path,
+    store: ResumeStore | None = None,
+) -> list[Path]:
+    """Writes the result and, into a folder, its companions; on failure everything new is removed again.
+
+    Returns:
+        The files of the model.
+    """
+    stored = store.complete() if store else None
+    try:
+        with (
+            output_folder(place.onnx.parent),
+            companions_copied(companions_from, place.folder) if place.folder else nullcontext(),
+        ):
+            return save(model, place.onnx, metadata=properties, stored=stored)
+    except OSError as error:
+        raise failure(error, place.onnx) from error
+
+
+def check_room(plan: Plan, place: Destination) -> None:
+    """Asks for the disk space of a result before the work begins.
+
+    Raises:
+        OutputError: the disk has less than that.
+    """
+    rows = [weight.report() for weight in (*plan.groups, *plan.embeddings)]
+    saved = sum(row.bytes_before - row.bytes_after for row in rows)
+    needed = file_bytes(plan.model) - saved + sum(plan.copies.values())
+    above = place.onnx.absolute().parent
+    while not above.exists():
+        above = above.parent
+    left = partial_folder(place.onnx) / data_path(place.onnx).name
+    there = _on_disk(left) if left.is_file() else 0
+    free = shutil.disk_usage(above).free
+    if needed > free + there:
+        raise OutputError(
+            f"{place.onnx} needs about {needed:,} bytes, its disk has {free:,} free: make room or choose another disk"
+        )
+
+
+def _on_disk(file: Path) -> int:
+    """Bytes that a file takes on its disk: holes take none."""
+    status = file.stat()
+    return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size

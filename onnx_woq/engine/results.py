@@ -53,9 +53,9 @@ class WeightReport:
         """Gives the row as JSON has it, with the keys that files of the first version have."""
         size = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         if self.kind == "linear":
-            row = {"name": self.name, "sites": self.nodes, "spec": asdict(self.spec), "k": self.k, "n": self.n}
+            row = {"name": self.name, "sites": self.nodes, "spec": self.spec.to_dict(), "k": self.k, "n": self.n}
             return row | size | {"error": self.error, "scaling": self.scaling, "rank": self.rank}
-        row = {"name": self.name, "gathers": self.nodes, "weight_name": self.weight_name, "spec": asdict(self.spec)}
+        row = {"name": self.name, "gathers": self.nodes, "weight_name": self.weight_name, "spec": self.spec.to_dict()}
         return row | {"rows": self.n, "columns": self.k} | size | {"shared_with": self.shared_with}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnx_woq.engine.execute import Resources
-from onnx_woq.engine.quantize import collect, prepare, sharing
-from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
-from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
+from onnx_woq.engine.plan import Plan, PlannedWeight, make_plan, prepare
+from onnx_woq.engine.resources import Resources
+from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
@@ -25,6 +24,43 @@ if TYPE_CHECKING:
 
 Sources = tuple[tuple[str, str], ...]
 """Of a tap: what its statistics are taken of."""
+
+
+def collect(
+    plan: Plan,
+    left: Sequence[PlannedWeight],
+    batches: list[Feed],
+    resources: Resources,
+    states: Path | None = None,
+) -> Iterator[tuple[LinearGroup, Stats | None]]:
+    """Gives each linear group that is left with its statistics, in graph order; without data these are None.
+
+    Args:
+        plan: its model is taken as it is at the time of the call, unless the recipe is sequential.
+        left: linear groups of the plan.
+        batches: calibration samples.
+        resources: memory, and whom to tell.
+        states: a private folder for hidden states that a later run can go on from.
+    """
+    groups = [weight.source for weight in left if isinstance(weight.source, LinearGroup)]
+    if not batches:
+        return ((group, None) for group in groups)
+    from onnx_woq.runtime.calibration.collect import Sequential, collect_statistics  # brings onnxruntime
+
+    recipe = plan.recipe
+    sequential: Sequential = "off"
+    if recipe.true_sequential:
+        sequential = "block" if recipe.sequential_unit == "block" else "tap"
+    return collect_statistics(
+        plan.model,
+        groups,
+        batches,
+        memory_budget=resources.memory.window,
+        sequential=sequential,
+        progress=lambda done, total: resources.say("calibrate", done, total),
+        checkpoint=states,
+        asymmetric_calibration=recipe.asymmetric_calibration,
+    )
 
 
 class SharedStatistics:
@@ -42,7 +78,7 @@ class SharedStatistics:
         resources: Resources,
     ) -> None:
         self.batches = batches
-        self._source, self._means = source, resources
+        self._source, self._resources = source, resources
         self._recipes = [r for r in recipes if r.needs_data and not r.true_sequential]
         self._stats: dict[tuple[str, ...], dict[Sources, Stats | Path]] = {}  # by what is done to the model first
         self._files = ExitStack()
@@ -55,47 +91,44 @@ class SharedStatistics:
         self._files.close()
 
     def of(
-        self, model: Model, recipe: Recipe, groups: list[LinearGroup], states: Path | None = None
+        self, plan: Plan, left: Sequence[PlannedWeight], states: Path | None = None
     ) -> Iterable[tuple[LinearGroup, Stats | None]]:
-        """Each of `taps`, found in `model` by `recipe`, with its statistics; None where the method needs none.
+        """Gives each of some linear groups of a plan with its statistics; None where the method needs none.
 
         `true_sequential` needs those of the model as quantized so far, so it calibrates for itself.
+
+        Args:
+            plan: of the same source.
+            left: its linear groups that are asked for, in graph order.
+            states: a private folder for hidden states that a later run can go on from.
         """
-        if not recipe.needs_data:
-            return collect(model, recipe, groups, [], self._means)
-        if recipe.true_sequential or not self.batches:
-            return collect(model, recipe, groups, self.batches, self._means, states)
-        first = self._prepared(recipe)
-        if first not in self._stats:
-            self._stats[first] = self._collect([r for r in self._recipes if self._prepared(r) == first])
-        stats = self._stats[first]
+        if not plan.recipe.needs_data:
+            return collect(plan, left, [], self._resources)
+        if plan.recipe.true_sequential or not self.batches:
+            return collect(plan, left, self.batches, self._resources, states)
+        if plan.preparation not in self._stats:
+            self._stats[plan.preparation] = self._collect(plan.preparation)
+        stats = self._stats[plan.preparation]
+        groups = [weight.source for weight in left if isinstance(weight.source, LinearGroup)]
         return ((group, _loaded(stats[group.sources])) for group in groups)
 
-    def _prepared(self, recipe: Recipe) -> tuple[str, ...]:
-        """Equal for recipes that do the same to the float model, so that its taps have the same statistics."""
-        if not recipe.rotation:
-            return ()
-        embeddings = find_embeddings(self._source, recipe, find_linear_groups(self._source, recipe)[0])[0]
-        return ("rotated", *sharing(embeddings).values())
-
-    def _collect(self, recipes: list[Recipe]) -> dict[Sources, Stats | Path]:
+    def _collect(self, preparation: tuple[str, ...]) -> dict[Sources, Stats | Path]:
+        """Collects the statistics of every group of every recipe that prepares the model in one way."""
         model = clone(self._source)
-        groups: dict[Sources, LinearGroup] = {}
-        embeddings: list[Embedding] = []
-        for recipe in recipes:
-            found = find_linear_groups(model, recipe)[0]
-            embeddings += find_embeddings(model, recipe, found)[0] if recipe.rotation else []
-            for group in found:
-                groups.setdefault(group.sources, group)
-        prepare(model, recipes[0], list(groups.values()), embeddings)
+        plans = [plan for recipe in self._recipes if (plan := make_plan(model, recipe)).preparation == preparation]
+        first: dict[Sources, PlannedWeight] = {}
+        for plan in plans:
+            for weight, group in zip(plan.groups, plan.linear_groups, strict=True):
+                first.setdefault(group.sources, weight)
+        if plans[0].recipe.rotation:
+            prepare(model, plans)
         collected: dict[Sources, Stats | Path] = {}
         held = 0
-        for group, stats in collect(model, recipes[0], list(groups.values()), self.batches, self._means):
+        for group, stats in collect(plans[0], list(first.values()), self.batches, self._resources):
             if stats is not None:
                 held += stats.gram.nbytes
-                collected[group.sources] = (
-                    self._spill(stats) if self._means.scarce or held > self._means.memory.window else stats
-                )
+                scarce = self._resources.scarce or held > self._resources.memory.window
+                collected[group.sources] = self._spill(stats) if scarce else stats
         return collected
 
     def _spill(self, stats: Stats) -> Path:
@@ -116,6 +149,7 @@ class SharedStatistics:
 def _loaded(stats: Stats | Path) -> Stats:
     if not isinstance(stats, Path):
         return stats
+
     from onnx_woq.core.stats import Stats
 
     with np.load(stats, allow_pickle=False) as file:

@@ -108,7 +108,13 @@ def add_node(
 
 
 def insert_after(
-    node: ir.Node, op: str, others: Sequence[ir.Value], suffix: str, **attributes: int | Sequence[int]
+    node: ir.Node,
+    op: str,
+    others: Sequence[ir.Value],
+    suffix: str,
+    *,
+    label: str = "",
+    **attributes: int | Sequence[int],
 ) -> ir.Value:
     """Inserts a node behind `node` that takes over its first output: name, type and readers.
 
@@ -117,6 +123,7 @@ def insert_after(
         op: the operator of the new node, of the default domain.
         others: the other inputs of the new node.
         suffix: ends the name that the value between the two nodes gets.
+        label: ends the name of the new node; `op` by default.
         attributes: of the new node.
 
     Returns:
@@ -126,7 +133,8 @@ def insert_after(
     product = node.outputs[0]
     name = product.name or ""
     result = ir.Value(type=product.type, shape=product.shape)
-    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=f"{node.name or name}_{op}")
+    new_name = f"{node.name or name}_{label or op}"
+    new = ir.node(op, [None, *others], attributes=attributes, outputs=[result], name=new_name)
     graph.insert_after(node, new)
     product.replace_all_uses_with(result, replace_graph_outputs=True)
     new.replace_input_with(0, product)

@@ -12,11 +12,10 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
-from onnx_woq.engine.embedding import table_report
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.results import QuantizeReport
 from onnx_woq.errors import OutputError
-from onnx_woq.graph.find.embeddings import find_embeddings
-from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
+from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import Model, load
 from onnx_woq.recipe import Recipe
@@ -94,7 +93,7 @@ def _placed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _with_float(source: Model, layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The taps in graph order, those that stay float too: what the written model does not speak of."""
-    everything, _ = find_linear_groups(source, Recipe("rtn"))
+    everything = make_plan(source, Recipe("rtn")).linear_groups
     done = {linear for row in layers for linear in row["sites"]}
     order = {linear.name: number for number, group in enumerate(everything) for linear in group.linears}
     rows = [
@@ -115,9 +114,8 @@ def _beside(source: Model, recipe: Recipe | None) -> tuple[list[dict[str, Any]],
     """Nodes that stay float, with reasons, and what becomes of embeddings."""
     if recipe is None:
         return [], []
-    groups, skipped = find_linear_groups(source, recipe)
-    embeddings, left = find_embeddings(source, recipe, groups)
-    return [asdict(node) for node in (*skipped, *left)], [table_report(table).to_dict() for table in embeddings]
+    plan = make_plan(source, recipe)
+    return [asdict(node) for node in plan.skipped], [table.report().to_dict() for table in plan.embeddings]
 
 
 def _versions() -> dict[str, str]:

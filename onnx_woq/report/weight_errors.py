@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from onnx_woq.engine.quantize import prepare
-from onnx_woq.graph.find.embeddings import find_embeddings
-from onnx_woq.graph.find.linears import Linear, find_linear_groups
+from onnx_woq.engine.plan import make_plan
+from onnx_woq.graph.find.linears import Linear
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import Model, load
 from onnx_woq.recipe import Recipe
@@ -91,10 +90,9 @@ class _Both:
     def of(cls, model: str | Path, written: str | Path) -> _Both:
         source, quantized = load(find_model(model)), load(find_model(written))
         recipe = Recipe.from_dict(json.loads(quantized.ir.metadata_props["onnx_woq.recipe"]))
-        groups, _ = find_linear_groups(source, recipe)
-        embeddings, _ = find_embeddings(source, recipe, groups)
-        prepare(source, recipe, groups, embeddings)
-        linears = {linear.name: linear for group in groups for linear in group.linears}
+        plan = make_plan(source, recipe)
+        plan.prepare()
+        linears = {linear.name: linear for group in plan.linear_groups for linear in group.linears}
         return cls(linears, quantized, Structure(quantized))
 
     def pair(self, name: str) -> tuple[Linear, Rows | None]:

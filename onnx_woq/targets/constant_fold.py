@@ -24,16 +24,54 @@ def fold_constants(part: Model) -> None:
     """
     main = part.ir.graph
     for node in list(main.all_nodes()):
+        if node.op_type == "DequantizeLinear" and node.domain in ("", "ai.onnx") and (tensor := _decoded(node)):
+            _replace(main, node.outputs[0], tensor)
+            continue
         for value in node.inputs[_WEIGHT[node.op_type]] if node.op_type in _WEIGHT else ():
             value = _unshaped(value)
             tensor = None if value is None or value.producer() is None else _settled(value)
             if value is None or tensor is None:
                 continue
-            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-            constant = ir.Value(name=value.name, type=kind, shape=shape, const_value=tensor)
-            value.replace_all_uses_with(constant)
-            _remove(value)
-            main.register_initializer(constant)
+            _replace(main, value, tensor)
+
+
+def _replace(main: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Has everything that reads a computed value read a constant instead."""
+    kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+    constant = ir.Value(name=value.name, type=kind, shape=shape, const_value=tensor)
+    value.replace_all_uses_with(constant)
+    _remove(value)
+    main.register_initializer(constant)
+
+
+def _decoded(node: ir.Node) -> ir.TensorProtocol | None:
+    """Returns the float weight that a DequantizeLinear of constant codes makes, None if its codes are computed."""
+    codes, value = node.inputs[0], node.outputs[0]
+    constants = [resolve(one) for one in node.inputs[1:] if one is not None]
+    if codes is None or codes.const_value is None or codes.is_graph_input() or not all(constants):
+        return None
+    stored, dtype = codes.const_value, value.dtype or ir.DataType.FLOAT
+    shape = tuple(int(size) for size in stored.shape.numpy())
+    axis, block = (node.attributes.get_int(name, default) for name, default in (("axis", 1), ("block_size", 0)))
+
+    def decode() -> np.ndarray:
+        scale, *zero = (_spread(one.array(), shape, axis or 0, block or 0) for one in constants if one is not None)
+        out = stored.numpy().astype(np.float32)
+        if zero:
+            out -= zero[0]
+        out *= scale
+        return out.astype(dtype.numpy())
+
+    return ir.LazyTensor(lambda: ir.Tensor(decode(), dtype=dtype), dtype=dtype, shape=ir.Shape(shape), name=value.name)
+
+
+def _spread(numbers: np.ndarray, shape: tuple[int, ...], axis: int, block: int) -> np.ndarray:
+    """Repeats scales or zero points of DequantizeLinear for every code."""
+    if block:
+        return np.repeat(numbers, block, axis).take(range(shape[axis]), axis)
+    return (
+        numbers.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))]) if numbers.ndim else numbers
+    )
 
 
 def _unshaped(value: ir.Value | None) -> ir.Value | None:

@@ -7,29 +7,47 @@ loads the model, shows them to both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_woq.core.spec import Spec
 from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
 from onnx_woq.graph.find.embeddings import Embedding
 from onnx_woq.graph.io.model import Model
-from onnx_woq.targets.matmulnbits import DOMAIN, Packed, add_packed, packed_bytes
+from onnx_woq.targets.base import Version
+from onnx_woq.targets.matmulnbits import (
+    BY_CHANNEL,
+    DOMAIN,
+    Packed,
+    minimum_opset,
+    pack,
+    packed_from,
+    refusal,
+    shapes,
+    speed,
+    store,
+)
+
+__all__ = [
+    "BY_CHANNEL", "SHARES", "lower", "minimum_opset", "pack", "packed_from", "refusal", "runtime", "shapes", "share", "speed",
+]  # fmt: skip
+
+SHARES = True
+
+_OLDEST = {2: (1, 27), 4: (1, 23), 8: (1, 23)}  # on uint8, each tried
+_RAGGED = (1, 27)  # before, zero points are silently wrong where those of a row do not fill whole bytes
 
 
-def embedding_bytes(embedding: Embedding, spec: Spec | None, head: Spec | None) -> int:
-    """Bytes that a table takes on the grid `spec`, beside what its head takes on the grid `head`; None is float.
-
-    Nothing where head and table share their codes, or both stay float.
-    """
-    if embedding.head is not None and spec == head:
-        return 0
-    if spec is None:
-        return embedding.weight_bytes
-    own = replace(embedding, spec=spec)
-    return packed_bytes(own.k, own.n, spec, own.scale_dtype, dense=own.dense)
+def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001 (every operator is asked alike)
+    """Returns the oldest onnxruntime whose CPU kernel runs a GatherBlockQuantized, None for any other node."""
+    if node.op_type != "GatherBlockQuantized":
+        return None
+    bits = node.attributes["bits"].as_int()
+    scales, zeros = node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
+    blocks = scales.shape[1] if scales is not None and scales.shape is not None else 1
+    ragged = zeros is not None and (not isinstance(blocks, int) or blocks * bits % 8)
+    return _RAGGED if ragged else _OLDEST[bits]
 
 
 @dataclass(frozen=True)
@@ -49,13 +67,13 @@ class _Table:
         return int(blocks) * self.block  # type: ignore[arg-type]
 
 
-def lower_embedding(model: Model, embedding: Embedding, packed: Packed) -> None:
+def lower(model: Model, embedding: Embedding, packed: Packed) -> None:
     """Rewrites every Gather of a table as GatherBlockQuantized reading `packed`, the table as a weight `[D, V]`.
 
     Nodes and outputs keep their names. The float table goes when nothing reads it any more.
     """
     name = f"{embedding.weight_name}_Q{packed.width}_table"
-    codes, scales, zeros = add_packed(model, name, packed, embedding.dtype)
+    codes, scales, zeros = store(model, name, packed, embedding.dtype)
     if codes is None or scales is None:
         raise ValueError(f"{embedding.name!r} has no codes or no scales")
     stored = codes.const_value
@@ -67,7 +85,7 @@ def lower_embedding(model: Model, embedding: Embedding, packed: Packed) -> None:
     _rewrite(model, embedding, _Table(codes, scales, zeros, packed.bits, packed.block), None)
 
 
-def share_codes(model: Model, embedding: Embedding, input_scale: np.ndarray | None) -> None:
+def share(model: Model, embedding: Embedding, input_scale: np.ndarray | None) -> None:
     """Rewrites every Gather of a table as GatherBlockQuantized reading the codes of its head, which is lowered.
 
     Args:

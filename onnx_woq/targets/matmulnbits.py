@@ -8,7 +8,6 @@ that loads it makes of them what the kernels read (`onnx_woq.targets.bitplanes`,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -17,22 +16,22 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
-from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
-from onnx_woq.graph.find.constants import resolve
+from onnx_woq.graph.edit import add_initializer, add_node, fresh_name, graph_of, insert_after, prune
 from onnx_woq.graph.find.linears import Linear, LinearGroup
 from onnx_woq.graph.io.model import Model
-from onnx_woq.targets.bitplanes import FORMS, add_expansion, layout_of, planes_of
+from onnx_woq.targets.base import Shapes, Speed, Storage, Version
+from onnx_woq.targets.bitplanes import FORMS, OPSET, add_expansion, layout_of, planes_of
+from onnx_woq.targets.gemm_bias import corrected_bias, split_bias
 from onnx_woq.targets.packing import pack_codes, pack_zeros, spread
 
 if TYPE_CHECKING:
     from onnx_woq.core.grids.integer import QuantizedTensor
 
 DOMAIN = "com.microsoft"
+BY_CHANNEL = True
 _BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
 _OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
 _BODIES = (1, 29)  # before, int8 products with zero points in bodies are silently wrong: constants lie outside
-_GATHERS = {2: (1, 27), 4: (1, 23), 8: (1, 23)}  # of GatherBlockQuantized on uint8, each tried
-_RAGGED = (1, 27)  # before, its zero points are silently wrong where those of a row do not fill whole bytes
 _SCALE_BYTES = 4
 
 
@@ -77,21 +76,40 @@ class Packed:
 
 
 def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.floating] = np.float32) -> str:
-    """The oldest onnxruntime whose CPU kernels run weights of `bits` bits as `lower_tap` writes them."""
-    return _text(_oldest(_container(bits), accuracy_level, scale_dtype is np.float16))
+    """Returns the oldest onnxruntime whose CPU kernels run weights of `bits` bits as `lower` writes them."""
+    return ".".join(map(str, _oldest(_container(bits), accuracy_level, scale_dtype is np.float16)))
 
 
-def required_runtime(model: Model) -> str:
-    """The oldest onnxruntime whose CPU kernels run every MatMulNBits and GatherBlockQuantized in `model`, "" if it has
-    none."""
-    nodes = list(model.ir.graph.all_nodes())
-    found = [
-        _oldest_of(n, in_body=n.graph is not model.ir.graph)
-        for n in nodes
-        if n.op_type == "MatMulNBits" and "accuracy_level" in n.attributes
-    ]
-    found += [_oldest_gather(n) for n in nodes if n.op_type == "GatherBlockQuantized"]
-    return _text(max(found)) if found else ""
+def refusal(spec: Spec) -> str:
+    """Returns why MatMulNBits cannot hold weights of a number format, "" if it can."""
+    if spec.group_size != -1 and spec.group_size % 16:
+        return (
+            f"group_size={spec.group_size} is not for MatMulNBits: choose -1 (one group per output channel) "
+            "or a multiple of 16 (16, 32, 64, 128 and 256 are native)"
+        )
+    if spec.group_dim != 1:
+        return f"group_dim={spec.group_dim} is not for MatMulNBits: its groups are input channels (group_dim=1)"
+    return ""
+
+
+def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001 (every operator is asked alike)
+    """Returns 0: the operator is of a domain of its own."""
+    return 0
+
+
+def speed(spec: Spec) -> Speed:  # noqa: ARG001
+    """Returns "native": every width is run by a kernel of 2, 4 or 8 bits."""
+    return "native"
+
+
+def runtime(node: ir.Node, *, in_body: bool) -> Version | None:
+    """Returns the oldest onnxruntime whose CPU kernels run a MatMulNBits of ours, None for any other node."""
+    if node.op_type != "MatMulNBits" or "accuracy_level" not in node.attributes:
+        return None
+    level = node.attributes["accuracy_level"].as_int()
+    if in_body and level == 4 and len(node.inputs) > 3 and node.inputs[3] is not None:
+        return _BODIES
+    return _oldest(node.attributes["bits"].as_int(), level, _is_half(node.inputs[2]))
 
 
 def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
@@ -120,62 +138,47 @@ def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
     return container, min(fitting, key=lambda block: (column_bytes(block), -block))
 
 
-def packed_shapes(
-    k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False
-) -> tuple[tuple[tuple[int, ...], np.dtype], ...]:
-    """Shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
+def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
+    """Returns shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
     container, block = native_layout(spec.bits, spec.group_size, k)
     blocks = -(-k // block)
     byte = np.dtype(np.uint8)
     width = block * container // 8
-    form = FORMS[spec.bits] if dense else None
+    form = FORMS[spec.bits] if _is_dense(spec.bits, storage) else None
     codes = (((n, blocks, width // form.parts), byte),) * form.planes if form else (((n, blocks, width), byte),)
-    shapes = (*codes, ((n, blocks), np.dtype(scale_dtype)))
-    return shapes if spec.symmetric else (*shapes, ((n, -(-blocks * container // 8)), byte))
+    stored = (*codes, ((n, blocks), np.dtype(storage.scale_dtype)))
+    return stored if spec.symmetric else (*stored, ((n, -(-blocks * container // 8)), byte))
 
 
-def packed_bytes(k: int, n: int, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False) -> int:
-    """Bytes that a weight `[k, n]` takes once quantized: codes, scales and zero points."""
-    shapes = packed_shapes(k, n, spec, scale_dtype, dense=dense)
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
-
-
-def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, *, dense: bool = False) -> Packed:
-    """The `Packed` that has these `arrays`, of the shapes that `packed_shapes` gives."""
+def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storage: Storage) -> Packed:
+    """Returns the `Packed` that has these `arrays`, of the shapes that `shapes` gives."""
     container, block = native_layout(spec.bits, spec.group_size, k)
-    count = FORMS[spec.bits].planes if dense else 1
+    count = FORMS[spec.bits].planes if _is_dense(spec.bits, storage) else 1
     scales, *zeros = arrays[count:]
     return Packed(tuple(arrays[:count]), scales, zeros[0] if zeros else None, k, n, container, block, spec.bits)
 
 
-def pack(q: QuantizedTensor, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
-    """What is stored of `q` for MatMulNBits, its scales in `scale_dtype`, its codes dense if so asked."""
+def pack(q: QuantizedTensor, storage: Storage) -> Packed:
+    """Lays `q` out as MatMulNBits stores it; codes take no more than their bits where the opset can expand them."""
     k, n = q.codes.shape
+    dense = _is_dense(q.bits, storage)
     container, block = native_layout(q.bits, q.group_size, k)
     # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
     shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric and not dense else 0
-    scales = spread(q.scales, k, q.group_size, block).T.astype(scale_dtype, order="C")
+    scales = spread(q.scales, k, q.group_size, block).T.astype(storage.scale_dtype, order="C")
     zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
     codes = pack_codes(q.codes, container, block, shift)
-    if dense and q.bits not in FORMS:
-        raise ValueError(f"codes of {q.bits} bits have no dense form")
     if not dense:
         return Packed((codes,), scales, zeros, k, n, container, block, q.bits)
     if q.symmetric:
         gap = FORMS[q.bits].gap
         codes <<= gap
-        scales /= 1 << gap
+        np.divide(scales, 1 << gap, out=scales)
     planes = planes_of(codes, layout_of(q.bits, symmetric=q.symmetric))
     return Packed(planes, scales, zeros, k, n, container, block, q.bits)
 
 
-def weight_places(group: LinearGroup) -> list[int]:
-    """Of each site of a tap that is not lowered yet, which of the tap's distinct weights it reads."""
-    places: dict[tuple[object, ...], int] = {}
-    return [places.setdefault(linear.key(), len(places)) for linear in group.linears]
-
-
-def lower_group(
+def lower(
     model: Model, group: LinearGroup, packed: Sequence[Packed], *, accuracy_level: int, bias: Sequence[np.ndarray] = ()
 ) -> list[ir.Value]:
     """Rewrites every site of `tap` in place as MatMulNBits reading `packed`.
@@ -196,15 +199,20 @@ def lower_group(
     """
     model.ir.opset_imports.setdefault(DOMAIN, 1)
     added: dict[int, tuple[ir.Value | None, ...]] = {}
-    places = weight_places(group)  # before any weight goes
+    places = group.weight_indices()  # before any weight goes
     if max(places) + 1 != len(packed):
         raise ValueError(f"{group.name!r} has {max(places) + 1} weights, not {len(packed)}")
     for linear, index in zip(group.linears, places, strict=True):
         if index not in added:
             name = f"{linear.weight_name}_Q{packed[index].width}"
-            added[index] = add_packed(model, name, packed[index], linear.dtype)
+            added[index] = store(model, name, packed[index], linear.dtype)
         _rewrite(model, linear, packed[index], added[index], accuracy_level, bias[index] if bias else None)
     return [value for values in added.values() for value in values if value is not None]
+
+
+def _is_dense(bits: int, storage: Storage) -> bool:
+    """Tells whether codes take no more than their bits in the file: the opset has what expands them at load."""
+    return bits in FORMS and storage.opset >= OPSET
 
 
 def _container(bits: int) -> int:
@@ -220,31 +228,12 @@ def _oldest(container: int, accuracy_level: int, half: bool) -> tuple[int, int]:
     return _OLDEST[container]
 
 
-def _oldest_of(node: ir.Node, *, in_body: bool) -> tuple[int, int]:
-    level = node.attributes["accuracy_level"].as_int()
-    if in_body and level == 4 and len(node.inputs) > 3 and node.inputs[3] is not None:
-        return _BODIES
-    return _oldest(node.attributes["bits"].as_int(), level, _is_half(node.inputs[2]))
-
-
-def _oldest_gather(node: ir.Node) -> tuple[int, int]:
-    bits = node.attributes["bits"].as_int()
-    scales, zeros = node.inputs[2], node.inputs[3] if len(node.inputs) > 3 else None
-    blocks = scales.shape[1] if scales is not None and scales.shape is not None else 1
-    ragged = zeros is not None and (not isinstance(blocks, int) or blocks * bits % 8)
-    return _RAGGED if ragged else _GATHERS[bits]
-
-
 def _is_half(scales: ir.Value | None) -> bool:
     cast = None if scales is None else scales.producer()  # a Cast makes float32 of them
     return cast is None and scales is not None and scales.dtype == ir.DataType.FLOAT16
 
 
-def _text(version: tuple[int, int]) -> str:
-    return ".".join(map(str, version))
-
-
-def add_packed(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> tuple[ir.Value | None, ...]:
+def store(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> tuple[ir.Value | None, ...]:
     """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None; the codes get the name.
 
     What has to be made of the stored arrays first is made in front of everything else, where sessions fold it. If one
@@ -275,7 +264,27 @@ def add_packed(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> t
     return codes, scales, zeros
 
 
-def attributes_of(packed: Packed, accuracy_level: int) -> dict[str, int]:
+def multiply(
+    before: ir.Node,
+    activation: ir.Value | None,
+    name: str,
+    packed: Packed,
+    stored: Sequence[ir.Value | None],
+    accuracy_level: int,
+) -> ir.Value:
+    """Adds a MatMulNBits of an activation with a stored weight in front of a node, whose type its output has."""
+    graph = graph_of(before)
+    out = ir.Value(name=fresh_name(graph, name), type=before.outputs[0].type)
+    inputs = [activation, *stored]
+    while inputs[-1] is None:
+        inputs.pop()
+    attributes = _attributes(packed, accuracy_level)
+    node = ir.node("MatMulNBits", inputs, attributes=attributes, domain=DOMAIN, outputs=[out], name=out.name)
+    graph.insert_before(before, node)
+    return out
+
+
+def _attributes(packed: Packed, accuracy_level: int) -> dict[str, int]:
     """The attributes of a MatMulNBits node that multiplies by `packed`."""
     shape = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block}
     return shape | {"accuracy_level": accuracy_level}
@@ -293,9 +302,9 @@ def _rewrite(
     node = linear.node
     old = list(node.inputs)
     activation = old[0]
-    bias, addend = _bias(model, linear)
+    bias, addend = split_bias(model, linear)
     if correction is not None:
-        bias = _corrected(model, linear, bias, correction)
+        bias = corrected_bias(model, linear, bias, correction)
     if addend is not None:
         insert_after(node, "Add", [addend], "product")
     if linear.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
@@ -310,46 +319,7 @@ def _rewrite(
         node.replace_input_with(index, value)
     node.domain, node.op_type, node.version = DOMAIN, "MatMulNBits", None
     node.attributes.clear()
-    for name, number in attributes_of(packed, accuracy_level).items():
+    for name, number in _attributes(packed, accuracy_level).items():
         node.attributes.add(ir.AttrInt64(name, number))
     for value in old[1:]:
         prune(value)
-
-
-def _corrected(model: Model, linear: Linear, bias: ir.Value | None, correction: np.ndarray) -> ir.Value:
-    """A bias [N] with a correction [N] added to it."""
-    constant = None if bias is None else resolve(bias)
-    array = correction if constant is None else correction + constant.array()
-    dtype = ir.DataType.FLOAT if linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
-    with np.errstate(over="ignore"):
-        stored = array.astype(dtype.numpy())
-    prune(bias)
-    return add_initializer(model.ir.graph, f"{linear.name}_bias", stored, dtype)
-
-
-def _bias(model: Model, linear: Linear) -> tuple[ir.Value | None, ir.Value | None]:
-    """What Gemm adds, `beta * C`, as the kernel's bias `[N]`, or as a value to add behind it."""
-    c = linear.node.inputs[2] if linear.kind == "Gemm" and len(linear.node.inputs) > 2 else None
-    attribute = linear.node.attributes.get("beta")
-    beta = 1.0 if attribute is None else attribute.as_float()
-    if c is None or beta == 0.0:
-        return None, None
-    constant = resolve(c)
-    if constant is None or constant.overridable:
-        return None, c if beta == 1.0 else _scaled(model, linear, c, beta)
-    per_channel = constant.shape in ((), (1,), (linear.n,), (1, 1), (1, linear.n))
-    dtype = ir.DataType.FLOAT if per_channel and linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
-    if beta == 1.0 and (constant.shape == (linear.n,) or not per_channel) and constant.dtype == dtype:
-        return (c, None) if per_channel else (None, c)
-    array = constant.array() * np.float32(beta)
-    if per_channel:
-        array = np.broadcast_to(array.reshape(-1), (linear.n,))
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(array.astype(dtype.numpy()))
-    value = add_initializer(model.ir.graph, f"{linear.name}_bias", stored, dtype)
-    return (value, None) if per_channel else (None, value)
-
-
-def _scaled(model: Model, linear: Linear, c: ir.Value, beta: float) -> ir.Value:
-    factor = add_initializer(model.ir.graph, f"{linear.name}_beta", np.array(beta, linear.dtype.numpy()), linear.dtype)
-    return add_node("Mul", [c, factor], f"{linear.name}_addend", before=linear.node)

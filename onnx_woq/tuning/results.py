@@ -100,6 +100,7 @@ class LayerChoice:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         row = {"sites" if name == "nodes" else name: value for name, value in asdict(self).items()}
+        row["spec"] = self.spec and self.spec.to_dict()
         return row | {"bits": self.bits, "alpha": self.alpha if math.isfinite(self.alpha) else None}
 
 

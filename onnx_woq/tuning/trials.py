@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from onnx_woq.engine.execute import Resources, SolveCache, execute
+from onnx_woq.engine.execute import SolveCache, execute
 from onnx_woq.engine.executors import pickled, result_of, submitted
+from onnx_woq.engine.metadata import metadata
 from onnx_woq.engine.output import Destination
-from onnx_woq.engine.quantize import metadata, plan, prepare
+from onnx_woq.engine.plan import PlannedWeight, make_plan
+from onnx_woq.engine.resources import Resources
 from onnx_woq.engine.solve import solves_alike
 from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.errors import DiskError
-from onnx_woq.graph.find.embeddings import find_embeddings
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone, load
 from onnx_woq.recipe import Recipe
@@ -80,8 +81,7 @@ class Run:
 
     def say(self, stage: str, done: int, total: int) -> None:
         """Reports progress to whoever asked for it."""
-        if self.resources.progress:
-            self.resources.progress(stage, done, total)
+        self.resources.say(stage, done, total)
 
     def trial_path(self, name: str, recipe: Recipe) -> Path:
         """Where a trial's model stands, in a folder of its own with tokenizer and config beside it.
@@ -200,29 +200,26 @@ def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Tria
 
 def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
     """Quantizes the float model by `recipe` and writes it to `path`."""
-    model = clone(run.source)
-    groups, _ = plan(model, recipe)
-    embeddings = find_embeddings(model, recipe, groups)[0]
-    prepare(model, recipe, groups, embeddings)
+    plan = make_plan(clone(run.source), recipe)
+    plan.require_work()
+    plan = plan.raised()
+    plan.prepare()
 
-    def while_time_lasts(left: list[LinearGroup], states: Path) -> Iterator[tuple[LinearGroup, Stats | None]]:
-        for item in shared.of(model, recipe, left, states):
+    def while_time_lasts(left: Sequence[PlannedWeight], states: Path) -> Iterator[tuple[LinearGroup, Stats | None]]:
+        for item in shared.of(plan, left, states):
             if run.out_of_time():
                 raise _OutOfTime
             yield item
 
     execute(
-        model,
+        plan,
         Destination(path, path.parent),
-        recipe,
-        groups,
         while_time_lasts,
         run.resources,
         properties=metadata(recipe, run.source_hash, run.calibration_hash),
         companions_from=run.source.path.parent,
         resume="any",
-        known=run.known,
-        embeddings=embeddings,
+        cache=run.known,
     )
 
 

@@ -8,24 +8,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from onnx_woq.engine.execute import open_resources, write
+from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data
 from onnx_woq.engine.executors import leaves_process
-from onnx_woq.engine.output import Destination, destination
-from onnx_woq.engine.quantize import calibrated_on, feeds_hash, plan, read_data, warn_of_old_runtime
+from onnx_woq.engine.metadata import warn_of_old_runtime
+from onnx_woq.engine.output import Destination, destination, write
+from onnx_woq.engine.plan import Plan, PlannedWeight, make_plan
+from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.errors import DataError, NothingToQuantize, RecipeError, nearest
-from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import Model, file_bytes, load, model_hash
 from onnx_woq.presets import TUNED, preset
 from onnx_woq.progress import Progress
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
-from onnx_woq.targets.matmulnbits import required_runtime
+from onnx_woq.targets.registry import required_runtime
 from onnx_woq.tuning import bootstrap as racing
 from onnx_woq.tuning.budget import budget_of, check_reachable
 from onnx_woq.tuning.judge import Judge, built_in_judge, user_judge
@@ -135,13 +137,15 @@ def tune(
     calibration, held_out = _split(
         source, path, calibrated, dataloader, tokenizer, judged=eval_fn is None, exact=samples is not None
     )
-    groups = _all_taps(source, recipes.values())
     heaviest = max(calibrated.values(), key=lambda r: (r.needs_data, r.asymmetric_calibration, r.rotation))
+    everything = _everything(source, recipes.values(), heaviest)
     if target:
-        plan(source, base)
+        make_plan(source, base).require_work()
     with (
         work_folder(workdir, keep=place is None) as folder,
-        open_resources(source, groups, heaviest, calibration, max_memory, executor, progress, announce) as resources,
+        open_resources(
+            everything, calibration, max_memory=max_memory, executor=executor, progress=progress, announce=announce
+        ) as resources,
     ):
         run = Run(source, folder, model_hash(source), feeds_hash(calibration), start, timeout, resources)
         if executor is not None and objective in ("smallest", "best") and leaves_process(executor):
@@ -247,22 +251,23 @@ def _some_apply(source: Model, recipes: Mapping[str, Recipe]) -> None:
     problems = []
     for recipe in recipes.values():
         try:
-            plan(source, recipe)
+            make_plan(source, recipe).require_work()
         except NothingToQuantize as error:
             problems.append(error)
     if len(problems) == len(recipes):
         raise problems[0]
 
 
-def _all_taps(source: Model, recipes: Iterable[Recipe]) -> list[LinearGroup]:
-    """What any of the recipes quantizes."""
-    largest: dict[tuple[tuple[str, str], ...], LinearGroup] = {}
+def _everything(source: Model, recipes: Iterable[Recipe], heaviest: Recipe) -> Plan:
+    """Returns a plan of the linear groups that any of the recipes quantizes, for the memory that all of them take."""
+    largest: dict[tuple[tuple[str, str], ...], PlannedWeight] = {}
     for recipe in recipes:
-        for group in find_linear_groups(source, recipe)[0]:
-            other = largest.setdefault(group.sources, group)
-            if (group.n, group.rank) >= (other.n, other.rank):
-                largest[group.sources] = group
-    return list(largest.values())
+        plan = make_plan(source, recipe)
+        for weight, group in zip(plan.groups, plan.linear_groups, strict=True):
+            other = largest.setdefault(group.sources, weight)
+            if (weight.n, weight.rank) >= (other.n, other.rank):
+                largest[group.sources] = weight
+    return replace(make_plan(source, heaviest), groups=tuple(largest.values()), embeddings=())
 
 
 def _split(

@@ -122,7 +122,7 @@ class Cli:
     """Runs the command line in this process."""
 
     def __call__(self, *arguments: object) -> Result:
-        from onnx_woq.cli.commands import main
+        from onnx_woq.cli import main
 
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         surprise = result.exception
@@ -177,10 +177,10 @@ def python(code: str, *arguments: object, cwd: Path | None = None, **options: An
     return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
-def command_line(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m onnx_woq.cli.commands` in a process of its own."""
-    command = [sys.executable, "-m", "onnx_woq.cli.commands", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=60, check=False)
+def command_line(*arguments: object, cwd: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `python -m onnx_woq.cli` in a process of its own."""
+    command = [sys.executable, "-m", "onnx_woq.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
 @pytest.fixture

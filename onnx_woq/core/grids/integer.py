@@ -50,6 +50,7 @@ class QuantizedTensor:
         bits: 1 to 8.
         group_size: rows per group, resolved (never −1).
         symmetric: all zeros are 2^(bits−1).
+        group_dim: 1 for groups of input channels; 0 for groups of output channels, with scales and zeros [K, G].
         input_scale: float32 [K] when the codes describe `diag(input_scale) @ W`; the input is to be divided by it.
     """
 
@@ -60,9 +61,17 @@ class QuantizedTensor:
     group_size: int
     symmetric: bool
     input_scale: F32 | None = None
+    group_dim: int = 1
+
+    def turned(self) -> QuantizedTensor:
+        """Returns the transposed weight `[N, K]`; its groups run along its other axis."""
+        parts = {name: getattr(self, name).T for name in ("codes", "scales", "zeros")}
+        return replace(self, **parts, group_dim=1 - self.group_dim)
 
     def dequantize(self) -> F32:
         """What the codes describe, float32 [K, N]: `(codes − zeros)·scales`."""
+        if self.group_dim == 0:
+            return self.turned().dequantize().T
         out: F32 = np.empty(self.codes.shape, np.float32)
         k, n = self.codes.shape
         for rows, groups, g, columns in tiles(k, n, self.group_size):

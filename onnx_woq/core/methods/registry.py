@@ -8,13 +8,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
+from numpy.typing import NDArray
+
+from onnx_woq.core.grids.integer import QuantizedTensor
 from onnx_woq.core.methods import awq, gptq, hqq, rtn, teq
 from onnx_woq.core.spec import Spec
+from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError, nearest
 
 _NOT_OPTIONS = ("scale_dtype", "parallel_map")  # arguments of a solver that the pipeline knows
@@ -57,6 +61,32 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "hqq": Method("hqq", hqq.solve, needs_data=False, working_bytes=hqq.working_bytes),
     }
 )
+
+
+def solve(method: str, weight: NDArray[Any], stats: Stats | None, spec: Spec, **arguments: Any) -> QuantizedTensor:
+    """Solves a weight by a method.
+
+    Groups of output channels (`group_dim=0`) are groups of input channels of the transposed weight: methods that need
+    no statistics solve that.
+
+    Args:
+        method: its name.
+        weight: `[K, N]`.
+        stats: of its input; None for methods that need no data.
+        spec: its number format.
+        arguments: further arguments of the method's `solve`.
+
+    Raises:
+        FloatingPointError: the weight holds NaN or infinite numbers.
+    """
+    found = METHODS[method]
+    if spec.group_dim == 1:
+        solved: QuantizedTensor = found.solve(weight, stats, spec, **arguments)
+        return solved
+    if found.needs_data:
+        raise ValueError(f"{method} solves groups of input channels only")
+    turned: QuantizedTensor = found.solve(weight.T, None, replace(spec, group_dim=1), **arguments)
+    return turned.turned()
 
 
 @lru_cache(maxsize=256)

@@ -19,19 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from onnx_woq.core.refine.low_rank import GRID
+from onnx_woq.engine.plan import PlannedWeight
 from onnx_woq.engine.solve import Solved
 from onnx_woq.graph.edit import LARGE
-from onnx_woq.graph.find.embeddings import Embedding
-from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.save import next_place
-from onnx_woq.targets.low_rank import factor_shapes
-from onnx_woq.targets.matmulnbits import packed_from, packed_shapes
 
 _FORMAT = 1
-
-QuantizedWeight = LinearGroup | Embedding
-"""What is solved by itself; called a tap below, of which there are more."""
 
 Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
 """Gives the array of a shape and type at a place of the data file; ValueError where the file ends before."""
@@ -67,9 +60,9 @@ def assign_offsets(sizes: Iterable[int], end: int) -> tuple[list[int | None], in
     return places, end
 
 
-def most_bytes(groups: Iterable[QuantizedWeight]) -> int:
+def most_bytes(weights: Iterable[PlannedWeight]) -> int:
     """No data file of these taps is longer, in whatever order they come."""
-    shapes = (shape for group in groups for shapes in _layouts(group) for shape in shapes)
+    shapes = (shape for weight in weights for shapes in weight.shapes() for shape in shapes)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
     return sum(next_place(1, size) + size for size in sizes if size > LARGE)
 
@@ -84,7 +77,7 @@ def first_line(journal: bytes) -> bytes:
     return journal[: journal.find(b"\n") + 1]
 
 
-def record_line(group: QuantizedWeight, solved: Solved, end: int) -> bytes:
+def record_line(weight: PlannedWeight, solved: Solved, end: int) -> bytes:
     """The line of a solved tap whose data end at `end`."""
     arrays = arrays_of(solved)
     check = 0
@@ -92,7 +85,7 @@ def record_line(group: QuantizedWeight, solved: Solved, end: int) -> bytes:
         check = zlib.crc32(raw(array), check)
     return _line(
         {
-            "tap": group.name,
+            "tap": weight.name,
             "end": end,
             "check": check,
             "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
@@ -104,32 +97,32 @@ def record_line(group: QuantizedWeight, solved: Solved, end: int) -> bytes:
 
 
 def finished(
-    journal: bytes, groups: Iterable[QuantizedWeight], blocks: Sequence[Sequence[QuantizedWeight]], read: Read
+    journal: bytes, weights: Iterable[PlannedWeight], blocks: Sequence[Sequence[PlannedWeight]], read: Read
 ) -> tuple[list[Entry], int]:
     """The taps of all blocks that are finished, in order, as far as the data bear out what the journal says.
 
     Args:
         journal: all of it; the first line is the caller's to judge.
         taps: all there are.
-        blocks: the same in groups.
+        blocks: the same in weights.
         read: gives an array of the data file.
 
     Returns:
         The entries, and where the last of their lines ends.
     """
-    by_name = {group.name: group for group in groups}
+    by_name = {weight.name: weight for weight in weights}
     start = len(first_line(journal))
     found: dict[str, Entry] = {}
     position, end = start, 0
     for line in journal[start:].splitlines(keepends=True):
         said = _parsed(line)
-        group = by_name.get(str(said.get("tap")))
-        solved = None if group is None or group.name in found else _read_back(said, group, end, read)
-        if group is None or solved is None:
+        weight = by_name.get(str(said.get("tap")))
+        solved = None if weight is None or weight.name in found else _read_back(said, weight, end, read)
+        if weight is None or solved is None:
             break
         position, end = position + len(line), said["end"]
-        found[group.name] = Entry(group.name, solved, end, position)
-    whole = {group.name for block in blocks if all(group.name in found for group in block) for group in block}
+        found[weight.name] = Entry(weight.name, solved, end, position)
+    whole = {weight.name for block in blocks if all(weight.name in found for weight in block) for weight in block}
     entries = []
     for entry in found.values():
         if entry.name not in whole:
@@ -168,24 +161,23 @@ def raw(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_back(said: Mapping[str, Any], group: QuantizedWeight, start: int, read: Read) -> Solved | None:
+def _read_back(said: Mapping[str, Any], weight: PlannedWeight, start: int, read: Read) -> Solved | None:
     """A tap from its line and the data, which begin at `start`; None if anything is not as it should be."""
-    packed, check, end = [], 0, start
+    arrays: list[list[np.ndarray]] = []
+    check, end = 0, start
     try:
-        small, parts = list(said["small"]), group.weight_sources()
-        stored = [(part.k, part.n, group.spec, group.dense) for part in parts]
-        stored += [(k, n, GRID, False) for k, n in _factors(group)]
-        for (k, n, spec, dense), shapes in zip(stored, _layouts(group), strict=True):
-            arrays = []
+        small = list(said["small"])
+        for shapes in weight.shapes():
+            arrays.append([])
             places, end = assign_offsets((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
             for (shape, dtype), place in zip(shapes, places, strict=True):
                 array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
                 check = zlib.crc32(raw(array), check)
-                arrays.append(array)
-            packed.append(packed_from(arrays, k, n, spec, dense=dense))
+                arrays[-1].append(array)
+        packed, factors = weight.packed_from(arrays)
         scale = said["input_scale"]
-        input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(group.k)
-        wanted = parts if isinstance(group, LinearGroup) and group.corrected else []
+        input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(weight.k)
+        wanted = weight.weight_sources() if weight.corrected else []
         vectors = [_array(text, np.dtype(np.float32)) for text in said["bias"]]
         bias = tuple(vector.reshape(part.n) for part, vector in zip(wanted, vectors, strict=True))
         error = None if said["error"] is None else float(said["error"])
@@ -193,20 +185,7 @@ def _read_back(said: Mapping[str, Any], group: QuantizedWeight, start: int, read
             return None
     except (ValueError, TypeError, KeyError, IndexError):
         return None
-    return Solved(tuple(packed[: len(parts)]), input_scale, error, tuple(packed[len(parts) :]), bias)
-
-
-def _layouts(group: QuantizedWeight) -> list[tuple[tuple[tuple[int, ...], np.dtype], ...]]:
-    """Shape and type of each array of each weight of a tap, and of each factor."""
-    weights = [
-        packed_shapes(part.k, part.n, group.spec, group.scale_dtype, dense=group.dense)
-        for part in group.weight_sources()
-    ]
-    return weights + [packed_shapes(k, n, GRID, group.scale_dtype) for k, n in _factors(group)]
-
-
-def _factors(group: QuantizedWeight) -> list[tuple[int, int]]:
-    return factor_shapes(group) if isinstance(group, LinearGroup) else []
+    return Solved(packed, input_scale, error, factors, bias)
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

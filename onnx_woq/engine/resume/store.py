@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_woq.engine.plan import PlannedWeight
 from onnx_woq.engine.resume.locked_folder import clear, locked, own_file, own_folder, remove
 from onnx_woq.engine.resume.records import (
-    QuantizedWeight,
     arrays_of,
     assign_offsets,
     difference,
@@ -92,22 +92,22 @@ class ResumeStore:
         self._data.close()
         return Stored(self.folder, self.places, self.end)
 
-    def keep(self, group: QuantizedWeight, solved: Solved) -> Solved:
+    def keep(self, weight: PlannedWeight, solved: Solved) -> Solved:
         """Stores a solved tap; gives it back with its large arrays read from the data file.
 
         Raises:
             OutputError: the disk does not take it; a DiskError where it is full or fails.
         """
         with _named_errors(self.out):
-            return self._keep(group, solved)
+            return self._keep(weight, solved)
 
-    def _keep(self, group: QuantizedWeight, solved: Solved) -> Solved:
+    def _keep(self, weight: PlannedWeight, solved: Solved) -> Solved:
         arrays = arrays_of(solved)
         places, end = assign_offsets((array.nbytes for array in arrays), self.end)
         for array, place in zip(arrays, places, strict=True):
             if place is not None:
                 _write(self._data, raw(array), place)
-        _write(self._journal, memoryview(record_line(group, solved, end)), self._journal.seek(0, os.SEEK_END))
+        _write(self._journal, memoryview(record_line(weight, solved, end)), self._journal.seek(0, os.SEEK_END))
         self.end = end
         self._lines += 1
         kept = []
@@ -172,9 +172,9 @@ class ResumeStore:
                 self._data.truncate(self.end)
             self.sync()
 
-    def take_over(self, groups: Sequence[QuantizedWeight], blocks: Sequence[Sequence[QuantizedWeight]]) -> None:
+    def take_over(self, weights: Sequence[PlannedWeight], blocks: Sequence[Sequence[PlannedWeight]]) -> None:
         """Continues with the taps of all blocks that are finished, and forgets what comes after them."""
-        entries, position = finished(_read_all(self._journal), groups, blocks, self.read)
+        entries, position = finished(_read_all(self._journal), weights, blocks, self.read)
         for entry in entries:
             arrays = arrays_of(entry.solved)
             places, self.end = assign_offsets((array.nbytes for array in arrays), self.end)
@@ -192,8 +192,8 @@ class ResumeStore:
 def open_store(
     out: Path,
     key: Mapping[str, str],
-    groups: Sequence[QuantizedWeight],
-    blocks: Sequence[Sequence[QuantizedWeight]],
+    weights: Sequence[PlannedWeight],
+    blocks: Sequence[Sequence[PlannedWeight]],
     *,
     resume: str = "",
 ) -> Iterator[ResumeStore]:
@@ -206,7 +206,7 @@ def open_store(
         out: the .onnx file it will be; its folder exists.
         key: what the result follows from, by the name people know it under.
         taps: all there are.
-        blocks: the same in groups; a group is continued with only if it was finished.
+        blocks: the same by block; a block is continued with only if it was finished.
         resume: "" to begin anew; "same" to continue, if there is something and it has the same key; "any" to continue
             if the key is the same, and begin anew otherwise.
 
@@ -220,7 +220,7 @@ def open_store(
     files, keep = ExitStack(), bool(resume) and (partial_folder(out) / _JOURNAL).exists()
     try:
         with _named_errors(out):
-            partial = _opened(files, out, key, groups, blocks, resume)
+            partial = _opened(files, out, key, weights, blocks, resume)
         keep = False
         try:
             yield partial
@@ -230,7 +230,7 @@ def open_store(
             keep = done > 0
             if keep:
                 partial.settle()
-                end = type(end)(_kept(end, done, len(groups), partial.folder))
+                end = type(end)(_kept(end, done, len(weights), partial.folder))
             if end is error:
                 raise
             raise end from error
@@ -246,8 +246,8 @@ def _opened(
     files: ExitStack,
     out: Path,
     key: Mapping[str, str],
-    groups: Sequence[QuantizedWeight],
-    blocks: Sequence[Sequence[QuantizedWeight]],
+    weights: Sequence[PlannedWeight],
+    blocks: Sequence[Sequence[PlannedWeight]],
     resume: str,
 ) -> ResumeStore:
     """What is in a locked folder, continued where that is asked for and possible, else empty."""
@@ -263,9 +263,9 @@ def _opened(
         partial._journal.truncate(0)
         partial._data.truncate(0)
     own_folder(partial.states)
-    partial.map_data(most_bytes(groups))
+    partial.map_data(most_bytes(weights))
     if going_on:
-        partial.take_over(groups, blocks)
+        partial.take_over(weights, blocks)
     else:
         _write(partial._journal, memoryview(head(key)), 0)
     return partial
@@ -277,11 +277,11 @@ def _named(error: BaseException, out: Path) -> BaseException:
     return named if isinstance(named, DiskError) else error
 
 
-def _kept(end: BaseException, done: int, groups: int, folder: Path) -> str:
+def _kept(end: BaseException, done: int, weights: int, folder: Path) -> str:
     """What people are told."""
     what = f"{end}; " if isinstance(end, DiskError) else ""
     return (
-        f"{what}{done} of {groups} groups of MatMuls are done and kept in {folder}; the same command with --resume goes "
+        f"{what}{done} of {weights} groups of MatMuls are done and kept in {folder}; the same command with --resume goes "
         "on from there"
     )
 

@@ -17,7 +17,6 @@ from onnx_woq.graph.find.constants import FLOATS, Constant, readers, resolve
 from onnx_woq.graph.find.linears import SMALLEST_K, Linear, LinearGroup, Skipped, WeightSource
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets import bitplanes as dense
 
 SMALLEST_TABLE = 1 << 16
 """Bytes below which a table stays float: token types, relative positions; what it would save is nothing."""
@@ -48,8 +47,6 @@ class Embedding:
         head: a site whose weight is this table, if there is one that is quantized.
         shared: the head is on the same grid, so its codes are those of the table.
         counted: a tap has this table among its weights, and its bytes.
-        expands: the model's opset has what expands dense codes when it is loaded (`onnx_woq.targets.bitplanes`).
-        half_scales: scales of its own are stored in float16 whatever is gathered.
     """
 
     name: str
@@ -64,18 +61,6 @@ class Embedding:
     head: Linear | None
     shared: bool
     counted: bool
-    expands: bool
-    half_scales: bool
-
-    @property
-    def dense(self) -> bool:
-        """Whether codes of its own take no more than their bits in the file."""
-        return self.expands and self.spec.bits in dense.FORMS
-
-    @property
-    def scale_dtype(self) -> type[np.float32] | type[np.float16]:
-        """What scales of its own are stored in."""
-        return np.float16 if self.half_scales or self.dtype == ir.DataType.FLOAT16 else np.float32
 
     def weight_sources(self) -> list[WeightSource]:
         """The table as the weight `[k, n]` of a tap, read where it lies."""
@@ -123,8 +108,7 @@ def find_embeddings(
         if reason := _read_otherwise(table.root, tables, linears):
             skipped += [_skip(node, table, reason) for node in nodes]
         else:
-            expands = (model.ir.opset_imports.get("") or 0) >= dense.OPSET
-            found.append(_embedding(nodes, table, spec, linears, expands=expands, half_scales=recipe.half_scales))
+            found.append(_embedding(nodes, table, spec, linears))
     return found, skipped
 
 
@@ -205,9 +189,6 @@ def _embedding(
     table: Constant,
     spec: Spec,
     linears: Mapping[ir.Node, tuple[Linear, Spec]],
-    *,
-    expands: bool,
-    half_scales: bool,
 ) -> Embedding:
     tied = [(linear, grid) for linear, grid in linears.values() if _is_transpose_of(linear, table)]
     tied.sort(key=lambda pair: pair[1] != spec)  # one on the same grid first
@@ -225,8 +206,6 @@ def _embedding(
         head=head,
         shared=bool(tied) and tied[0][1] == spec,
         counted=any(linear.root is table.root for linear, _ in linears.values()),
-        expands=expands,
-        half_scales=half_scales,
     )
 
 

@@ -15,8 +15,7 @@ from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
 from onnx_woq.graph.io.model import Model
-from onnx_woq.recipe import RANKS, Recipe
-from onnx_woq.targets import bitplanes as dense
+from onnx_woq.recipe import Recipe
 
 SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
 
@@ -116,7 +115,7 @@ class WeightSource:
     computed: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class LinearGroup:
     """One activation and everything that multiplies it by a constant: quantized together.
 
@@ -129,10 +128,6 @@ class LinearGroup:
         k: input channels.
         n: output channels, summed over distinct weights.
         weight_bytes: of the distinct weights as the model stores them.
-        rank: of the factors added to its weights; 0 for none.
-        corrected: whether a constant is added to its outputs.
-        densely: whether its opset lets codes take no more than their bits in the file (`onnx_woq.targets.bitplanes`).
-        half_scales: whether scales are stored in float16 whatever the kernel computes in.
     """
 
     name: str
@@ -143,15 +138,6 @@ class LinearGroup:
     n: int
     weight_bytes: int
     attention: tuple[str, ...]
-    rank: int = 0
-    corrected: bool = False
-    densely: bool = False
-    half_scales: bool = False
-
-    @property
-    def dense(self) -> bool:
-        """Whether the codes take no more than their bits in the file."""
-        return self.densely and self.spec.bits in dense.FORMS
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
@@ -206,10 +192,10 @@ class LinearGroup:
         """What the kernel that multiplies by its weights reads and gives."""
         return np.float16 if self.linears[0].dtype == ir.DataType.FLOAT16 else np.float32
 
-    @property
-    def scale_dtype(self) -> type[np.float32] | type[np.float16]:
-        """What the model stores scales in."""
-        return np.float16 if self.half_scales else self.kernel_dtype
+    def weight_indices(self) -> list[int]:
+        """Returns, for each linear that is still float, which of the distinct weights it reads."""
+        indices: dict[tuple[object, ...], int] = {}
+        return [indices.setdefault(linear.key(), len(indices)) for linear in self.linears]
 
     def _distinct(self) -> list[Linear]:
         first: dict[tuple[object, ...], Linear] = {}
@@ -267,11 +253,6 @@ def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup],
         else:
             chosen.append((linear, spec))
     groups = _group(chosen, find_key_value_linears(model) if recipe.attention_weighted else {})
-    for group in groups:
-        group.rank = min(recipe.lowrank, -(-min(group.k, group.n) // RANKS) * RANKS)
-        group.corrected = recipe.bias_correction
-        group.densely = (model.ir.opset_imports.get("") or 0) >= dense.OPSET
-        group.half_scales = recipe.half_scales
     return groups, skipped
 
 

@@ -75,6 +75,17 @@ def load(path: str | Path) -> Model:
     graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
     lift_constants(graphs, LARGE // 16)  # 16 bytes is the largest element, so every large tensor is among them
     model.files = _place_tensors(model.ir, graphs, named, real)
+    return finish(model, graphs)
+
+
+def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
+    """Brings a new model into the form that `load` describes: nodes in order, unique names, large tensors lifted.
+
+    Args:
+        model: the model; it is changed in place and returned.
+        graphs: all its graphs, the main graph first, if the caller has them.
+    """
+    graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
     share_names(graphs, _unique_names(graphs))
     lift_large(model.ir)

@@ -142,6 +142,9 @@ def _min_ir_version(model: ir.Model) -> int:
     return onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
 
 
+_IN_MEMORY = (ir.Tensor, ir.PackedTensor)
+
+
 @dataclass(frozen=True)
 class _Layout:
     """The contents of a data file.
@@ -196,7 +199,9 @@ def _laid_out(tensors: Mapping[object, ir.TensorProtocol], stored: Stored | None
     Stored tensors keep their place if the model uses all of them. Otherwise the file is laid out anew.
     """
     places = stored.places if stored else {}
-    offsets = {key: places[id(t.raw)] for key, t in tensors.items() if isinstance(t, ir.Tensor) and id(t.raw) in places}
+    offsets = {
+        key: places[id(t.raw)] for key, t in tensors.items() if isinstance(t, _IN_MEMORY) and id(t.raw) in places
+    }
     end = stored.end if stored else 0
     if len(set(offsets.values())) < len(places):
         offsets, end = {}, 0
@@ -213,6 +218,8 @@ def _identity(tensor: ir.TensorProtocol) -> object:
     """Returns a key that is equal for tensors of the same bytes read as the same type: they are written once."""
     if isinstance(tensor, ir.ExternalTensor):
         return (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
+    if isinstance(tensor, _IN_MEMORY):
+        return (id(tensor.raw), tensor.dtype, tuple(tensor.shape.numpy()))
     return id(tensor)
 
 

@@ -14,17 +14,12 @@ import numpy as np
 
 from onnx_woq.core.methods.registry import METHODS
 from onnx_woq.core.spec import Spec
-from onnx_woq.engine.embedding import standalone_tables
-from onnx_woq.engine.execute import layers_json, report_of
-from onnx_woq.engine.quantize import metadata, prepared
+from onnx_woq.engine.apply import planned_file_bytes
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.find.embeddings import find_embeddings
-from onnx_woq.graph.find.linears import WeightSource, find_linear_groups
-from onnx_woq.graph.io.model import Model, clone, file_bytes, load
+from onnx_woq.graph.io.model import Model, file_bytes, load
 from onnx_woq.graph.io.save import planned_bytes
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets.gather_block_quantized import lower_embedding, share_codes
-from onnx_woq.targets.matmulnbits import Packed, lower_group, packed_from, packed_shapes, required_runtime
 from onnx_woq.tuning.mixed.knapsack import Allocation, Choice, frontier, within_bytes, within_loss
 from onnx_woq.tuning.mixed.layers import MixedLayer, bytes_of, freed
 from onnx_woq.tuning.results import LayerChoice
@@ -122,12 +117,16 @@ class MixCandidates:
 
     def layers(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
         """What each unit becomes by a recipe."""
-        groups = find_linear_groups(self.source, recipe)[0]
-        tap_of = {linear.name: group for group in groups for linear in group.linears}
-        table_of = {table.name: table for table in find_embeddings(self.source, recipe, groups)[0]}
+        plan = make_plan(self.source, recipe)
+        group_of = {
+            linear.name: weight
+            for weight, group in zip(plan.groups, plan.linear_groups, strict=True)
+            for linear in group.linears
+        }
+        table_of = {table.name: table for table in plan.embeddings}
         found = []
         for unit in self.units:
-            group = tap_of.get(unit.name)
+            group = group_of.get(unit.name)
             table = table_of.get(unit.table.name) if unit.table and (group or not unit.group) else None
             made = group or table
             spec = made.spec if made else None
@@ -179,33 +178,3 @@ class MixCandidates:
                 )
             found[unit.name] = [name for name in dict.fromkeys(standalone_tables) if name]
         return found
-
-
-def planned_file_bytes(source: Model, recipe: Recipe, out: Path, source_hash: str, calibration: str) -> int:
-    """About the bytes of the files that quantizing `source` by `recipe` writes to `out`, without solving anything.
-
-    Nodes that solving may add (input scales of AWQ, factors, biases) are not counted.
-    """
-    model, groups = prepared(clone(source), recipe)
-    tables = find_embeddings(model, recipe, groups)[0]
-    reports = [report_of(group, group.weight_bytes, 0.123456789012345678) for group in groups]
-    for group in groups:
-        packed = [_empty(part, group.spec, group.scale_dtype, dense=group.dense) for part in group.weight_sources()]
-        lower_group(model, group, packed, accuracy_level=recipe.accuracy_level)
-        for table in tables:
-            if table.shared and table.head in group.linears:
-                share_codes(model, table, None)
-    for table in standalone_tables(tables):
-        lower_embedding(
-            model, table, _empty(table.weight_sources()[0], table.spec, table.scale_dtype, dense=table.dense)
-        )
-    properties = metadata(recipe, source_hash, calibration)
-    properties |= {"onnx_woq.minimum_onnxruntime": required_runtime(model), "onnx_woq.layers": layers_json(reports)}
-    return planned_bytes(model, out, metadata=properties)
-
-
-def _empty(part: WeightSource, spec: Spec, scale_dtype: type[np.floating], *, dense: bool = False) -> Packed:
-    """What a weight is stored as, of the right size and without content."""
-    shapes = packed_shapes(part.k, part.n, spec, scale_dtype, dense=dense)
-    arrays = [np.broadcast_to(np.zeros((), dtype), shape) for shape, dtype in shapes]
-    return packed_from(arrays, part.k, part.n, spec, dense=dense)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from onnx_woq.core.spec import Spec
-from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
+from onnx_woq.engine.plan import PlannedWeight, make_plan
+from onnx_woq.graph.find.embeddings import Embedding
 from onnx_woq.graph.find.float_copies import float_copy_bytes
-from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
+from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets.gather_block_quantized import embedding_bytes
-from onnx_woq.targets.low_rank import group_bytes
 
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
@@ -35,8 +34,8 @@ class MixedLayer:
         alpha: what a unit of local loss of the tap (of the table, if there is none) does to the outputs.
     """
 
-    group: LinearGroup | None
-    table: Embedding | None
+    group: PlannedWeight | None
+    table: PlannedWeight | None
     specs: tuple[Spec | None, ...]
     stored: tuple[int, ...]
     written: tuple[int, ...]
@@ -44,7 +43,7 @@ class MixedLayer:
     alpha: float = math.nan
 
     @property
-    def main(self) -> LinearGroup | Embedding:
+    def main(self) -> PlannedWeight:
         """The tap, or else the table."""
         main = self.group or self.table
         if main is None:
@@ -73,46 +72,61 @@ class MixedLayer:
 
 
 def mixed_layers(source: Model, base: Recipe) -> list[MixedLayer]:
-    """The units of a mix that `base` is the base of, taps in graph order and then tables, nothing measured yet."""
-    groups = find_linear_groups(source, base)[0]
-    tables = find_embeddings(source, base, groups)[0]
-    tied = {table.head: table for table in tables if table.head is not None}
+    """Returns the layers of a mix that `base` is the base of, groups in graph order and then tables; nothing measured.
+
+    Args:
+        source: the float model.
+        base: tells what is quantized at all, and how.
+    """
+    plan = make_plan(source, base)
+    tied = {head: table for table in plan.embeddings if (head := _embedding(table).head) is not None}
     units = []
-    for group in groups:
-        table = next((tied[linear] for linear in group.linears if linear in tied), None)
+    for group in plan.groups:
+        linears = group.source.linears if isinstance(group.source, LinearGroup) else ()
+        table = next((tied[linear] for linear in linears if linear in tied), None)
         units.append(_unit(source, base, group, table))
-    loose = [table for table in tables if table not in {unit.table for unit in units}]
-    # A table that a tap reads as well, other than as its transpose, is left to the recipe: neither can move alone.
-    return units + [_unit(source, base, None, table) for table in loose if not table.counted]
+    loose = [table for table in plan.embeddings if table not in {unit.table for unit in units}]
+    # A table that a group reads as well, other than as its transpose, is left to the recipe: neither can move alone.
+    return units + [_unit(source, base, None, table) for table in loose if not _embedding(table).counted]
 
 
 def freed(source: Model, unit: MixedLayer) -> int:
-    """Bytes of float weights that leave the file when the unit is quantized."""
-    if unit.group is None:
+    """Returns the bytes of float weights that leave the file when a layer is quantized."""
+    if unit.group is None or not isinstance(unit.group.source, LinearGroup):
         return unit.main.weight_bytes
-    kept = float_copy_bytes(source, [unit.group], [unit.table] if unit.table else [])
+    kept = float_copy_bytes(source, [unit.group.source], [_embedding(unit.table)] if unit.table else [])
     return unit.group.weight_bytes - sum(kept.values())
 
 
-def bytes_on(group: LinearGroup | None, table: Embedding | None, spec: Spec | None) -> int:
-    """Bytes of a tap and its table, or of a table, on one grid; None is float. Codes that are shared count once."""
+def bytes_on(group: PlannedWeight | None, table: PlannedWeight | None, spec: Spec | None) -> int:
+    """Returns the bytes of a group and its table, or of a table, in one number format; None is float.
+
+    Codes that are shared count once.
+    """
+    main = group or table
+    if main is None:
+        raise ValueError("a layer without a weight")
+    if spec is None:
+        return main.weight_bytes
+    return main.on(spec).bytes if group else main.on(spec).own_bytes
+
+
+def bytes_of(group: PlannedWeight | None, table: PlannedWeight | None) -> int:
+    """Returns the bytes of a group and its table, or of a table, each in its own number format."""
     if group is not None:
-        return group.weight_bytes if spec is None else group_bytes(replace(group, spec=spec))
+        return group.bytes + (table.code_bytes if table else 0)
     if table is None:
-        raise ValueError("a unit without a weight")
-    return table.weight_bytes if spec is None else embedding_bytes(table, spec, None)
+        raise ValueError("a layer without a weight")
+    return table.own_bytes
 
 
-def bytes_of(group: LinearGroup | None, table: Embedding | None) -> int:
-    """Bytes of a tap and its table, or of a table, each on its own grid."""
-    if group is not None:
-        return group_bytes(group) + (embedding_bytes(table, table.spec, group.spec) if table else 0)
-    if table is None:
-        raise ValueError("a unit without a weight")
-    return embedding_bytes(table, table.spec, None)
+def _embedding(table: PlannedWeight) -> Embedding:
+    if not isinstance(table.source, Embedding):
+        raise TypeError(f"{table.name!r} is no embedding")
+    return table.source
 
 
-def _unit(source: Model, base: Recipe, group: LinearGroup | None, table: Embedding | None) -> MixedLayer:
+def _unit(source: Model, base: Recipe, group: PlannedWeight | None, table: PlannedWeight | None) -> MixedLayer:
     size = lambda spec: bytes_on(group, table, spec)  # noqa: E731
     main = group or table
     if main is None:
@@ -148,12 +162,14 @@ def _worthwhile(size: Callable[[Spec], int]) -> tuple[Spec, ...]:
     return tuple(spec for spec in every if not needless(spec))
 
 
-def _node_names(group: LinearGroup | None, table: Embedding | None) -> list[list[str]]:
-    linears = [(linear.name, linear.node_name, linear.weight_name) for linear in group.linears] if group else []
-    gathers = (
-        [(node.outputs[0].name or "", node.name or "", table.weight_name) for node in table.nodes] if table else []
-    )
-    return [[name for name in names if name] for names in (*linears, *gathers)]
+def _node_names(group: PlannedWeight | None, table: PlannedWeight | None) -> list[list[str]]:
+    names: list[tuple[str, str, str]] = []
+    if group and isinstance(group.source, LinearGroup):
+        names += [(linear.name, linear.node_name, linear.weight_name) for linear in group.source.linears]
+    if table:
+        one = _embedding(table)
+        names += [(node.outputs[0].name or "", node.name or "", one.weight_name) for node in one.nodes]
+    return [[name for name in found if name] for found in names]
 
 
 def _named(names: Sequence[str], recipe: Recipe) -> bool:

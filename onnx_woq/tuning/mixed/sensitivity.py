@@ -27,13 +27,11 @@ from onnx_woq.core.methods import rtn
 from onnx_woq.core.methods.registry import METHODS
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import output_error
-from onnx_woq.engine.embedding import table_task
 from onnx_woq.engine.executors import keep_blas_to_one_thread, result_of, submitted
-from onnx_woq.engine.quantize import prepared
+from onnx_woq.engine.plan import PlannedWeight, prepared_plan
 from onnx_woq.engine.solve import Task, not_finite, task_of
-from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
+from onnx_woq.graph.find.embeddings import Embedding
 from onnx_woq.graph.find.linears import LinearGroup
-from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.tuning import journal
@@ -163,7 +161,7 @@ def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> L
     weight, share = _sampled(task)
     stats, solve = task.stats and task.stats.keeping(), METHODS[task.method].solve
     options = {name: value for name, value in task.options if name not in POLISH}
-    scale_dtype = np.float16 if task.scale_dtype == "float16" else np.float32
+    scale_dtype = task.storage.scale_dtype
 
     def loss(q: QuantizedTensor) -> tuple[float, float]:
         delta = q.effective() - weight
@@ -223,58 +221,61 @@ def _losses(
 def _tasks(
     run: Run, recipe: Recipe, shared: SharedStatistics, units: list[MixedLayer]
 ) -> Iterator[tuple[MixedLayer, Task]]:
-    """The units with the tasks of solving them: taps with their statistics, and then tables."""
+    """Gives the layers with the tasks of solving them: groups with their statistics, and then tables."""
     start = time.process_time()
-    model, groups, tables = _prepared(run, recipe)
-    by_tap = {unit.group.name: unit for unit in units if unit.group}
-    collected = shared.of(model, statistics_recipe(recipe), [groups[name] for name in by_tap])
+    plan = prepared_plan(run.source, recipe)
+    weights = {weight.name: weight for weight in (*plan.groups, *plan.embeddings)}
+    by_group = {unit.group.name: unit for unit in units if unit.group}
+    left = [weights[name] for name in by_group]
+    collected = shared.of(replace(plan, recipe=statistics_recipe(recipe)), left)
     logger.info("calibration: %.1f s of CPU", time.process_time() - start)
     for group, stats in collected:
-        yield by_tap[group.name], task_of(recipe, group, stats)
+        yield by_group[group.name], task_of(recipe, weights[group.name], stats)
     for unit in units:
-        if unit.group is None and unit.table is not None:
-            yield unit, table_task(recipe, tables[unit.name])
-
-
-def _prepared(run: Run, recipe: Recipe) -> tuple[Model, dict[str, LinearGroup], dict[str, Embedding]]:
-    """The model as it is calibrated (rotated, if the recipe says so), its taps and its tables by name."""
-    model, groups = prepared(run.source, recipe)
-    tables = find_embeddings(model, recipe, groups)[0]
-    return model, {group.name: group for group in groups}, {table.name: table for table in tables}
+        if unit.group is None:
+            yield unit, task_of(recipe, weights[unit.name], None)
 
 
 def _distances(
     run: Run, recipe: Recipe, units: Sequence[MixedLayer], batches: Sequence[Feed]
 ) -> dict[str, tuple[float, float]]:
-    """How far each unit moves the outputs once its tap, and once its table, is rounded to `NOISE`."""
+    """Returns how far each layer moves the outputs once its group, and once its table, is rounded to `NOISE`."""
     from onnx_woq.runtime.evaluation.perturb import distances, table_variant, tap_variant
 
     start = time.process_time()
-    model, groups, tables = _prepared(run, recipe)
+    plan = prepared_plan(run.source, recipe)
+    groups = {group.name: (weight, group) for weight, group in zip(plan.groups, plan.linear_groups, strict=True)}
+    tables = {one.name: (one, one.source) for one in plan.embeddings if isinstance(one.source, Embedding)}
     step = max(1, len(batches) // PROBES)
-    variants = [tap_variant(groups[unit.group.name], _noisy_tap) for unit in units if unit.group]
-    variants += [table_variant(tables[unit.table.name], _noisy_table) for unit in units if unit.table]
+    variants = []
+    for unit in units:
+        if unit.group:
+            weight, group = groups[unit.group.name]
+            variants.append(tap_variant(group, partial(_noisy, weight)))
+    for unit in units:
+        if unit.table:
+            weight, table = tables[unit.table.name]
+            variants.append(table_variant(table, partial(_noisy, weight)))
     found = distances(
-        model,
+        plan.model,
         variants,
         [shortened(feed, PROBE_TOKENS) for feed in batches[::step][:PROBES]],
         memory_budget=run.resources.memory.window,
         progress=lambda done, total: run.say("sensitivities", done, total),
     )
     logger.info("sensitivities of %d units: %.1f s of CPU", len(units), time.process_time() - start)
-    of = lambda part: found[part.name] if part else 0.0  # noqa: E731
+    of = lambda weight: found[weight.name] if weight else 0.0  # noqa: E731
     return {unit.name: (of(unit.group), of(unit.table)) for unit in units}
 
 
-def _noisy_tap(group: LinearGroup) -> np.ndarray:
-    """The weights [K, n] of a tap rounded to `NOISE`."""
-    return rtn.solve(group.weight(), None, NOISE, scale_dtype=group.scale_dtype).dequantize()
-
-
-def _noisy_table(table: Embedding) -> np.ndarray:
-    """The weights [k, n] of a table rounded to `NOISE`."""
-    [part] = table.weight_sources()
-    return rtn.solve(np.asarray(part.read(), np.float32), None, NOISE, scale_dtype=table.scale_dtype).dequantize()
+def _noisy(weight: PlannedWeight, source: LinearGroup | Embedding) -> np.ndarray:
+    """Returns a weight `[K, N]` rounded to `NOISE`."""
+    if isinstance(source, LinearGroup):
+        array = source.weight()
+    else:
+        [part] = source.weight_sources()
+        array = np.asarray(part.read(), np.float32)
+    return rtn.solve(array, None, NOISE, scale_dtype=weight.storage.scale_dtype).dequantize()
 
 
 def shortened(feed: Feed, tokens: int) -> Feed:

@@ -1,0 +1,63 @@
+"""Calibration data of a run: read in the form a recipe asks for, and told apart by a hash."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from onnx_woq.core.methods.registry import METHODS
+from onnx_woq.errors import DataError
+from onnx_woq.graph.io.model import Model
+from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.data.feeds import Feed, data_hash, feeds
+from onnx_woq.runtime.data.inputs import model_inputs
+
+
+def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:
+    """The same recipe with another amount of calibration data, where one is given."""
+    if samples is not None:
+        recipe = replace(recipe, nsamples=samples)
+    return recipe if seqlen is None else replace(recipe, pad_max_length=seqlen)
+
+
+def read_data(
+    model: Model, named: Path, data: Any, recipe: Recipe, samples: int, tokenizer: str | Path | None, *, at_most: bool
+) -> list[Feed]:
+    """Up to `samples` calibration samples of the length the recipe says; exactly as many unless `at_most`.
+
+    Args:
+        model: tells what inputs it takes.
+        named: the model's path as the user named it; its folder is searched for a tokenizer.
+        data: in any form that `quantize` takes.
+        recipe: tells the length of a sample.
+        samples: how many are wanted.
+        tokenizer: the tokenizer's folder, when it is not beside the model.
+        at_most: fewer samples are no error.
+
+    Raises:
+        DataError: there is no data, or it does not fit the model.
+    """
+    if data is None:
+        needing = [recipe.method.upper() if METHODS[recipe.method].needs_data else ""]
+        needing += ["bias_correction" if recipe.bias_correction else "", "lowrank" if recipe.lowrank else ""]
+        needing += ["both_streams" if recipe.asymmetric_calibration else ""]
+        raise DataError(
+            f"{' and '.join(filter(None, needing)) or 'the built-in judge'} needs calibration data: give --calib FILE "
+            "(text, JSONL, .npz, .npy or a folder of arrays), in Python the `data` argument; plain RTN works without"
+        )
+    return feeds(
+        data,
+        model_inputs(model),
+        samples=samples,
+        seqlen=recipe.pad_max_length,
+        exact_length=recipe.use_max_length,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        model_dir=named.parent,
+        at_most=at_most,
+    )
+
+
+def feeds_hash(batches: list[Feed]) -> str:
+    """A short hash of the calibration data, "" for none."""
+    return data_hash(batches) if batches else ""

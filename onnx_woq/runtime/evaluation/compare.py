@@ -1,0 +1,55 @@
+"""Comparing a quantized model with its float original."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from onnx_woq.graph.io.find_model import find_model
+from onnx_woq.graph.io.model import load
+from onnx_woq.progress import Progress
+from onnx_woq.runtime.data.feeds import feeds
+from onnx_woq.runtime.data.inputs import model_inputs
+from onnx_woq.runtime.evaluation.metrics import Metrics, compare
+
+EVALUATION_SAMPLES = 32
+"""Samples that `evaluate` takes at most, unless the caller says otherwise."""
+
+
+def evaluate(
+    model: str | Path,
+    reference: str | Path,
+    data: Any,
+    *,
+    samples: int | None = None,
+    seqlen: int = 512,
+    tokenizer: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Metrics:
+    """How far a quantized model is from its float original on `data` (forms as in `quantize`).
+
+    Language models get mean KL divergence (nats per token) with its standard error, same-top-1 share and
+    perplexities; other models SQNR (dB) and cosine of their outputs.
+
+    Args:
+        model: an .onnx file, or a folder that holds one.
+        reference: the float original, likewise.
+        data: what to judge on; not what the model was calibrated on.
+        samples: how many, an error when there are fewer; by default up to `EVALUATION_SAMPLES`.
+        seqlen: tokens per sample, for text.
+        tokenizer: folder of the tokenizer for text data, when it is not beside the reference.
+        progress: called with (stage, done, total).
+    """
+    path, original = find_model(model), find_model(reference)
+    float_model = load(original)
+    batches = feeds(
+        data,
+        model_inputs(float_model),
+        samples=samples or EVALUATION_SAMPLES,
+        seqlen=seqlen,
+        tokenizer=Path(tokenizer) if tokenizer else None,
+        model_dir=original.parent,
+        at_most=samples is None,
+    )
+    report = (lambda done, total: progress("evaluate", done, total)) if progress else None
+    return compare(path, original, batches, progress=report)

@@ -1,0 +1,195 @@
+"""QDQ for embeddings: rows of codes are gathered and dequantized, by ONNX's own operators.
+
+A DequantizeLinear in front of a Gather decodes the whole table for every row (docs/qdq.md); behind it, it is exact and
+nearly as fast as GatherBlockQuantized. No Gather knows types below 8 bits, so that codes of 2 and 4 bits lie together in
+bytes: of a row of D codes, byte j holds codes j, j + D/4, … (2 bits) or j and j + D/2 (4 bits), lowest bits first, and
+bitwise operators take them apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.graph.edit import add_initializer, add_node, insert_after, prune
+from onnx_woq.graph.find.embeddings import Embedding
+from onnx_woq.graph.io.model import Model
+from onnx_woq.targets.base import Shapes, Speed, Storage, Version
+from onnx_woq.targets.qdq import container
+
+if TYPE_CHECKING:
+    from onnx_woq.core.grids.integer import QuantizedTensor
+
+BY_CHANNEL = True
+SHARES = False
+
+_OPSET = 21  # DequantizeLinear in blocks
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One table `[V, D]`, the weight `[K = D, N = V]`.
+
+    Attributes:
+        codes: uint8 `[V, bytes]`.
+        scales: float32 or float16 `[V, G]`.
+        zeros: uint8 `[V, G]`; None where all of them are the middle of the grid.
+        columns: D.
+        bits: of a stored code.
+        block: columns that share a scale.
+        width: bits of the grid, at most `bits`.
+    """
+
+    codes: np.ndarray
+    scales: np.ndarray
+    zeros: np.ndarray | None
+    columns: int
+    bits: int
+    block: int
+    width: int
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """Returns the arrays to store: codes, scales and perhaps zero points."""
+        return (self.codes, self.scales) if self.zeros is None else (self.codes, self.scales, self.zeros)
+
+    def with_arrays(self, arrays: Sequence[np.ndarray]) -> Packed:
+        """Returns the same table with other arrays, given as `arrays` gives them."""
+        codes, scales, *zeros = arrays
+        return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None)
+
+
+def refusal(spec: Spec) -> str:
+    """Returns why a table cannot be held on a grid, "" if it can."""
+    if spec.group_dim != 1:
+        return "group_dim=0 is not for embeddings: a row that is looked up needs scales of its own"
+    return ""
+
+
+def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001 (every operator is asked alike)
+    """Returns the opset whose DequantizeLinear has blocks."""
+    return _OPSET
+
+
+def speed(spec: Spec) -> Speed:  # noqa: ARG001
+    """Returns "native": rows are decoded as they are looked up."""
+    return "native"
+
+
+def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
+    """Returns the oldest onnxruntime that runs a DequantizeLinear of gathered codes, None for any other node."""
+    blocked = node.op_type == "DequantizeLinear" and "block_size" in node.attributes
+    return (1, 19) if blocked and node.domain in ("", "ai.onnx") else None
+
+
+def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
+    """Returns shape and type of each of `Packed.arrays` for a table `[n, k]`, known before it is solved."""
+    groups = -(-k // spec.resolved_group(k))
+    byte = np.dtype(np.uint8)
+    stored = (((n, -(-k // _per_byte(spec.bits))), byte), ((n, groups), np.dtype(storage.scale_dtype)))
+    return stored if spec.symmetric else (*stored, ((n, groups), byte))
+
+
+def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storage: Storage) -> Packed:  # noqa: ARG001
+    """Returns the `Packed` that has these `arrays`, of the shapes that `shapes` gives."""
+    codes, scales, *zeros = arrays
+    block = spec.resolved_group(k)
+    return Packed(codes, scales, zeros[0] if zeros else None, k, container(spec.bits), block, spec.bits)
+
+
+def pack(q: QuantizedTensor, storage: Storage) -> Packed:
+    """Lays the codes `[D, V]` of a table out row by row."""
+    k, n = q.codes.shape
+    bits, per = container(q.bits), _per_byte(q.bits)
+    part = -(-k // per)
+    rows = np.zeros((per * part, n), np.uint8)
+    rows[:k] = q.codes
+    codes = rows[:part]
+    for place in range(1, per):
+        codes = codes | rows[place * part : (place + 1) * part] << np.uint8(place * bits)
+    scales = np.ascontiguousarray(q.scales.T, storage.scale_dtype)
+    zeros = None if q.symmetric else np.ascontiguousarray(q.zeros.T)
+    return Packed(np.ascontiguousarray(codes.T), scales, zeros, k, bits, q.group_size, q.bits)
+
+
+def lower(model: Model, embedding: Embedding, packed: Packed) -> None:
+    """Rewrites every Gather of a table as a DequantizeLinear of gathered codes; nodes and outputs keep their names."""
+    graph = model.ir.graph  # also for nodes in bodies: sessions take large tensors from outside only there
+    codes = add_initializer(graph, f"{embedding.weight_name}_Q{packed.width}_table", packed.codes)
+    scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
+    zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
+    wanted = ir.DataType.FLOAT if embedding.dtype == ir.DataType.BFLOAT16 else embedding.dtype
+    for node in embedding.nodes:
+        old, indices = node.inputs[:2]
+        gather = _Gather(node, indices, node.outputs[0].name or "rows")
+        scale = gather.rows(scales, "scales")
+        zero = gather.middle(scale, packed.width) if zeros is None else gather.rows(zeros, "zero_points")
+        if scales.dtype != wanted:
+            scale = add_node("Cast", [scale], f"{gather.name}_wide", before=node, to=wanted)
+        rows = _codes(gather, model, codes, packed)
+        if embedding.dtype != wanted:
+            insert_after(node, "Cast", [], "float32", to=embedding.dtype).type = ir.TensorType(wanted)
+        node.resize_inputs(3)
+        for index, value in enumerate((rows, scale, zero)):
+            node.replace_input_with(index, value)
+        node.domain, node.op_type, node.version = "", "DequantizeLinear", None
+        node.attributes.clear()
+        for name, number in {"axis": -1, "block_size": packed.block}.items():
+            node.attributes.add(ir.AttrInt64(name, number))
+        prune(old)
+
+
+def share(model: Model, embedding: Embedding, input_scale: np.ndarray | None) -> None:  # noqa: ARG001
+    """Refuses: a product that sessions fuse cannot read the codes of its table."""
+    raise ValueError(f"{embedding.name!r} cannot share codes with its head under QDQ")
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """Nodes in front of a Gather that look rows up as it does."""
+
+    node: ir.Node
+    indices: ir.Value | None
+    name: str
+
+    def rows(self, table: ir.Value, suffix: str) -> ir.Value:
+        """Adds a Gather of the rows of another table."""
+        rows = add_node("Gather", [table, self.indices], f"{self.name}_{suffix}", before=self.node, axis=0)
+        rows.type = ir.TensorType(table.dtype or ir.DataType.UINT8)
+        return rows
+
+    def middle(self, scales: ir.Value, bits: int) -> ir.Value:
+        """Adds zero points for gathered scales: the middle of a grid of so many bits."""
+        shape = add_node("Shape", [scales], f"{self.name}_shape", before=self.node)
+        half = ir.Tensor(np.array([1 << bits - 1], np.uint8))
+        return add_node("ConstantOfShape", [shape], f"{self.name}_zero_points", before=self.node, value=half)
+
+
+def _codes(gather: _Gather, model: Model, codes: ir.Value, packed: Packed) -> ir.Value:
+    """Adds what makes uint8 codes [..., D] of the bytes of rows."""
+    rows = gather.rows(codes, "codes")
+    per = _per_byte(packed.width)
+    if per == 1:
+        return rows
+    graph, before = model.ir.graph, gather.node
+    mask = add_initializer(graph, f"{gather.name}_mask", np.array((1 << packed.bits) - 1, np.uint8))
+    parts = []
+    for place in range(per):
+        by = add_initializer(graph, f"{gather.name}_shift", np.array(place * packed.bits, np.uint8))
+        part = add_node("BitShift", [rows, by], f"{gather.name}_shifted", before=before, direction="RIGHT")
+        parts.append(add_node("BitwiseAnd", [part, mask], f"{gather.name}_part", before=before))
+    whole = add_node("Concat", parts, f"{gather.name}_whole", before=before, axis=-1)
+    if packed.codes.shape[1] * per == packed.columns:
+        return whole
+    ends = {"starts": 0, "ends": packed.columns, "axes": -1}
+    cut = [add_initializer(graph, f"{gather.name}_{k}", np.array([v], np.int64)) for k, v in ends.items()]
+    return add_node("Slice", [whole, *cut], f"{gather.name}_cut", before=before)
+
+
+def _per_byte(bits: int) -> int:
+    return 8 // container(bits)
