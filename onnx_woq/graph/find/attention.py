@@ -1,4 +1,4 @@
-"""Find the linears that make keys and values of attention, and the attention probabilities that weight their tokens.
+"""The linears that make keys and values of attention, and the attention probabilities that weight their tokens.
 
 An error in the key or value of a token reaches every query that attends to the token. Decoders send a third to nine
 tenths of all attention to their first token ("attention sink": Xiao et al. 2023), which counts as one of hundreds in a

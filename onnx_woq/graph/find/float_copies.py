@@ -1,4 +1,4 @@
-"""Float weights that stay in a model because a node that is not quantized reads them, too."""
+"""Float weights that stay in a quantized model, because a node that is not quantized reads them, too."""
 
 from __future__ import annotations
 

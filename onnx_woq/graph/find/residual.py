@@ -1,4 +1,4 @@
-"""Find the residual stream of a model with RMSNorm: its values, the nodes that write them and the nodes that read them.
+"""The residual stream of a model with RMSNorm: its values, the nodes that write them and the nodes that read them.
 
 The residual stream `x [tokens, D]` is the sum that every layer of a transformer reads through a norm and adds to. To
 *rotate* it is to multiply it by an orthogonal matrix `R [D, D]`. That keeps the length of x in every token, so an

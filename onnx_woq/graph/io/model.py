@@ -1,4 +1,4 @@
-"""Loading a model with its weights left on disk, copying its structure, and handing it to a session.
+"""A model in memory: loading it with its weights left on disk, copying its structure, handing it to a session.
 
 The *structure* of a model is everything but its large tensors (see `graph.edit.LARGE`). It is held in memory; the
 large tensors stay in their files until somebody reads them.

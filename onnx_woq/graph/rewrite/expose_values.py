@@ -1,4 +1,4 @@
-"""Make inner values of a model outputs, those inside the bodies of If, Loop and Scan nodes included.
+"""Inner values of a model as outputs, those inside the bodies of If, Loop and Scan nodes included.
 
 A value that leaves a body is flattened to `[tokens, K]`, so that it has one form on every way out:
 

@@ -1,4 +1,4 @@
-"""Divide an activation by a vector, in the constants it is made with wherever that is exact.
+"""Division of an activation by a vector, in the constants it is made with wherever that is exact.
 
 AWQ scales the input channels of a weight `W [K, N]` by `s [K]` and divides its input `x [tokens, K]` by s (Lin et al.
 2023, eq. 4): `(x / s) @ diag(s) W`. The division costs nothing where x is made with constants that have one number per
@@ -71,7 +71,8 @@ def divide_input(group: LinearGroup, scale: np.ndarray, *, allow_mul: bool) -> s
         allow_mul: whether a new node may multiply by `1 / scale` where folding is not exact.
 
     Returns:
-        Where the scale went: "norm"; "linear" if a quantized linear took part of it; "mul" if a new node was needed.
+        "norm" if norms and constants took the scale; "linear" if the scales of a quantized linear took some of it; "mul"
+        if a new node was needed.
 
     Raises:
         ValueError: the scale is unusable, or cannot be folded and `allow_mul` is off. The model is unchanged then.

@@ -1,4 +1,4 @@
-"""Replace an If by one of its branches, where every sample takes the same one.
+"""Replacement of an If by one of its branches, where every sample takes the same one.
 
 A merged decoder is one If over "is there a past?" whose branches hold all layers. An If can only run whole. Once the
 branch that the samples take is inlined, its layers are nodes of the main graph like any others, which can be cut into

@@ -1,4 +1,4 @@
-"""Raise the opset of a model with ONNX's version converter; the weights stay where they are.
+"""Conversion of a model to a newer opset by ONNX's version converter; the weights stay where they are.
 
 The *opset* is the version of the ONNX operators that a model is written for. Low-bit types and some operators need a
 newer one than many exporters write.

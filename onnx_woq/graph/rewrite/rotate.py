@@ -1,4 +1,4 @@
-"""Rotate the residual stream of a model by changing its weights; the outputs stay the same.
+"""Rotation of the residual stream of a model by changing its weights; the outputs stay the same.
 
 With an orthogonal matrix R, every weight that writes to the stream is multiplied by R, and every weight that reads it
 by Rᵀ. The gammas of the norms in between move into the weights that read the norms (QuaRot: Ashkboos et al. 2024,

@@ -1,4 +1,4 @@
-"""Let part of a model output how much attention each token receives, in place of all attention probabilities.
+"""Reduction of the attention that a model outputs: how much each token receives, in place of all probabilities.
 
 The weight of a token in calibration needs only the squares of its attention probabilities, summed over heads
 (`onnx_woq.runtime.calibration.token_weights`). Summing in the graph makes the output smaller by the number of heads.

@@ -1,4 +1,4 @@
-"""Let part of a half-precision model compute in float32.
+"""Conversion of a half-precision model, or part of one, to float32.
 
 ONNX Runtime has next to no float16 kernels for the CPU and no bfloat16 ones. For float16 it casts around every node and
 rounds where a part of a model ends, so the numbers would depend on how the model is cut. bfloat16 it does not run at
