@@ -71,8 +71,8 @@ def divide_input(group: LinearGroup, scale: np.ndarray, *, allow_mul: bool) -> s
         allow_mul: whether a new node may multiply by `1 / scale` where folding is not exact.
 
     Returns:
-        "norm" if norms and constants took the scale; "linear" if the scales of a quantized linear took some of it; "mul"
-        if a new node was needed.
+        "norm" if norms and constants took the scale; "linear" if the scales of a quantized linear took some of it;
+        "mul" if a new node was needed.
 
     Raises:
         ValueError: the scale is unusable, or cannot be folded and `allow_mul` is off. The model is unchanged then.
