@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
-from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of, insert_after, prune
+from onnx_woq.graph.edit import add_initializer, add_node, fresh_name, graph_of, insert_after, prune
 from onnx_woq.graph.find.linears import Linear, LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.targets.base import Shapes, Speed, Storage, Version
@@ -274,7 +274,7 @@ def multiply(
 ) -> ir.Value:
     """Adds a MatMulNBits of an activation with a stored weight in front of a node, whose type its output has."""
     graph = graph_of(before)
-    out = ir.Value(name=fresh(graph, name), type=before.outputs[0].type)
+    out = ir.Value(name=fresh_name(graph, name), type=before.outputs[0].type)
     inputs = [activation, *stored]
     while inputs[-1] is None:
         inputs.pop()

@@ -1,79 +1,48 @@
-"""Find what makes the keys and values of attention, and where the model says how much attention each token receives.
+"""The linears that make keys and values of attention, and the attention probabilities that weight their tokens.
 
-An error in the key or value of a token reaches every query that attends to it. Decoders send a third to nine tenths of
-all attention to their first token ("attention sink": Xiao et al. 2023), which in a plain sum over tokens counts as one
-of hundreds.
+An error in the key or value of a token reaches every query that attends to the token. Decoders send a third to nine
+tenths of all attention to their first token ("attention sink": Xiao et al. 2023), which counts as one of hundreds in a
+plain sum over tokens. Hence calibration weights the tokens of these linears by the attention they receive.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
-import numpy as np
 import onnx_ir as ir
 
-from onnx_woq.graph.edit import add_initializer, add_node
 from onnx_woq.graph.find.constants import resolve
 from onnx_woq.graph.io.model import Model
 
 FIRST_TOKEN = "first token"  # noqa: S105
-"""Stands for the probabilities of an operator that keeps them to itself and attends to earlier tokens only."""
+"""Stands for the attention probabilities of a fused operator that attends to earlier tokens only and hides them."""
 
-HEADS_AXIS = -3
-"""Of attention probabilities: the others may be missing in front, these three are always there."""
-
-_KEEP_ORDER = {"Cast", "Dropout", "Identity", "Where"}  # what exporters put between softmax and product
+_KEEP_ORDER = {"Cast", "Dropout", "Identity", "Where"}  # exporters put these between softmax and product
 _ARRANGE = {"Expand", "Gather", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze"}
 _CHANGE = {
     "Add", "Cast", "Clip", "Concat", "Div", "Identity", "LayerNormalization", "Mul", "Neg", "Pow", "ReduceMean",
     "RMSNormalization", "RotaryEmbedding", "SimplifiedLayerNormalization", "Sqrt", "Sub",
 }  # fmt: skip
-_FUSED = {"GroupQueryAttention": 1, "MultiHeadAttention": 0}  # operator -> `unidirectional` where it is not said
+_FUSED = {"GroupQueryAttention": 1, "MultiHeadAttention": 0}  # operator -> its default of `unidirectional`
 
 
-def attended(model: Model) -> dict[ir.Node, str]:
-    """MatMul and Gemm nodes that make keys or values -> the name of the attention probabilities `[B, H, T, S]`.
+def find_key_value_linears(model: Model) -> dict[ir.Node, str]:
+    """Returns the linears that make keys or values, each with the name of its attention probabilities `[B, H, T, S]`.
 
-    Where one operator does all of attention and looks only back, the name is `FIRST_TOKEN`. A product that makes
-    queries as well (q, k and v in one) counts. What cannot be followed is left out.
+    Where one fused operator does all of attention and looks back only, the name is `FIRST_TOKEN`. A linear that makes
+    queries as well (q, k and v in one) counts. Attention in a form that cannot be followed is left out.
     """
     found: dict[ir.Node, str] = {}
     for graph in model.ir.graphs():
         for node in graph:
             for value, probabilities in _reads(node):
-                for linear in _makers(value):
+                for linear in _linears_behind(value):
                     found.setdefault(linear, probabilities)
     return found
 
 
-def sum_over_heads(part: Model, names: Iterable[str]) -> dict[str, str]:
-    """Lets `part` output the squares of attention probabilities, summed over heads: name of the output -> of that.
-
-    Probabilities [B, H, T, S] become [B, T, S], the [H, T, S] of exporters without a batch axis [T, S].
-    """
-    graph = part.ir.graph
-    outputs = {value.name: index for index, value in enumerate(graph.outputs)}
-    renamed: dict[str, str] = {}
-    for name in dict.fromkeys(names):
-        if name not in outputs:
-            continue
-        value = graph.outputs[outputs[name]]
-        operands = [value]
-        attributes: dict[str, Any] = {"keepdims": 0}
-        if graph.opset_imports.get("", 1) >= 18:
-            operands.append(add_initializer(graph, f"{name}_heads", np.array([HEADS_AXIS], np.int64)))
-        else:
-            attributes["axes"] = [HEADS_AXIS]
-        total = add_node("ReduceSumSquare", operands, f"{name}_squares", end_of=graph, **attributes)
-        total.type = value.type
-        graph.outputs[outputs[name]] = total
-        renamed[name] = total.name or ""
-    return renamed
-
-
 def _reads(node: ir.Node) -> Iterator[tuple[ir.Value | None, str]]:
-    """The keys and values that a node attends with, each with the name of the probabilities."""
+    """Yields the keys and values that a Softmax or fused node attends with, each with the name of the probabilities."""
     if node.domain == "com.microsoft" and node.op_type in _FUSED:
         attribute = node.attributes.get("unidirectional")
         if attribute.as_int() if attribute is not None else _FUSED[node.op_type]:
@@ -81,28 +50,28 @@ def _reads(node: ir.Node) -> Iterator[tuple[ir.Value | None, str]]:
             for value in node.inputs[:1] if packed else node.inputs[1:3]:
                 yield value, FIRST_TOKEN
     elif node.op_type == "Softmax" and node.domain == "":
-        product, probabilities = _product(node.outputs[0])
-        scores = _scores(node.inputs[0])
+        product, probabilities = _product_with_values(node.outputs[0])
+        scores = _product_with_keys(node.inputs[0])
         if product is not None and scores is not None:
             yield product.inputs[1], probabilities.name or ""
             yield scores.inputs[1], probabilities.name or ""
 
 
-def _product(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
-    """The product of attention probabilities with values, and the factor it reads."""
+def _product_with_values(value: ir.Value) -> tuple[ir.Node | None, ir.Value]:
+    """Returns the product of the attention probabilities `value` with values, and its left factor."""
     for node, index in value.uses():
         if node.op_type == "MatMul" and index == 0 and resolve(node.inputs[1]) is None:
             return node, value
     for node, _ in value.uses():
         if node.op_type in _KEEP_ORDER:
-            product, factor = _product(node.outputs[0])
+            product, factor = _product_with_values(node.outputs[0])
             if product is not None:
                 return product, factor
     return None, value
 
 
-def _scores(value: ir.Value | None) -> ir.Node | None:
-    """The product of queries with keys that a softmax is taken of."""
+def _product_with_keys(value: ir.Value | None) -> ir.Node | None:
+    """Returns the product of queries with keys behind the scores `value` that a Softmax reads."""
     pending, seen = [value], set()
     while pending:
         node = value.producer() if (value := pending.pop()) is not None else None
@@ -117,8 +86,8 @@ def _scores(value: ir.Value | None) -> ir.Node | None:
     return None
 
 
-def _makers(value: ir.Value | None) -> list[ir.Node]:
-    """The products with constants that `value` is arranged from."""
+def _linears_behind(value: ir.Value | None) -> list[ir.Node]:
+    """Returns the linears whose outputs are rearranged to `value`, with biases, norms and rotations on the way."""
     found, pending, seen = [], [value], set()
     while pending:
         node = value.producer() if (value := pending.pop()) is not None else None

@@ -1,4 +1,4 @@
-"""Cut a graph into blocks: pieces between which only the residual stream is alive.
+"""The cut of a graph into blocks: pieces between which only the residual stream is alive.
 
 A transformer's graph has two kinds of nodes. Those *downstream* of a weight compute hidden states; the others (shapes,
 masks, rotary tables, embeddings) follow from the inputs alone at next to no cost. The downstream nodes run in order,

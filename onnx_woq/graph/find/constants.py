@@ -1,4 +1,8 @@
-"""Follow a value back to the constant it is, through the nodes that exporters put in between."""
+"""Constants of a graph: following a value back to the constant it is made of, and reading the numbers.
+
+Exporters put Identity, Transpose and Cast nodes between a constant and its reader. They are looked through. A
+DequantizeLinear is not: its output is a weight that is quantized already, see `graph.find.quantized`.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,15 @@ _HALVES = FLOATS[1:]
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant and what happens to it before it is read.
+    """A constant as one reader sees it: the stored numbers, and the Casts and Transposes on the way to the reader.
 
     Attributes:
         root: the initializer, or the output of a Constant node.
-        tensor: its data.
+        tensor: the data of `root`.
         steps: ("Cast", data type) and ("Transpose", permutation), in the order they are applied.
-        shape: after all steps.
-        dtype: after all steps.
-        overridable: the initializer is also an input of its graph, so a caller may replace it.
+        shape: the shape after all steps.
+        dtype: the type after all steps.
+        overridable: whether the initializer is also an input of its graph, so that a caller may replace it.
     """
 
     root: ir.Value
@@ -38,17 +42,17 @@ class Constant:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for two constants that are the same numbers by construction."""
+        """Returns a key that is equal for two constants of the same root and steps, hence of the same numbers."""
         return (id(self.root), self.steps)
 
     def view(self) -> np.ndarray:
-        """The numbers, read-only, where they lie and in the type they have there as far as that is possible.
+        """Returns the numbers, read-only, in the shape `shape`: a view of the stored data where that is possible.
 
-        A view of a file is mapped on its own and unmapped with the view, whoever else reads the tensor. A Cast to a
-        type that holds every number of the stored one is left out; after any other Cast it is a copy.
+        Data in a file is mapped into memory, and unmapped with the view. A Cast from half precision to float32 is left
+        out, so the array then has the stored type. After any other Cast it is a copy.
 
         Raises:
-            ModelError: the data does not have the size its dimensions say.
+            ModelError: the data cannot be read, or does not have the size its dimensions say.
         """
         try:
             array = mapped(self.tensor)
@@ -57,7 +61,7 @@ class Constant:
                 if op == "Transpose":
                     array = array.transpose(argument)
                 elif argument != stored and not (argument == ir.DataType.FLOAT and stored in _HALVES):
-                    with np.errstate(over="ignore"):  # the model, too, would compute with the infinity
+                    with np.errstate(over="ignore"):  # the model would compute with the infinity as well
                         array, stored = array.astype(argument.numpy()), argument
         except (ValueError, OSError) as error:
             raise ModelError(f"weight {self.root.name!r} cannot be read ({error}): fetch or export it again") from error
@@ -66,12 +70,16 @@ class Constant:
         return array
 
     def array(self) -> np.ndarray:
-        """As `view`, a float32 copy that is independent of the file."""
+        """Returns the numbers as a float32 copy, independent of the file.
+
+        Raises:
+            ModelError: the data cannot be read, or does not have the size its dimensions say.
+        """
         return np.array(self.view(), dtype=np.float32, order="C")
 
 
 def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
-    """A tensor's array; of one in a file a map of its own, which no reader in another thread can take away."""
+    """Returns the array of a tensor; one in a file is mapped anew, as another thread may unmap the tensor itself."""
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor.numpy()
     own = type(tensor)(
@@ -87,14 +95,14 @@ def mapped(tensor: ir.TensorProtocol) -> np.ndarray:
 
 
 def release(tensor: ir.TensorProtocol) -> None:
-    """Unmaps a tensor's file, unless someone still looks at it."""
+    """Unmaps the file of a tensor, unless an array of it is still in use."""
     if isinstance(tensor, ir.ExternalTensor):
         with suppress(BufferError):  # another reader's view keeps the map; it goes with the view
             tensor.release()
 
 
 def resolve(value: ir.Value | None) -> Constant | None:
-    """The constant behind `value`, through Identity, Transpose and float Cast nodes; None if it is computed."""
+    """Returns the constant behind `value`, through Identity, Transpose and float Cast nodes; None if it is computed."""
     steps: list[tuple[str, Any]] = []
     while value is not None:
         if value.is_initializer() and value.const_value is not None:
@@ -127,7 +135,7 @@ def _constant(root: ir.Value, tensor: ir.TensorProtocol, backwards: list[tuple[s
         if op == "Transpose":
             argument = argument or tuple(reversed(range(len(shape))))
             if sorted(argument) != list(range(len(shape))):
-                return None  # an invalid node, for the runtime to complain about
+                return None  # an invalid node: ONNX Runtime will refuse the model
             shape = tuple(shape[axis] for axis in argument)
             if steps and steps[-1] == (op, argument) and len(shape) == 2:
                 steps.pop()  # there and back again
@@ -139,7 +147,10 @@ def _constant(root: ir.Value, tensor: ir.TensorProtocol, backwards: list[tuple[s
 
 
 def readers(root: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Every (node, input index) that reads a constant, through the nodes `resolve` looks through."""
+    """Yields every reader of the constant `root` as `(node, index of the input)`, through the nodes of `resolve`.
+
+    A node that `resolve` looks through counts as a reader itself where its output is an output of the graph.
+    """
     for node, index in root.uses():
         if node.domain in ("", "ai.onnx") and node.op_type in ("Identity", "Transpose", "Cast"):
             yield from readers(node.outputs[0])

@@ -77,7 +77,7 @@ def product_bytes(node: ir.Node) -> int:
 
 @dataclass
 class Dependencies:
-    """What the nodes of one graph read and what depends on them.
+    """The reads of the nodes of one graph, and the kinds of nodes by what they depend on.
 
     Attributes:
         nodes: every node, in graph order.

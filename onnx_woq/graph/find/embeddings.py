@@ -1,7 +1,7 @@
-"""Find the tables whose rows a Gather picks: token embeddings, and position embeddings large enough to pay.
+"""The embeddings that can be quantized: tables whose rows a Gather picks, for tokens or for positions.
 
-A table `[V, D]` is the weight `[K = D, N = V]` of the head it may be tied to, seen from the other side: its grid runs
-along D, and what MatMulNBits stores for the head is what GatherBlockQuantized reads.
+A table `[V, D]` is the transpose of a weight `[K = D, N = V]`. The head of a model often is that weight ("tied"
+weights). So a table is quantized along D, as the weight is along K, and the codes of one can serve both.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 
 SMALLEST_TABLE = 1 << 16
-"""Bytes below which a table stays float: token types, relative positions; what it would save is nothing."""
+"""The bytes below which a table stays float: tables of token types or relative positions would save next to nothing."""
 
 FLOAT_BY_DEFAULT = "an embedding, left float without --embedding-bits"
 
-# Between a table and the product it is a factor of: numbers moved, none computed.
+# What may stand between a table and a product it is a factor of: operators that move numbers and compute none.
 _MOVES = {
     "Cast", "Concat", "Expand", "Identity", "Neg", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose",
     "Unsqueeze",
@@ -32,21 +32,21 @@ _MOVES = {
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """A table `[n, k]` of which rows are gathered: the weight `[k, n]`, as a tap has it.
+    """A table `[n, k]` whose rows are gathered: the transpose of a weight `[k, n]`.
 
     Attributes:
-        name: output value name of the first Gather; unique.
-        nodes: every Gather of the table; lowering rewrites them in place.
-        weight_name: of the initializer, before any transpose or cast.
+        name: the name of the output value of the first Gather, which is unique.
+        nodes: every Gather that reads the table. A target rewrites them in place.
+        weight_name: the name of the initializer, before any Transpose or Cast.
         root: the constant called `weight_name`.
-        k: columns, along which the grid runs.
-        n: rows.
-        dtype: of what is gathered.
-        spec: the grid.
-        weight_bytes: of the table as the model stores it.
-        head: a site whose weight is this table, if there is one that is quantized.
-        shared: the head is on the same grid, so its codes are those of the table.
-        counted: a tap has this table among its weights, and its bytes.
+        k: the number of columns; groups of the number format run along them.
+        n: the number of rows.
+        dtype: the type of the gathered rows.
+        spec: the number format.
+        weight_bytes: the size of the table as the model stores it.
+        head: a quantized linear whose weight is this table, None if there is none.
+        shared: whether `head` has the same spec, so that the table can use its codes.
+        counted: whether a linear group has this table among its weights, and in its bytes.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Embedding:
     counted: bool
 
     def weight_sources(self) -> list[WeightSource]:
-        """The table as the weight `[k, n]` of a tap, read where it lies."""
+        """Returns the table as the only weight source `[k, n]`."""
         table = resolve(self.nodes[0].inputs[0])
         computed = table is not None and isinstance(table.tensor, ir.LazyTensor)
         return [WeightSource(self.weight_name, self.k, self.n, self._weight, computed)]
@@ -78,10 +78,15 @@ class Embedding:
 def find_embeddings(
     model: Model, recipe: Recipe, groups: Iterable[LinearGroup]
 ) -> tuple[list[Embedding], list[Skipped]]:
-    """The tables that `recipe` quantizes, in graph order, and every other large one with the reason why it is not.
+    """Returns the tables that a recipe quantizes, in graph order, and every other large table with the reason.
 
-    A table stays float where float numbers of it would stay anyway, because something reads it that is quantized
-    neither here nor among `taps`; and where it is a factor of activations, as the cosines of rotary positions are.
+    A table stays float if a node reads it that is not quantized: the float table would stay in the model anyway. It
+    also stays float if its rows multiply activations, as the cosines of rotary positions do.
+
+    Args:
+        model: the float model.
+        recipe: says which tables to quantize, and how.
+        groups: the linear groups that the recipe quantizes.
     """
     linears = {linear.node: (linear, group.spec) for group in groups for linear in group.linears}
     gathers: dict[tuple[object, ...], list[ir.Node]] = {}
@@ -113,7 +118,7 @@ def find_embeddings(
 
 
 def _table(node: ir.Node) -> Constant | None:
-    """The large float table that a Gather reads, None for anything else."""
+    """Returns the large float table that a Gather reads, None for any other node."""
     if node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
         return None
     table = resolve(node.inputs[0])
@@ -123,7 +128,7 @@ def _table(node: ir.Node) -> Constant | None:
 
 
 def _unfit(node: ir.Node, table: Constant) -> str:
-    """Why a table cannot be quantized, or nothing."""
+    """Returns the reason why a table cannot be quantized, "" if it can."""
     if table.overridable:
         return "the table is also a graph input, which a caller may override: remove it from the inputs"
     axis = node.attributes.get("axis")
@@ -137,7 +142,7 @@ def _unfit(node: ir.Node, table: Constant) -> str:
 
 
 def _is_factor(gather: ir.Node) -> bool:
-    """Whether rows are multiplied by something computed, other than by a norm of themselves."""
+    """Tells whether gathered rows are multiplied by an activation, other than by a norm of themselves."""
     pending = [gather.outputs[0]]
     seen: set[ir.Value] = set()
     while pending:
@@ -160,6 +165,7 @@ def _is_factor(gather: ir.Node) -> bool:
 
 
 def _follows_from(value: ir.Value | None, source: ir.Node) -> bool:
+    """Tells whether `value` is computed from an output of `source`."""
     pending, seen = [value], set()
     while pending:
         one = pending.pop()
@@ -175,7 +181,7 @@ def _follows_from(value: ir.Value | None, source: ir.Node) -> bool:
 def _read_otherwise(
     root: ir.Value, tables: Mapping[ir.Node, object], linears: Mapping[ir.Node, tuple[Linear, Spec]]
 ) -> str:
-    """Who keeps the float table in the model, or nothing."""
+    """Returns the reason why the float table stays in the model, "" if all its readers are quantized."""
     if root.is_graph_output():
         return "the table is also an output of the model"
     for node, index in readers(root):
@@ -191,7 +197,7 @@ def _embedding(
     linears: Mapping[ir.Node, tuple[Linear, Spec]],
 ) -> Embedding:
     tied = [(linear, grid) for linear, grid in linears.values() if _is_transpose_of(linear, table)]
-    tied.sort(key=lambda pair: pair[1] != spec)  # one on the same grid first
+    tied.sort(key=lambda pair: pair[1] != spec)  # one of the same spec first
     head = tied[0][0] if tied else None
     return Embedding(
         name=nodes[0].outputs[0].name or "",
@@ -210,7 +216,7 @@ def _embedding(
 
 
 def _is_transpose_of(linear: Linear, table: Constant) -> bool:
-    """Whether a site's weight [K, N] is exactly the transpose of a table."""
+    """Tells whether the weight `[K, N]` of a linear is exactly the transpose of a table."""
     if linear.root is not table.root or linear.scale != 1.0:
         return False
     weight = linear.constant()
@@ -220,11 +226,12 @@ def _is_transpose_of(linear: Linear, table: Constant) -> bool:
 
 
 def _turns(constant: Constant) -> int:
+    """Returns the number of Transposes between a constant and its reader."""
     return sum(op == "Transpose" for op, _ in constant.steps)
 
 
 def _exact(constant: Constant) -> bool:
-    """Whether the numbers are read as they are stored."""
+    """Tells whether no Cast rounds the numbers of a constant."""
     stored = constant.tensor.dtype
     return all(op != "Cast" or to in (stored, ir.DataType.FLOAT) for op, to in constant.steps)
 

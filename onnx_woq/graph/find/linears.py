@@ -1,4 +1,10 @@
-"""Find what can be quantized: every MatMul and Gemm with a constant weight, grouped by the activation it reads."""
+"""The MatMul and Gemm nodes that can be quantized, grouped by the activation they read.
+
+A **linear** is one MatMul or Gemm node with a constant weight `W [K, N]`: `y = x @ W`, with K input channels and N
+output channels. A **linear group** is the set of linears that read the same activation, such as q/k/v or gate/up. Its
+weights are concatenated and solved as one matrix because they share input statistics. Linears that read the same weight
+are in one group as well, whatever activations they read. A **weight source** is one distinct weight of a group.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +16,38 @@ import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.find.attention import FIRST_TOKEN, attended
+from onnx_woq.graph.find.attention import FIRST_TOKEN, find_key_value_linears
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 
-SMALLEST_K = 16  # input channels: the smallest block a kernel knows; below it a scale costs more than it saves
+SMALLEST_K = 16
+"""The fewest input channels to quantize: the smallest block of a kernel. Below it scales cost more than they save."""
+
 
 _MULTIPLIES = {"MatMul": ("",), "Gemm": ("",), "FusedMatMul": ("com.microsoft",), "FusedGemm": ("com.microsoft",)}
 
 _EXPONENTS = {"float32": 0x7F80_0000, "float16": 0x7C00, "bfloat16": 0x7F80}  # all ones: infinite, or not a number
-_TILE = 1 << 17  # numbers looked at in one go
+_TILE = 1 << 17  # numbers checked in one go
 
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One MatMul or Gemm to quantize: `y = x @ W`, weight [K, N].
+    """One MatMul or Gemm with a constant weight `[K, N]`: `y = x @ W`.
 
     Attributes:
-        name: its output value name, the unique key.
-        node: the node; lowering rewrites it in place.
-        node_name: may be empty.
-        weight_name: of the initializer, before any transpose or cast.
-        k: input channels.
-        n: output channels.
-        dtype: of the activation.
+        name: the name of its output value, which is unique.
+        node: the node. A target rewrites it in place.
+        node_name: the name of the node, which may be empty.
+        weight_name: the name of the initializer, before any Transpose or Cast.
+        k: the number of input channels.
+        n: the number of output channels.
+        dtype: the type of the activation.
         kind: "MatMul" or "Gemm".
         root: the constant called `weight_name`.
-        scale: Gemm's alpha, 1 for MatMul; part of the weight.
+        scale: alpha of a Gemm, which counts as part of the weight; 1 for a MatMul.
     """
 
     name: str
@@ -54,28 +62,33 @@ class Linear:
     scale: float = 1.0
 
     def constant(self) -> Constant:
-        """The weight as it is in the graph now: folding may have replaced it since the site was found."""
+        """Returns the weight that the node reads now: a rewrite may have replaced it since the linear was found.
+
+        Raises:
+            ModelError: the node reads no constant any more.
+        """
         constant = resolve(self.node.inputs[1])
         if constant is None:
             raise ModelError(f"the weight of {self.name!r} is no longer constant")
         return constant
 
     def key(self) -> tuple[object, ...]:
-        """Equal for sites that read the same numbers."""
+        """Returns a key that is equal for linears that read the same numbers."""
         return (*self.constant().key, self.transposed(), self.scale)
 
     def transposed(self) -> bool:
-        """Whether the graph stores the weight as [N, K] and Gemm transposes it."""
+        """Tells whether the graph stores the weight as `[N, K]` and Gemm transposes it."""
         attribute = self.node.attributes.get("transB")
         return self.kind == "Gemm" and attribute is not None and bool(attribute.as_int())
 
     def view(self) -> np.ndarray:
-        """The weight [K, N], read-only: in the type it is stored in, in either memory order, and no copy.
+        """Returns the weight `[K, N]`, read-only, in the type it is stored in and in either memory order.
 
-        A copy only where the graph rounds it to another type, and with a scale, which is multiplied in float32.
+        It is a view of the stored data, except where the graph rounds it to another type, and where `scale` is not 1:
+        then it is a copy, in float32 if it is scaled.
 
         Raises:
-            ModelError: it cannot be read.
+            ModelError: the weight cannot be read.
         """
         array = self.constant().view()
         array = array.T if self.transposed() else array.reshape(self.k, self.n)
@@ -85,7 +98,11 @@ class Linear:
         return array
 
     def finite_view(self) -> np.ndarray:
-        """As `view`; ModelError naming the weight if a number in it is not finite."""
+        """Returns `view()` after a check that every number is finite.
+
+        Raises:
+            ModelError: the weight has NaN or infinite values, or cannot be read.
+        """
         array = self.view()
         if not _is_finite(array):
             raise ModelError(
@@ -97,15 +114,15 @@ class Linear:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """One of the distinct weights of a tap.
+    """A distinct weight of a linear group or an embedding, read lazily.
 
     Attributes:
-        name: of the weight.
-        k: input channels.
-        n: output channels.
-        read: gives it, [k, n] in float32, float16 or bfloat16: read-only, in either memory order, mapped from its
-            file if possible and unmapped once nobody holds it. Its numbers are those of `Tap.weight`, finite or not.
-        computed: whether reading it means computing it, all of it.
+        name: the name of the weight.
+        k: the number of input channels.
+        n: the number of output channels.
+        read: returns the weight `[k, n]` in float32, float16 or bfloat16, read-only and in either memory order. It is
+            mapped from its file if possible, and unmapped once nobody holds the array. Its numbers may be not finite.
+        computed: whether reading it computes the whole weight, as after a rotation.
     """
 
     name: str
@@ -117,17 +134,18 @@ class WeightSource:
 
 @dataclass(frozen=True, eq=False)
 class LinearGroup:
-    """One activation and everything that multiplies it by a constant: quantized together.
+    """The linears that read the same activation or the same weight, quantized together.
 
     Attributes:
-        name: of its first site; unique.
-        values: names of the activations, several only where sites share a weight.
-        attention: what weights the tokens of each of `values` in calibration, see `graph.attention`; "" for nothing.
-        sites: in graph order.
-        spec: the grid of all of them.
-        k: input channels.
-        n: output channels, summed over distinct weights.
-        weight_bytes: of the distinct weights as the model stores them.
+        name: the name of its first linear, which is unique.
+        values: the names of the activations; several only where linears share a weight.
+        linears: the linears, in graph order.
+        spec: the number format of all their weights.
+        k: the number of input channels.
+        n: the number of output channels, summed over the distinct weights.
+        weight_bytes: the size of the distinct weights as the model stores them.
+        attention: for each of `values`, the name of the attention probabilities that weight its tokens in calibration
+            (see `graph.find.attention`); "" for tokens that count alike.
     """
 
     name: str
@@ -141,16 +159,16 @@ class LinearGroup:
 
     @property
     def sources(self) -> tuple[tuple[str, str], ...]:
-        """(activation, what weights its tokens): equal for taps with the same statistics."""
+        """Returns (activation, attention that weights its tokens) pairs: equal for groups with the same statistics."""
         return tuple(zip(self.values, self.attention, strict=True))
 
     @property
     def reads(self) -> set[str]:
-        """Names of all values that its statistics are made of."""
+        """Returns the names of all values that the statistics of the group are made of."""
         return {name for source in self.sources for name in source if name and name != FIRST_TOKEN}
 
     def weight(self) -> np.ndarray:
-        """The distinct weights side by side, [K, n] in float32, a copy.
+        """Returns the distinct weights side by side, `[K, n]`, as a float32 copy.
 
         Raises:
             ModelError: a weight is not finite or cannot be read.
@@ -163,7 +181,7 @@ class LinearGroup:
         return whole
 
     def weight_sources(self) -> list[WeightSource]:
-        """The distinct weights one by one, in the order they have in `weight`, as they are stored."""
+        """Returns the distinct weights one by one, in the order of `weight()`, in the types they are stored in."""
         return [
             WeightSource(
                 linear.weight_name, linear.k, linear.n, linear.view, isinstance(linear.constant().tensor, ir.LazyTensor)
@@ -172,12 +190,16 @@ class LinearGroup:
         ]
 
     def check(self) -> None:
-        """Reads every weight once, for the errors of `weight` before hours of work instead of after."""
+        """Reads every weight once, to raise the errors of `weight()` before hours of work instead of after.
+
+        Raises:
+            ModelError: a weight is not finite or cannot be read.
+        """
         for linear in self._distinct():
             linear.finite_view()
 
     def slices(self) -> Iterator[tuple[Linear, slice]]:
-        """Each site with its columns of `weight()`; sites that read the same constant share them."""
+        """Yields each linear with its columns of `weight()`; linears that read the same weight share them."""
         places: dict[tuple[object, ...], slice] = {}
         start = 0
         for linear in self.linears:
@@ -189,7 +211,7 @@ class LinearGroup:
 
     @property
     def kernel_dtype(self) -> type[np.float32] | type[np.float16]:
-        """What the kernel that multiplies by its weights reads and gives."""
+        """Returns the type that the kernel computes in: float16 for a model in float16, else float32."""
         return np.float16 if self.linears[0].dtype == ir.DataType.FLOAT16 else np.float32
 
     def weight_indices(self) -> list[int]:
@@ -206,14 +228,14 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A matrix product that stays as it is.
+    """A matrix product or Gather that stays as it is.
 
     Attributes:
-        name: its output value name.
-        node_name: may be empty.
-        op_type: "MatMul", "Gemm" or a fused form.
-        reason: why.
-        weight_bytes: of its constant factor; 0 when both are computed.
+        name: the name of its output value.
+        node_name: the name of the node, which may be empty.
+        op_type: "MatMul", "Gemm", a fused form of these, or "Gather".
+        reason: why it stays, for people.
+        weight_bytes: the size of its constant as stored; 0 if it has none.
     """
 
     name: str
@@ -224,13 +246,11 @@ class Skipped:
 
 
 def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup], list[Skipped]]:
-    """The taps in graph order, and every other matrix product with the reason why it is left alone.
+    """Returns the linear groups that a recipe quantizes, in graph order, and the other matrix products with a reason.
 
-    With `recipe.lm_head` off, the MatMul that makes the model's first float output is left out: the one found by
-    walking back from that output through elementwise and reshaping nodes (into both branches of an If). A model
-    without one, such as an encoder that ends in a norm, leaves out the last site of its main graph.
-
-    With `recipe.attention_weighted`, what makes keys and values is a tap of its own beside the queries'.
+    With `recipe.lm_head` off, the head of the model stays float (see `graph.find.heads`). With
+    `recipe.attention_weighted`, the linears that make keys and values form a group of their own beside the queries',
+    as their tokens are weighted.
     """
     ranks = Ranks(model)
     linears: list[Linear] = []
@@ -252,12 +272,12 @@ def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup],
             skipped.append(_skip(linear.node, reason))
         else:
             chosen.append((linear, spec))
-    groups = _group(chosen, attended(model) if recipe.attention_weighted else {})
+    groups = _group(chosen, find_key_value_linears(model) if recipe.attention_weighted else {})
     return groups, skipped
 
 
 def _examine(node: ir.Node, ranks: Ranks) -> Linear | Skipped:
-    """The site `node` is, or why it is none."""
+    """Returns the linear that a node is, or the reason why it is none."""
     left, right = (resolve(v) for v in node.inputs[:2])
     if node.op_type.startswith("Fused"):
         return _skip(node, f"{node.op_type} is not supported: export the model without runtime optimizations")
@@ -282,7 +302,7 @@ def _examine(node: ir.Node, ranks: Ranks) -> Linear | Skipped:
 
 
 def _computed(node: ir.Node, left: Constant | None) -> str:
-    """Why a product whose right factor is not constant is skipped."""
+    """Returns the reason why a product whose right factor is not constant is skipped."""
     if left is not None:
         return "the constant is the left factor"
     producer = node.inputs[1].producer() if node.inputs[1] is not None else None
@@ -292,7 +312,7 @@ def _computed(node: ir.Node, left: Constant | None) -> str:
 
 
 def _unfit(node: ir.Node, weight: Constant, ranks: Ranks) -> str:
-    """Why a product with a constant right factor cannot be quantized, or nothing."""
+    """Returns the reason why a product with a constant right factor cannot be quantized, "" if it can."""
     if weight.overridable:
         return "the weight is also a graph input, which a caller may override: remove it from the inputs"
     if resolve(node.inputs[0]) is not None:
@@ -320,7 +340,11 @@ def _skip(node: ir.Node, reason: str) -> Skipped:
 
 
 def _group(chosen: Sequence[tuple[Linear, Spec]], attention: Mapping[ir.Node, str]) -> list[LinearGroup]:
-    """Joins sites that read the same value, its tokens weighted alike, or the same weight; of one spec, in order."""
+    """Joins linears of one spec into groups, in graph order.
+
+    Two linears are in one group if they read the same activation with its tokens weighted alike, or the same weight.
+    The relation is transitive, so the groups are the components of a graph, found by union-find.
+    """
     leaders: dict[int, int] = {}
 
     def leader(i: int) -> int:
@@ -340,11 +364,12 @@ def _group(chosen: Sequence[tuple[Linear, Spec]], attention: Mapping[ir.Node, st
     groups: dict[int, list[Linear]] = {}
     for i, (linear, _) in enumerate(chosen):
         groups.setdefault(leader(i), []).append(linear)
-    return [_tap(tuple(linears), chosen[i][1], attention) for i, linears in groups.items()]
+    return [_linear_group(tuple(linears), chosen[i][1], attention) for i, linears in groups.items()]
 
 
-def _tap(linears: tuple[Linear, ...], spec: Spec, attention: Mapping[ir.Node, str]) -> LinearGroup:
-    sources = {v.name or "": attention.get(s.node, "") for s in linears if (v := s.node.inputs[0]) is not None}
+def _linear_group(linears: tuple[Linear, ...], spec: Spec, attention: Mapping[ir.Node, str]) -> LinearGroup:
+    reads = [(linear.node, value) for linear in linears if (value := linear.node.inputs[0]) is not None]
+    sources = {value.name or "": attention.get(node, "") for node, value in reads}
     values = tuple(sources)
     n = sum({linear.key(): linear.n for linear in linears}.values())
     size = sum({linear.root: linear.constant().tensor.nbytes for linear in linears}.values())
@@ -362,7 +387,10 @@ def _float(node: ir.Node, name: str, default: float) -> float:
 
 
 def _is_finite(array: np.ndarray) -> bool:
-    """Whether every number of a matrix is, from the bits of its exponents: no type is widened, no matrix copied."""
+    """Tells whether every number of a matrix is finite, from the bits of the exponents.
+
+    That needs no copy of the matrix in another type.
+    """
     rows = array if array.flags.c_contiguous else array.T
     bits = rows.view(np.dtype(f"u{array.dtype.itemsize}"))
     mask = bits.dtype.type(_EXPONENTS[array.dtype.name])

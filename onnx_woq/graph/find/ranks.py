@@ -1,4 +1,4 @@
-"""Ranks of values, inferred only when a question needs them."""
+"""Ranks (numbers of dimensions) of values, inferred only when somebody asks for one that the file does not say."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 class Ranks:
-    """How many dimensions values have: from the file where it says so, else by ONNX shape inference, run once."""
+    """The ranks of a model's values: from the file where it says so, else by ONNX shape inference, run once."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
 
     def of(self, value: ir.Value | None) -> int | None:
-        """The rank of `value`, None when it cannot be known."""
+        """Returns the rank of `value`, None if it cannot be known."""
         if value is None:
             return None
         if value.shape is not None:
@@ -31,7 +31,7 @@ class Ranks:
     def _inferred(self) -> dict[str, int]:
         try:
             inferred = onnx.shape_inference.infer_shapes(structure(self._model))
-        except Exception as error:  # it raises many kinds for operators it dislikes; ranks only widen what we accept
+        except Exception as error:  # of many types, for operators it does not know; ranks only add to what is quantized
             logger.info("shape inference failed: %s", error)
             return {}
         ranks: dict[str, int] = {}

@@ -1,14 +1,14 @@
-"""Where a model's external data lies, and which of it may be read.
+"""External data: finding the files that a model keeps its tensors in, and refusing those that are unsafe to read.
 
-A model names its data files itself, so a hostile one could name any file on the machine and have it copied into the
-result. The rule: a data file is read only when its real path lies under the folder the model file really lies in.
-The user's own choice is honoured by following links from the path they named, never from one the model names:
+A model names its data files itself, so a hostile model could name any file on the machine and have it copied into the
+result. The rule: a data file is read only if its real path lies under the folder that the real .onnx file lies in.
+Links are followed from the path that the user named, never from a path that the model names:
 
 * the Hugging Face cache: `snapshots/x/model.onnx` and `snapshots/x/model.onnx_data` are links into one `blobs/` folder.
   The .onnx the user named is a link, its real folder is `blobs/`, and the data file's real path lies there too;
 * a link to a model elsewhere: data missing beside the link is looked for beside the link's target;
-* hard links (`cp -al`, deduplicated stores) show no target to check, and an archive can contain them, so a data file
-  with several names is read only when the .onnx is linked in the same way and the data lies directly beside it.
+* hard links (`cp -al`, deduplicated stores) show no target to check, and an archive can contain them. A data file with
+  several names is therefore read only if the .onnx is linked in the same way and the data lies directly beside it.
 """
 
 from __future__ import annotations
@@ -25,24 +25,27 @@ from onnx_woq.errors import ModelError
 
 
 class LinkedTensor(ir.ExternalTensor):
-    """An external tensor in a hard-linked file that `data_file` has accepted; onnx_ir alone would refuse it."""
+    """An external tensor in a hard-linked file that `find_data_file` has accepted; onnx_ir alone would refuse it."""
 
     __slots__ = ()
 
     def _check_path_containment(self) -> None:
-        """Nothing: checked when the model was loaded. If onnx_ir renames its check, reading is refused again."""
+        """Does nothing: the file was checked when the model was loaded.
+
+        If onnx_ir renames its check, reading is refused again: the safe side.
+        """
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file that tensors lie in.
+    """A file that holds tensors: the .onnx file itself, or a data file.
 
     Attributes:
-        path: real, below `folder`.
-        folder: of the model.
-        location: of the file in it, as models write it.
-        size: in bytes.
-        linked: it has several names on disk.
+        path: its real path, below `folder`.
+        folder: the folder of the model.
+        location: its path relative to `folder`, as models write it.
+        size: its length in bytes.
+        linked: whether it has several names on disk (hard links).
     """
 
     path: Path
@@ -52,17 +55,17 @@ class Source:
     linked: bool
 
 
-def source(path: Path, folder: Path) -> Source:
-    """What there is to know of the file `path`, the model file itself or one that `data_file` accepted."""
+def describe_source(path: Path, folder: Path) -> Source:
+    """Returns the `Source` of `path`: the model file itself, or a file that `find_data_file` accepted."""
     status = path.stat()
     return Source(path, folder, path.relative_to(folder).as_posix(), status.st_size, status.st_nlink > 1)
 
 
 def real_path(named: Path) -> Path:
-    """The real path of the model file the user named.
+    """Returns the real path of the model file that the user named.
 
     Raises:
-        ModelError: nothing is there, or a folder, or something that is not a file.
+        ModelError: nothing is there, or a folder, or something else that is not a regular file.
     """
     try:
         real = named.resolve(strict=True)
@@ -79,13 +82,13 @@ def real_path(named: Path) -> Path:
     return real
 
 
-def data_file(location: str, named: Path, real: Path) -> Path:
-    """The real path of the data file a model calls `location`, below `real.parent`.
+def find_data_file(location: str, named: Path, real: Path) -> Path:
+    """Returns the real path, below `real.parent`, of the data file that a model calls `location`.
 
     Args:
-        location: as the model writes it.
-        named: the .onnx path the user gave.
-        real: what it resolves to.
+        location: the relative path that the model writes.
+        named: the path of the .onnx file as the user gave it.
+        real: the real path of the .onnx file, see `real_path`.
 
     Raises:
         ModelError: the file is missing, or may not be read under the rule at the top of this file.
@@ -121,15 +124,15 @@ def data_file(location: str, named: Path, real: Path) -> Path:
 
 
 def _linked_alike(location: str, named: Path, real: Path) -> bool:
-    """Whether a hard-linked data file is what the user pointed at: their .onnx is a link as well, and beside it."""
+    """Tells whether a hard-linked data file lies directly beside an .onnx file that is a link as well."""
     return (named.is_symlink() or real.stat().st_nlink > 1) and location == os.path.basename(location)
 
 
-def placed(tensor: ir.ExternalTensor, source: Source) -> ir.ExternalTensor:
-    """`tensor` with its data in the file `source`, once its place in that file is checked.
+def place_tensor(tensor: ir.ExternalTensor, source: Source) -> ir.ExternalTensor:
+    """Returns `tensor` as one whose data lies in the file `source`, at the offset that the model says.
 
     Raises:
-        ModelError: the file is too short, or the sizes contradict each other.
+        ModelError: the file is too short, or offset, length and dimensions contradict each other.
     """
     dims = tensor.shape.numpy()
     try:

@@ -1,4 +1,4 @@
-"""The model file that a path names."""
+"""The search for the .onnx file that a path names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from onnx_woq.errors import ModelError
 
 
 def find_model(path: str | Path) -> Path:
-    """The .onnx file that `path` names: the file itself, or the only (or `model.onnx`) one in a folder.
+    """Returns the .onnx file that `path` names: a path that is no folder itself, else the file in the folder.
+
+    In a folder that is `model.onnx`, or else its only .onnx file. Whether a file exists is not checked.
 
     Raises:
-        ModelError: nothing there, or several candidates.
+        ModelError: the folder holds no .onnx file, or several without a `model.onnx`.
     """
     path = Path(path)
     if not path.is_dir():

@@ -1,4 +1,8 @@
-"""Load a model with its weights left on disk, copy its structure, hand it to a session."""
+"""A model in memory: loading it with its weights left on disk, copying its structure, handing it to a session.
+
+The *structure* of a model is everything but its large tensors (see `graph.edit.LARGE`). It is held in memory; the
+large tensors stay in their files until somebody reads them.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +23,28 @@ from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
 from onnx_woq.graph.io import external_data as files
 from onnx_woq.graph.io import wire
-from onnx_woq.graph.io.proto import copied, from_proto, to_proto
+from onnx_woq.graph.io.proto import copy_structure, from_proto, to_proto
 
 logger = logging.getLogger(__name__)
 
 OPSETS = range(13, 26)
-MEMORY = "in memory"  # where `serialize` says that the tensors of `memory_tensors` lie
+"""Versions of the ONNX operators that a model may use."""
 
-_READ_CLOSELY = {"MatMul", "Gemm", "Cast", "Transpose", "Identity"}  # their inputs and attributes are relied upon
+MEMORY = "in memory"
+"""The file name that `serialize` writes as the place of the tensors that `memory_tensors` holds."""
+
+
+_READ_CLOSELY = {"MatMul", "Gemm", "Cast", "Transpose", "Identity"}  # this package relies on their inputs being there
 
 
 @dataclass
 class Model:
-    """A model in memory, its large tensors in files.
+    """A model whose structure is in memory and whose large tensors are in files.
 
     Attributes:
         ir: the graph. External tensors have locations relative to `path.parent`.
         path: the real path of the .onnx file.
-        files: real paths of every file the weights are read from, `path` first.
+        files: the real paths of all files that the weights are read from, `path` first.
     """
 
     ir: ir.Model
@@ -46,13 +54,17 @@ class Model:
 
 @no_garbage_search()
 def load(path: str | Path) -> Model:
-    """Loads the structure of `path`; its large weights stay on disk and are read when asked for.
+    """Loads the structure of the model at `path`; large weights stay on disk and are read when asked for.
 
-    Value names are made unique over all subgraphs (inputs and outputs of the model keep theirs), and functions that
-    contain a MatMul or Gemm are inlined.
+    On the way the model is brought into a form that the rest of the package relies on:
+
+    * value names are unique over the graph and all its bodies; the main graph keeps its own;
+    * functions that contain a MatMul or Gemm are inlined;
+    * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
+    * every node stands behind the nodes it reads.
 
     Raises:
-        ModelError: the file cannot be used; the message says what to do.
+        ModelError: the file cannot be used: not ONNX, truncated, data missing or unsafe, opset outside of `OPSETS`.
     """
     named = Path(path)
     real = files.real_path(named)
@@ -61,17 +73,17 @@ def load(path: str | Path) -> Model:
     _check_nodes(named, proto)
     model = Model(_to_ir(named, proto), real)
     graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
-    lift_constants(graphs, LARGE // 16)  # 16 bytes: the largest element
+    lift_constants(graphs, LARGE // 16)  # 16 bytes is the largest element, so every large tensor is among them
     model.files = _place_tensors(model.ir, graphs, named, real)
-    return finished(model, graphs)
+    return finish(model, graphs)
 
 
-def finished(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
-    """Puts the nodes of a new model in order, makes its value names unique, and moves large tensors to the main graph.
+def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
+    """Brings a new model into the form that `load` describes: nodes in order, unique names, large tensors lifted.
 
     Args:
-        model: changed in place, and returned.
-        graphs: all of it, if they are known.
+        model: the model; it is changed in place and returned.
+        graphs: all its graphs, the main graph first, if the caller has them.
     """
     graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
@@ -82,19 +94,19 @@ def finished(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
 
 @no_garbage_search()
 def clone(model: Model) -> Model:
-    """A copy of the structure to edit freely; the tensors are shared."""
-    copy = copied(model.ir)
+    """Returns a copy of the structure to edit freely; the tensors are shared."""
+    copy = copy_structure(model.ir)
     unshare_names(copy)
     return Model(copy, model.path, model.files)
 
 
 @no_garbage_search()
 def structure(model: Model) -> onnx.ModelProto:
-    """The structure as protobuf for a session or for shape inference, next to no weights in it.
+    """Returns the structure as protobuf, for a session or for shape inference; next to no weights are in it.
 
-    Large tensors on disk are external, at locations relative to `model.path.parent`; large tensors in memory are
-    external at the place `MEMORY`, and `memory_tensors` has them under their names. Those in bodies move to the main
-    graph of `model`.
+    Large tensors are external: those on disk at locations relative to `model.path.parent`, those in memory in a file
+    called `MEMORY` that does not exist; `memory_tensors` has them under their names. Large tensors of bodies move to
+    the main graph of `model`, in place.
     """
     places = {
         name: ir.ExternalTensor(MEMORY, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=name)
@@ -104,20 +116,20 @@ def structure(model: Model) -> onnx.ModelProto:
 
 
 def serialize(model: Model) -> bytes:
-    """`structure` as .onnx bytes."""
+    """Returns the protobuf of `structure` as the bytes of an .onnx file."""
     return structure(model).SerializeToString()
 
 
 def memory_tensors(model: Model) -> dict[str, np.ndarray]:
-    """The arrays to hand to a session beside `serialize(model)`, by initializer name."""
+    """Returns the large tensors that no file has, by name: a session needs them beside `serialize(model)`."""
     return {name: tensor.numpy() for name, tensor in _memory(model)}
 
 
 def model_hash(model: Model) -> str:
-    """A hash of the contents of the .onnx file and of its external data files, whatever they are called.
+    """Returns a hash of the contents of the .onnx file and its data files, whatever the files are called.
 
-    It tells models apart that somebody has, and results that belong to another one: XXH3 of 128 bits does that ten
-    times as fast as a cryptographic hash, and nothing here is secret or signed.
+    It is XXH3 of 128 bits in hexadecimal digits. That is ten times as fast as a cryptographic hash, and telling apart
+    the models that a user has needs no protection against forgery.
 
     Raises:
         ModelError: a file cannot be read any more.
@@ -128,7 +140,7 @@ def model_hash(model: Model) -> str:
         for file in model.files:
             with file.open("rb", buffering=0) as stream:
                 size = os.fstat(stream.fileno()).st_size
-                digest.update(size.to_bytes(8, "little"))  # a byte moved from one file to the next is a difference
+                digest.update(size.to_bytes(8, "little"))  # shows bytes moved to the next file
                 while count := stream.readinto(buffer):
                     digest.update(buffer[:count])
     except OSError as error:
@@ -137,12 +149,12 @@ def model_hash(model: Model) -> str:
 
 
 def file_bytes(model: Model) -> int:
-    """Bytes of the .onnx file and its data files on disk."""
+    """Returns the size in bytes of the .onnx file and its data files."""
     return sum(file.stat().st_size for file in model.files)
 
 
 def _read(named: Path, real: Path) -> onnx.ModelProto:
-    """The structure of a file that is an ONNX model, or a ModelError that says what it is instead."""
+    """Returns the structure in a file, or raises a ModelError that says what the file is instead of a model."""
     with real.open("rb") as stream:
         head = stream.read(64)
     if head.startswith(b"version https://git-lfs"):
@@ -176,7 +188,7 @@ def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
 
 
 def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
-    """Refuses nodes without the inputs and attributes that the rest of this package takes for granted."""
+    """Raises a ModelError for a node without the inputs and attributes that this package takes for granted."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
     pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
@@ -216,7 +228,7 @@ def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
 
 
 def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
-    """The functions that contain a MatMul or Gemm, directly or through functions they call."""
+    """Returns the functions that contain a MatMul or Gemm, directly or through functions they call."""
     heavy: set[ir.OperatorIdentifier] = set()
     while True:
         more = {
@@ -230,14 +242,14 @@ def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
 
 
 def _place_tensors(model: ir.Model, graphs: Iterable[ir.Graph], named: Path, real: Path) -> tuple[Path, ...]:
-    """Checks every external tensor and points it at its real file; returns the files, `real` first."""
-    sources: dict[str, files.Source] = {real.name: files.source(real, real.parent)}
+    """Checks every external tensor and points it to its real file; returns the files, `real` first."""
+    sources: dict[str, files.Source] = {real.name: files.describe_source(real, real.parent)}
 
     def place(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         location = str(tensor.location)
         if location not in sources:
-            sources[location] = files.source(files.data_file(location, named, real), real.parent)
-        return files.placed(tensor, sources[location])
+            sources[location] = files.describe_source(files.find_data_file(location, named, real), real.parent)
+        return files.place_tensor(tensor, sources[location])
 
     for graph in graphs:
         for value in graph.initializers.values():
@@ -254,7 +266,7 @@ def _place_tensors(model: ir.Model, graphs: Iterable[ir.Graph], named: Path, rea
 
 
 def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.ExternalTensor]) -> None:
-    """Reads tensors that are attributes: only initializers may be external in every runtime version."""
+    """Reads the tensors in attributes of a node: only initializers may be external in every version of ONNX Runtime."""
     for name, attribute in list(node.attributes.items()):
         if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
             loaded = ir.Tensor(place(attribute.value).numpy().copy(), name=attribute.value.name)
@@ -262,9 +274,13 @@ def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.Exte
 
 
 def _unpacked(named: Path, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
-    """A tensor of the structure; a large one (stored as a list of numbers) as one array, which sessions may point at.
+    """Returns `tensor`, or if it is large a copy as one array, which sessions may read in place.
 
-    Refuses a tensor whose data is missing before anything allocates what its dimensions claim.
+    A large tensor that is not external is stored as a list of numbers. One whose data is missing is refused before
+    anything allocates what its dimensions claim.
+
+    Raises:
+        ModelError: the tensor has no type or no data, or cannot be read.
     """
     proto = getattr(tensor, "raw", None)
     if tensor.dtype == ir.DataType.UNDEFINED:
@@ -280,7 +296,7 @@ def _unpacked(named: Path, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
 
 
 def _sort(graph: ir.Graph) -> None:
-    """Puts nodes behind the nodes they read, where an exporter did not."""
+    """Sorts the nodes of a graph behind the nodes they read, unless they are in such an order."""
     seen: set[ir.Node | None] = {None}
     for node in graph:
         if not all(v is None or v.producer() in seen or v.graph is not graph for v in node.inputs):
@@ -290,9 +306,9 @@ def _sort(graph: ir.Graph) -> None:
 
 
 def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
-    """Gives values in subgraphs names that no other value has, and returns all names."""
+    """Renames values of bodies so that every value of the model has a name of its own; returns all names."""
     used: set[str] = set()
-    counts: dict[str, int] = {}  # of the values that wanted a name: bodies by the hundred may all have the same ones
+    counts: dict[str, int] = {}  # last number tried for a name: hundreds of bodies may all have the same ones
     for graph in graphs:  # the main graph comes first, and keeps its names
         values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
         for value in dict.fromkeys(values):
@@ -310,7 +326,7 @@ def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
 
 
 def _memory(model: Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
-    """Large tensors that no file has, by name; those in bodies have then moved to the main graph."""
+    """Yields the large tensors that no file has, with their names; those of bodies move to the main graph first."""
     lift_large(model.ir)
     for name, value in model.ir.graph.initializers.items():
         tensor = value.const_value

@@ -1,4 +1,4 @@
-"""Write a model: streamed, both files or none, and never over what is being read."""
+"""Saving a model as an .onnx file and one data file: streamed, both files or none, never over the model being read."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from onnx_woq.graph.edit import is_large, lift_large
 from onnx_woq.graph.io.model import Model
 from onnx_woq.graph.io.proto import to_proto
 
-_PAGE = 4096  # bytes; big tensors start on a page so that every runtime can map them
-_LINE = 64  # bytes; small ones on a cache line, so that no float is misaligned
+_PAGE = 4096  # bytes; big tensors start on a page, so that every runtime can map them
+_LINE = 64  # bytes; the others start on a cache line, so that no float is misaligned
 
 
 def data_path(out: Path) -> Path:
-    """The external data file that belongs to the model file `out`."""
+    """Returns the path of the data file that `save` writes for the model file `out`: `<out>.data`."""
     return out.with_name(out.name + ".data")
 
 
 def check_output(model: Model, out: str | Path) -> Path:
-    """`out` as a path, if the model may be written there. Worth asking before hours of work.
+    """Returns `out` as a path if the model may be written there, to be asked before hours of work.
 
     Raises:
-        OutputError: `out` is the model being read or one of its data files, a folder, or in a folder that is missing
-            or not writable.
+        OutputError: `out` is a folder, lies in a folder that is missing or not writable, or is a file of the model
+            being read.
     """
     out = Path(out)
     if out.is_dir():
@@ -54,12 +54,12 @@ def check_output(model: Model, out: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Stored:
-    """Tensors that lie in a data file already, which becomes that of the result.
+    """A data file that already holds some tensors of the result and becomes its data file.
 
     Attributes:
-        folder: private, on the disk of the result; holds the file under the name `data_path` gives it.
-        places: `id` of an array in the model -> its offset in the file; the arrays are kept alive elsewhere.
-        end: bytes of the file that count.
+        folder: a private folder on the disk of the result; it holds the file under the name that `data_path` gives.
+        places: `id` of an array in the model -> its offset in the file, in bytes. The caller keeps the arrays alive.
+        end: number of bytes that are valid; what lies behind them is dropped.
     """
 
     folder: Path
@@ -69,23 +69,24 @@ class Stored:
 
 @no_garbage_search()
 def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: Stored | None = None) -> list[Path]:
-    """Writes the model to `out`, its large tensors to one file `<out>.data` beside it.
+    """Writes the model to `out` and its large tensors to one file `<out>.data` beside it.
 
     Both files are written under temporary names in the same folder and then renamed, so a failure or an interrupt
-    leaves the folder as it was. Tensors pass one at a time; those on disk are copied from file to file. A data file
-    that is there already is completed and renamed; only if the model no longer uses all of it, it is written anew.
+    leaves the folder as it was. Tensors pass through memory one at a time. With `stored`, the data file is completed
+    and renamed; only if the model no longer uses all of it, it is written anew.
 
     Args:
-        model: left as it is, but for large constants of bodies, which move to the main graph.
+        model: stays as it is, except that large constants of bodies move to the main graph.
         out: the .onnx file; an existing one is replaced.
-        metadata: added to the model's own.
-        stored: the tensors that need not be written any more. Its folder is left to the caller.
+        metadata: properties to add to the model's own.
+        stored: a data file with tensors that need not be written any more. The caller removes its folder.
 
     Returns:
         The files written, `out` first.
 
     Raises:
-        OutputError: it cannot be written there; a DiskError where the disk is full or fails.
+        OutputError: the model cannot be written there.
+        DiskError: the disk is full or fails.
     """
     out = check_output(model, out)
     lift_large(model.ir)
@@ -107,9 +108,10 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: 
 
 @no_garbage_search()
 def planned_bytes(model: Model, out: str | Path, *, metadata: Mapping[str, str]) -> int:
-    """About the bytes of the files that `save` would write with these arguments; tensors need no content for that.
+    """Returns about how many bytes the files that `save` writes with these arguments will have.
 
-    The data of tensors that are stored before the rest is padded a little differently.
+    Only shapes and types count, so the tensors need no content. With `stored`, the true size differs a little, as the
+    padding between tensors depends on their order.
 
     Raises:
         OutputError: the graph is too large to save.
@@ -122,7 +124,7 @@ def planned_bytes(model: Model, out: str | Path, *, metadata: Mapping[str, str])
 
 
 def next_place(end: int, nbytes: int) -> int:
-    """Where a tensor of `nbytes` bytes starts in a data file that is `end` bytes long."""
+    """Returns the offset at which a tensor of `nbytes` bytes is appended to a data file of `end` bytes."""
     step = _PAGE if nbytes >= 64 * _PAGE else _LINE
     return -(-end // step) * step
 
@@ -135,7 +137,7 @@ def _same(a: Path, b: Path) -> bool:
 
 
 def _min_ir_version(model: ir.Model) -> int:
-    """The oldest IR version that may carry these opsets."""
+    """Returns the oldest IR version that may carry the opsets of the model."""
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in model.opset_imports.items()]
     return onnx.helper.find_min_ir_version_for(imports, ignore_unknown=True)
 
@@ -145,15 +147,30 @@ _IN_MEMORY = (ir.Tensor, ir.PackedTensor)
 
 @dataclass(frozen=True)
 class _Layout:
-    """What goes into a data file: `new` tensors at their offsets, behind the first `keep` bytes of what is there."""
+    """The contents of a data file.
+
+    Attributes:
+        new: offset in bytes and tensor, for every tensor still to be written, in order.
+        keep: length in bytes of what is in the file already and stays.
+    """
 
     new: list[tuple[int, ir.TensorProtocol]]
     keep: int
 
 
 def _move_out(model: ir.Model, location: str, stored: Stored | None) -> tuple[dict[str, ir.TensorProtocol], _Layout]:
-    """What the initializers of the main graph are in the written model: large ones lie in the file `location`, small
-    ones in the structure; and what has to be written to that file."""
+    """Plans where initializers go: large ones of the main graph into the data file, all others into the structure.
+
+    Small external tensors of bodies are read into memory, in place.
+
+    Args:
+        model: the model, large constants of bodies lifted to the main graph.
+        location: name of the data file.
+        stored: the data file that already holds some of the tensors.
+
+    Returns:
+        By name, the tensors to write for initializers of the main graph instead of their own; and the data file.
+    """
     outside: dict[object, ir.TensorProtocol] = {}
     written: dict[str, ir.TensorProtocol] = {}
     for graph in model.graphs():
@@ -177,7 +194,10 @@ def _move_out(model: ir.Model, location: str, stored: Stored | None) -> tuple[di
 
 
 def _laid_out(tensors: Mapping[object, ir.TensorProtocol], stored: Stored | None) -> tuple[dict[object, int], _Layout]:
-    """The offset of each tensor: where it is stored, if all that is stored is used; else one after the other."""
+    """Returns the offset of each tensor in the data file, and the contents of the file.
+
+    Stored tensors keep their place if the model uses all of them. Otherwise the file is laid out anew.
+    """
     places = stored.places if stored else {}
     offsets = {
         key: places[id(t.raw)] for key, t in tensors.items() if isinstance(t, _IN_MEMORY) and id(t.raw) in places
@@ -195,7 +215,7 @@ def _laid_out(tensors: Mapping[object, ir.TensorProtocol], stored: Stored | None
 
 
 def _identity(tensor: ir.TensorProtocol) -> object:
-    """Equal for tensors that are the same bytes read as the same type, which are then written once."""
+    """Returns a key that is equal for tensors of the same bytes read as the same type: they are written once."""
     if isinstance(tensor, ir.ExternalTensor):
         return (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
     if isinstance(tensor, _IN_MEMORY):
@@ -204,7 +224,7 @@ def _identity(tensor: ir.TensorProtocol) -> object:
 
 
 def _write_data(layout: _Layout, path: Path, out: Path) -> None:
-    """Writes each new tensor at its offset, after asking whether the disk has room for all."""
+    """Writes the new tensors at their offsets; raises a DiskError first if the disk has no room for all."""
     if not layout.new and not layout.keep:
         path.unlink(missing_ok=True)
         return
@@ -227,7 +247,7 @@ def _write(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
         else:
             file.write(tensor.tobytes())
     except OSError as error:
-        if error.errno is None:  # numpy, which says how much was written and not why no more
+        if error.errno is None:  # from NumPy, which says how much was written but not why it stopped
             raise OSError(errno.ENOSPC, str(error)) from error
         raise
 
@@ -242,7 +262,7 @@ def _serialized(
 
 
 def _swap_in(new: Path, data: Path, out: Path) -> list[Path]:
-    """Renames the new files over the old ones; if anything stops it half way, everything is put back."""
+    """Renames the new files over the old ones; puts everything back if it is stopped half way."""
     pairs = [(data, data_path(out)), (new, out)]  # the .onnx last: it names the other
     backup = new.with_name("old.data")
     undo: list[tuple[Path, Path]] = []
@@ -265,7 +285,7 @@ def _swap_in(new: Path, data: Path, out: Path) -> list[Path]:
 
 
 def failure(error: OSError, out: Path) -> OutputError:
-    """What the system says while `out` is written, as an error that says why it cannot be and what to do."""
+    """Returns the OutputError for what the system reported while `out` was written: the reason, and what to do."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(
             f"{out} cannot be written, the disk is full or the file too large for it: make room or use another disk"

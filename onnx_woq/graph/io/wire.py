@@ -1,8 +1,8 @@
-"""Read an .onnx file's structure without its weights: the big tensors stay in the file and become external references.
+"""Reading the structure of an .onnx file without its weights, by walking the protobuf wire format.
 
 A model saved in one piece carries its weights inside the protobuf. Parsing it whole costs two copies of them before the
-first node is seen; walking the wire format costs a few kilobytes, and every large tensor then lives on disk, as if it
-had been saved beside the model (https://protobuf.dev/programming-guides/encoding/).
+first node is seen. Walking the wire format (https://protobuf.dev/programming-guides/encoding/) costs a few kilobytes:
+every large tensor becomes a reference to its place in the file, as if it had been saved beside the model.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import onnx
 
 from onnx_woq.graph.edit import LARGE
 
-# The messages on the way to tensors, by (message, field number) of onnx.proto. "constant" is a node known to be a
-# Constant: tensors in attributes of other operators may not be external.
+# (message, field number) of onnx.proto -> the message in that field, for all messages on the way to a tensor.
+# "constant" is a node known to be a Constant: tensors in attributes of other operators may not be external.
 _CHILDREN = {
     ("model", 7): "graph",
     ("graph", 1): "node",
@@ -32,14 +32,14 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 
 
 class WireError(ValueError):
-    """The bytes are not a protobuf message, or end too early."""
+    """Bytes that are not a protobuf message, or end too early."""
 
 
 def read_structure(path: Path) -> onnx.ModelProto:
-    """The model in `path`, its large raw tensors replaced by references to their place in `path` itself.
+    """Returns the model in `path`, its large raw tensors replaced by references to their place in `path` itself.
 
     Raises:
-        WireError: not a protobuf message, or a truncated one.
+        WireError: the file is not a protobuf message, or is truncated.
         OSError: the file cannot be read.
     """
     proto = onnx.ModelProto()
@@ -55,7 +55,10 @@ def read_structure(path: Path) -> onnx.ModelProto:
 
 
 class _Bytes:
-    """Random access to a file through one small window: a memory map would count every page it passes as memory."""
+    """Random access to a file through a buffer of `WINDOW` bytes.
+
+    A memory map would count every page it passes as memory of the process.
+    """
 
     WINDOW = 1 << 16
 
@@ -65,13 +68,13 @@ class _Bytes:
         self.window = b""
 
     def byte(self, at: int) -> int:
-        """The byte at `at`."""
+        """Returns the byte at offset `at`."""
         if not 0 <= at - self.start < len(self.window):
             self.start, self.window = at, self.read(at, at + self.WINDOW)
         return self.window[at - self.start]
 
     def read(self, start: int, end: int) -> bytes:
-        """The bytes from `start` to `end`."""
+        """Returns the bytes from offset `start` up to `end`."""
         if self.start <= start and end <= self.start + len(self.window):
             return self.window[start - self.start : end - self.start]
         self.file.seek(start)
@@ -79,7 +82,7 @@ class _Bytes:
 
 
 def _varint(data: _Bytes, at: int, end: int) -> tuple[int, int]:
-    """The number encoded at `at`, and the place after it."""
+    """Returns the number encoded at offset `at`, and the offset behind it."""
     value = shift = 0
     while at < end and shift < 64:
         byte = data.byte(at)
@@ -92,7 +95,7 @@ def _varint(data: _Bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def _fields(data: _Bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-    """Every field in `at:end`: its number, where its tag starts, where its value starts, where it ends."""
+    """Yields each field in `at:end`: its number, and the offsets of its tag, of its value and of its end."""
     while at < end:
         start = at
         tag, at = _varint(data, at, end)
@@ -113,7 +116,7 @@ def _fields(data: _Bytes, at: int, end: int) -> Iterator[tuple[int, int, int, in
 
 
 def _strip(data: _Bytes, start: int, end: int, message: str, location: str) -> bytes:
-    """The message in `start:end` without the large raw tensors under it."""
+    """Returns the message in `start:end` with references in place of the large raw tensors under it."""
     fields = list(_fields(data, start, end))
     if message == "node" and b"Constant" in [data.read(a, b) for number, _, a, b in fields if number == _NODE_OP_TYPE]:
         message = "constant"
@@ -134,14 +137,14 @@ def _strip_tensor(data: _Bytes, fields: list[tuple[int, int, int, int]], locatio
     raw = next(((start, end) for number, _, start, end in fields if number == _RAW_DATA), (0, 0))
     if raw[1] - raw[0] <= LARGE:
         return b"".join(data.read(tag, end) for _, tag, _, end in fields)
-    # A tensor with its data at hand may still say, in so many words, that it has it: later fields win.
+    # A tensor may say explicitly that its data is inside. That field is dropped, or it would contradict the reference.
     dropped = (_RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION)
     kept = [data.read(tag, end) for number, tag, _, end in fields if number not in dropped]
     return b"".join(kept) + _reference(location, raw[0], raw[1] - raw[0])
 
 
 def _reference(location: str, offset: int, length: int) -> bytes:
-    """The fields of a TensorProto that say its data lies in the file `location`."""
+    """Returns the fields of a TensorProto that say its data lies in the file `location`; offset and length in bytes."""
     tensor = onnx.TensorProto(data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)

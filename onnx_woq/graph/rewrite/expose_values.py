@@ -1,10 +1,10 @@
-"""Make inner values outputs of a copy of the model, also those inside If, Loop and Scan bodies.
+"""Inner values of a model as outputs, those inside the bodies of If, Loop and Scan nodes included.
 
-What leaves a body is flattened to `[tokens, K]`, so that every way out has one shape to agree on:
+A value that leaves a body is flattened to `[tokens, K]`, so that it has one form on every way out:
 
 * If: the branch that does not compute the value yields an empty `[0, K]`;
 * Loop: a state variable starts empty and every iteration appends its tokens, so iterations may differ in length;
-* Scan: a scan output, since a Scan's state may not grow; its iterations have equal length by definition.
+* Scan: a scan output stacks the iterations, as the state of a Scan may not grow; they have equal length by definition.
 """
 
 from __future__ import annotations
@@ -15,36 +15,39 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.edit import add_initializer, add_node, fresh, graph_of
+from onnx_woq.graph.edit import add_initializer, add_node, fresh_name, graph_of
 from onnx_woq.graph.find.constants import resolve
+from onnx_woq.graph.find.dependencies import bodies
 from onnx_woq.graph.find.quantized import low_bit_dtype, low_bit_shape
 from onnx_woq.graph.io.model import Model, clone
 
 
 def expose(model: Model, value_names: Iterable[str]) -> tuple[Model, dict[str, str]]:
-    """A copy of `model` that also outputs the named values.
+    """Returns a copy of `model` that also outputs the named values.
 
     Args:
-        model: left as it is.
-        value_names: of the main graph (output as they are) or of bodies (output as `[tokens, K]`).
+        model: stays as it is.
+        value_names: names of values of the main graph, which are output as they are, or of values of bodies, which are
+            output as `[tokens, K]`.
 
     Returns:
-        The copy, and the output name of each value.
+        The copy, and value name -> name of the output.
 
     Raises:
-        ModelError: a value does not exist, or its body is of an operator it cannot leave.
+        ModelError: a value does not exist, its body belongs to an operator other than If, Loop and Scan, or its last
+            dimension is not known.
     """
     copy = clone(model)
     main = copy.ir.graph
     values = _values(copy)
-    owners = {body: node for node in main.all_nodes() for body in _bodies(node)}
+    owner_of = {body: node for node in main.all_nodes() for body in bodies(node)}
     outputs = {}
     for name in dict.fromkeys(value_names):
         if name not in values:
             raise ModelError(f"the model has no value called {name!r}")
         value = values[name]
         if value.graph is not main:
-            value = _leave(value, owners)
+            value = _take_out(value, owner_of)
             values = _values(copy)  # the outputs of the operators it left may have moved
         if value.is_graph_input() or value.is_initializer():
             value = add_node("Identity", [value], f"{name}_copy", end_of=main)
@@ -62,74 +65,76 @@ def _values(model: Model) -> dict[str, ir.Value]:
     return values
 
 
-def _bodies(node: ir.Node) -> list[ir.Graph]:
-    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
-
-
-def _leave(value: ir.Value, owners: dict[ir.Graph, ir.Node]) -> ir.Value:
-    """The tokens of a value inside a body as a value of the main graph, `[tokens, K]`."""
+def _take_out(value: ir.Value, owner_of: dict[ir.Graph, ir.Node]) -> ir.Value:
+    """Takes a value out of all the bodies it is in; returns it as a value `[tokens, K]` of the main graph."""
     k, dtype = _channels(value)
     flat = value
-    while (body := graph_of(flat)) in owners:
-        node = owners[body]
+    while (body := graph_of(flat)) in owner_of:
+        node = owner_of[body]
         shape = add_initializer(body, f"{value.name}_rows", np.array([-1, k], np.int64))
         flat = add_node("Reshape", [flat, shape], f"{value.name}_tokens", end_of=body)
         flat.type, flat.shape = ir.TensorType(dtype), ir.Shape([None, k])
         nothing = ir.Tensor(np.empty((0, k), dtype.numpy()), dtype=dtype)
         if node.op_type == "If":
-            flat = _leave_if(node, body, flat, nothing)
+            flat = _take_out_of_if(node, body, flat, nothing)
         elif node.op_type == "Loop":
-            flat = _leave_loop(node, body, flat, nothing)
+            flat = _take_out_of_loop(node, body, flat, nothing)
         elif node.op_type == "Scan":
-            flat = _leave_scan(node, body, flat)
+            flat = _take_out_of_scan(node, body, flat)
         else:
             raise ModelError(f"value {value.name!r} is inside a {node.op_type}, which it cannot be taken out of")
         flat.type = ir.TensorType(dtype)
     return flat
 
 
-def _leave_if(node: ir.Node, taken: ir.Graph, flat: ir.Value, nothing: ir.Tensor) -> ir.Value:
-    """Adds an output to an If: `flat` from one branch, nothing from the other."""
+def _take_out_of_if(node: ir.Node, taken: ir.Graph, flat: ir.Value, nothing: ir.Tensor) -> ir.Value:
+    """Adds an output to an If: `flat` from the branch that computes it, the empty `nothing` from the other one."""
     results = []
-    for branch in _bodies(node):
+    for branch in bodies(node):
         other = branch is not taken
         value = add_node("Constant", [], f"{flat.name}_none", end_of=branch, value=nothing) if other else flat
         results.append((branch, value))
-    return _widen(node, results, len(node.outputs))
+    return _add_output(node, results, len(node.outputs))
 
 
-def _leave_loop(node: ir.Node, body: ir.Graph, flat: ir.Value, nothing: ir.Tensor) -> ir.Value:
-    """Adds a state variable to a Loop that collects `flat` over its iterations."""
-    carried = max(0, len(node.inputs) - 2)  # behind the trip count and the condition
+def _take_out_of_loop(node: ir.Node, body: ir.Graph, flat: ir.Value, nothing: ir.Tensor) -> ir.Value:
+    """Adds a state variable to a Loop that collects `flat` over its iterations; returns its final value."""
+    carried = max(0, len(node.inputs) - 2)  # the state variables follow the trip count and the condition
     start = add_node("Constant", [], f"{flat.name}_none", before=node, value=nothing)
     node.resize_inputs(carried + 3)
     node.replace_input_with(carried + 2, start)
-    state = ir.Value(name=fresh(body, f"{flat.name}_so_far"), type=flat.type, shape=flat.shape)
+    state = ir.Value(name=fresh_name(body, f"{flat.name}_so_far"), type=flat.type, shape=flat.shape)
     body.inputs.append(state)
     collected = add_node("Concat", [state, flat], f"{flat.name}_collected", end_of=body, axis=0)
     collected.type, collected.shape = flat.type, flat.shape
-    return _widen(node, [(body, collected)], carried, first=1)
+    return _add_output(node, [(body, collected)], carried, first=1)
 
 
-def _leave_scan(node: ir.Node, body: ir.Graph, flat: ir.Value) -> ir.Value:
-    """Adds a scan output to a Scan: `flat` of every iteration, stacked."""
+def _take_out_of_scan(node: ir.Node, body: ir.Graph, flat: ir.Value) -> ir.Value:
+    """Adds a scan output to a Scan: `flat` of all iterations, stacked."""
     for name in ("scan_output_axes", "scan_output_directions"):
         if name in node.attributes:
             node.attributes[name] = ir.AttrInt64s(name, [*node.attributes[name].as_ints(), 0])
-    return _widen(node, [(body, flat)], len(node.outputs))
+    return _add_output(node, [(body, flat)], len(node.outputs))
 
 
-def _widen(node: ir.Node, results: Sequence[tuple[ir.Graph, ir.Value]], place: int, first: int = 0) -> ir.Value:
-    """Gives `node` another output at `place`, made by `results` in its bodies, whose outputs for it begin at `first`.
+def _add_output(node: ir.Node, results: Sequence[tuple[ir.Graph, ir.Value]], place: int, first: int = 0) -> ir.Value:
+    """Inserts an output at index `place` of `node` and returns it.
 
-    Outputs cannot be moved from one node to another, so when others come behind it the values themselves trade places:
-    the new last output takes over the name and the readers of the one before it, and so on down to `place`.
+    onnx_ir can add outputs only at the end of a node. So the outputs behind `place` move up by one: each hands its
+    name, type and readers to the next one, the last one to the new output.
+
+    Args:
+        node: an If, Loop or Scan.
+        results: each body of the node, with the value in it that makes the output.
+        place: the index of the output.
+        first: the number of outputs of a body that are no outputs of the node, such as the condition of a Loop.
     """
     for body, value in results:
         body.outputs.insert(first + place, value)
     node.resize_outputs(len(node.outputs) + 1)
     outputs = node.outputs
-    outputs[-1].name = fresh(graph_of(node), f"{results[0][1].name}_{node.op_type}")
+    outputs[-1].name = fresh_name(graph_of(node), f"{results[0][1].name}_{node.op_type}")
     for index in range(len(outputs) - 1, place, -1):
         before, after = outputs[index - 1], outputs[index]
         before.replace_all_uses_with(after, replace_graph_outputs=True)
@@ -139,7 +144,7 @@ def _widen(node: ir.Node, results: Sequence[tuple[ir.Graph, ir.Value]], place: i
 
 
 def _channels(value: ir.Value) -> tuple[int, ir.DataType]:
-    """The last dimension and type of an activation: from its shape, or from the weight it is multiplied by."""
+    """Returns the last dimension and the type of an activation: from its shape, else from the weight it multiplies."""
     if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int) and value.dtype is not None:
         return value.shape[-1], value.dtype
     for node, index in value.uses():

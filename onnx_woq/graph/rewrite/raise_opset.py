@@ -1,4 +1,8 @@
-"""Raising the opset of a model by ONNX's version converter, its weights left where they are."""
+"""Conversion of a model to a newer opset by ONNX's version converter; the weights stay where they are.
+
+The *opset* is the version of the ONNX operators that a model is written for. Low-bit types and some operators need a
+newer one than many exporters write.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,19 @@ from onnx import version_converter
 from onnx_ir.passes.common import InlinePass
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.io.model import Model, clone, finished, structure
+from onnx_woq.graph.io.model import Model, clone, finish, structure
 from onnx_woq.graph.io.proto import from_proto
 
-_ASIDE = "onnx_woq.aside"  # a domain where operators wait that the converter does not know: it passes other domains on
-_NOT_CONVERTED = ("GroupNormalization",)  # changed in 21, and the converter leaves it as it was
+_ASIDE = "onnx_woq.aside"  # the domain of operators unknown to the converter, meanwhile: it leaves other domains alone
+_NOT_CONVERTED = ("GroupNormalization",)  # opset 21 changed it, and the converter does not
 
 
 def raise_opset(model: Model, opset: int) -> Model:
-    """Returns a model of a newer opset that computes the same; names of values and nodes stay.
+    """Returns a copy of `model` in a newer opset that computes the same; names of values and nodes stay.
 
     Args:
         model: stays as it is.
-        opset: the version of the ONNX operators that is wanted, newer than that of the model.
+        opset: the opset of the copy, newer than that of the model.
 
     Raises:
         ModelError: the version converter cannot convert the model.
@@ -40,14 +44,14 @@ def raise_opset(model: Model, opset: int) -> Model:
     proto.opset_import.add(domain=_ASIDE, version=1)
     try:
         new = version_converter.convert_version(proto, opset)
-    except Exception as error:  # RuntimeError, ConvertError, IndexError: the converter has no base for them
+    except Exception as error:  # RuntimeError, ConvertError, IndexError: they have no common base
         raise _refused(model, opset, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     for node in _nodes(new.graph):
         if node.domain == _ASIDE:
             node.domain = ""
         node.metadata_props.extend(props.get(node.output[0] if node.output else "", []))
     for graph in _graphs(new.graph):
-        del graph.value_info[:]  # inferred by the converter
+        del graph.value_info[:]  # the converter inferred these
     for index in reversed([i for i, one in enumerate(new.opset_import) if one.domain == _ASIDE]):
         del new.opset_import[index]
     raised = from_proto(new)
@@ -55,7 +59,7 @@ def raise_opset(model: Model, opset: int) -> Model:
         raised.graph.initializers[name].const_value = value.const_value
     oldest = onnx.helper.find_min_ir_version_for(list(new.opset_import), ignore_unknown=True)
     raised.ir_version = max(model.ir.ir_version, oldest)
-    return finished(Model(raised, model.path, model.files))
+    return finish(Model(raised, model.path, model.files))
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
@@ -72,6 +76,6 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 def _refused(model: Model, opset: int, reason: str) -> ModelError:
     return ModelError(
-        f"{model.path} cannot be raised to opset {opset}, which its codes need ({reason}): export it with opset {opset}, "
-        "or choose --target matmulnbits"
+        f"{model.path} cannot be raised to opset {opset}, which its codes need ({reason}): "
+        f"export it with opset {opset}, or choose --target matmulnbits"
     )

@@ -1,8 +1,8 @@
-"""Let a part of a half-precision model compute in float32.
+"""Conversion of a half-precision model, or part of one, to float32.
 
-The CPU has next to no float16 kernels and no bfloat16 ones. For float16 ONNX Runtime casts around every node and rounds
-where a part of a model ends, so that what is computed would depend on how it was cut; bfloat16 it does not run at all.
-A part is therefore widened before it is run: never the whole model, and its large weights when the session wants them.
+ONNX Runtime has next to no float16 kernels for the CPU and no bfloat16 ones. For float16 it casts around every node and
+rounds where a part of a model ends, so the numbers would depend on how the model is cut. bfloat16 it does not run at
+all. A part is therefore upcast before it runs. Its large weights are converted only when the session reads them.
 """
 
 from __future__ import annotations
@@ -15,32 +15,38 @@ from onnx_woq.graph.find.constants import release
 from onnx_woq.graph.io.model import Model
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""The types that `upcast` turns into float32."""
+
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
 
 
 def upcast(part: Model) -> None:
-    """Turns every float16 and bfloat16 value of `part` into float32, in place; `part` must share no nodes."""
+    """Turns every float16 and bfloat16 value of `part` into float32, in place.
+
+    Args:
+        part: a model that shares no nodes or values with another one; its tensors may be shared.
+    """
     for graph in part.ir.graphs():
         for value in (*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)):
             if value.dtype in HALF and isinstance(value.type, ir.TensorType):
                 value.type = ir.TensorType(ir.DataType.FLOAT)
             if value.const_value is not None and value.const_value.dtype in HALF:
-                value.const_value = _wide(value.const_value)
+                value.const_value = _as_float32(value.const_value)
                 value.type = ir.TensorType(ir.DataType.FLOAT)
         for node in graph:
-            _widen_attributes(node)
+            _upcast_attributes(node)
 
 
-def _widen_attributes(node: ir.Node) -> None:
+def _upcast_attributes(node: ir.Node) -> None:
     for name, attribute in list(node.attributes.items()):
         # `value` rather than `as_tensor`, which asks every tensor whether it is one
         if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in HALF:
-            node.attributes[name] = ir.AttrTensor(name, _wide(attribute.value, now=True))
+            node.attributes[name] = ir.AttrTensor(name, _as_float32(attribute.value, now=True))
         elif name in _TYPE_ATTRIBUTES and attribute.type == ir.AttributeType.INT and attribute.as_int() in HALF:
             node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
 
 
-def _wide(tensor: ir.TensorProtocol, *, now: bool = False) -> ir.TensorProtocol:
+def _as_float32(tensor: ir.TensorProtocol, *, now: bool = False) -> ir.TensorProtocol:
     def read() -> ir.Tensor:
         array = tensor.numpy().astype(np.float32)
         release(tensor)

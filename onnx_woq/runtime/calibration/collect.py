@@ -25,7 +25,7 @@ from onnx_woq.graph.find.attention import FIRST_TOKEN
 from onnx_woq.graph.find.blocks import cuts, groups_by_block
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone
-from onnx_woq.graph.rewrite.inline_branch import conditions, take, untaken
+from onnx_woq.graph.rewrite.inline_branch import find_conditions, inline_branches, untaken_values
 from onnx_woq.runtime.calibration.replay import Replay
 from onnx_woq.runtime.calibration.structure import Structure, contents
 from onnx_woq.runtime.calibration.token_weights import token_weights
@@ -117,11 +117,11 @@ class _Collection:
             try:
                 replay = Replay(self.batches, hidden, pool, lanes, side, self.checkpoint, prepack)
                 taken = self._branches(replay)
-                replay.absent = untaken(self.model, taken)
+                replay.absent = untaken_values(self.model, taken)
                 if self.original:
                     beside = Replay(self.batches, hidden, pool, lanes, side, None, prepack)
-                    self.beside = beside, take(self.original, taken)
-                yield replay, lambda: take(self.model, taken)
+                    self.beside = beside, inline_branches(self.original, taken)
+                yield replay, lambda: inline_branches(self.model, taken)
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
@@ -152,8 +152,8 @@ class _Collection:
             places = places[there + 1 :]
 
     def _branches(self, replay: Replay) -> dict[str, bool]:
-        """The branches that all samples take, see `take`."""
-        asked = conditions(self.model)
+        """The branches that all samples take, see `inline_branches`."""
+        asked = find_conditions(self.model)
         found: dict[str, set[bool]] = {name: set() for name in asked}
         if asked:
             for arrays in replay.run(self.model, list(asked.values()), keep_saved=True):

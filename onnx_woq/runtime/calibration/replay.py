@@ -25,11 +25,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from onnx_woq.graph.find.attention import HEADS_AXIS, sum_over_heads
 from onnx_woq.graph.find.blocks import cuts
 from onnx_woq.graph.io.model import Model
 from onnx_woq.graph.rewrite.expose_values import expose
-from onnx_woq.graph.rewrite.inline_branch import conditions, take
+from onnx_woq.graph.rewrite.inline_branch import find_conditions, inline_branches
+from onnx_woq.graph.rewrite.sum_over_heads import HEADS_AXIS, sum_over_heads
 from onnx_woq.graph.rewrite.upcast import upcast
 from onnx_woq.runtime.calibration.hidden_states import HiddenStateStore, Stored, newest, room_for
 from onnx_woq.runtime.calibration.structure import Structure, contents
@@ -204,9 +204,9 @@ def stitched(model: Model, feed: Feed) -> Feed:
     """
     known = {name: _single(array) for name, array in feed.items()}
     taken = {}
-    for name, condition in conditions(model).items():
+    for name, condition in find_conditions(model).items():
         taken[name] = bool(_values_of(model, Structure(model), known, set(known), (condition,))[condition].any())
-    flat = take(model, taken)
+    flat = inline_branches(model, taken)
     structure = Structure(flat)
     cut = cuts(flat)[0]
     results = [value.name or "" for value in flat.ir.graph.outputs]

@@ -23,7 +23,7 @@ from onnx_woq.graph.find.constants import resolve
 from onnx_woq.graph.find.embeddings import Embedding
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model
-from onnx_woq.graph.rewrite.inline_branch import conditions, take
+from onnx_woq.graph.rewrite.inline_branch import find_conditions, inline_branches
 from onnx_woq.runtime.calibration.replay import cut_out
 from onnx_woq.runtime.calibration.structure import Structure
 from onnx_woq.runtime.calibration.windows import prepacks, token_count
@@ -102,7 +102,7 @@ def distances(
     if not feeds:
         raise DataError("measuring sensitivities needs at least one sample")
     feeds = [{name: _single(array) for name, array in feed.items()} for feed in feeds]
-    flat = take(model, _taken(model, feeds))
+    flat = inline_branches(model, _taken(model, feeds))
     ruler = _Ruler(flat, feeds)
     totals: dict[str, float] = {}
     structure, cut = Structure(flat), cuts(flat)[0]
@@ -135,7 +135,7 @@ class _Stage:
 def _taken(model: Model, feeds: Sequence[Feed]) -> dict[str, bool]:
     """The branches that all samples take."""
     taken: dict[str, bool] = {}
-    for name, condition in conditions(model).items():
+    for name, condition in find_conditions(model).items():
         part, inputs = cut_out(model, Structure(model), set(feeds[0]), (condition,), {})
         session = make_session(part, for_calibration=True)
         answers = {

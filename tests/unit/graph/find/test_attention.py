@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnx_woq.graph.find.attention import FIRST_TOKEN, attended
+from onnx_woq.graph.find.attention import FIRST_TOKEN, find_key_value_linears
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
@@ -29,12 +29,12 @@ SHOWN = {
 @pytest.mark.parametrize("kind", SHOWN)
 def test_keys_and_values_and_nothing_else_are_found(kind, tmp_path):
     build, wanted = SHOWN[kind]
-    found = attended(load(build(tmp_path / "m.onnx", layers=len(LAYERS))))
+    found = find_key_value_linears(load(build(tmp_path / "m.onnx", layers=len(LAYERS))))
     assert {node.outputs[0].name: probabilities for node, probabilities in found.items()} == wanted
 
 
 def test_a_model_without_attention_has_none(tmp_path):
-    assert attended(load(arch.funnel(tmp_path / "m.onnx"))) == {}
+    assert find_key_value_linears(load(arch.funnel(tmp_path / "m.onnx"))) == {}
 
 
 def test_keys_and_values_become_a_tap_of_their_own(tmp_path):

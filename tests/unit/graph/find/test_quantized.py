@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnx_woq.graph.edit import add_initializer, fresh
+from onnx_woq.graph.edit import add_initializer, fresh_name
 from onnx_woq.graph.find.constants import resolve
 from onnx_woq.graph.find.dependencies import is_costly, product_bytes, weight_shapes
 from onnx_woq.graph.find.linears import find_linear_groups
@@ -34,7 +34,7 @@ class Maker:
         return add_initializer(self.graph, "c", array)
 
     def node(self, op: str, inputs: list[ir.Value | None], domain: str = "", **attributes) -> ir.Node:
-        output = ir.Value(name=fresh(self.graph, "v"))
+        output = ir.Value(name=fresh_name(self.graph, "v"))
         made = ir.node(op, inputs, attributes=attributes, domain=domain, outputs=[output])
         self.graph.append(made)
         return made

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.edit import fresh
+from onnx_woq.graph.edit import fresh_name
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.find.quantized import low_bit_nodes
 from onnx_woq.graph.io.model import Model, clone, file_bytes, load, memory_tensors, serialize
@@ -221,14 +221,14 @@ def test_value_names_become_unique_and_the_main_graph_keeps_its_own(tmp_path):
     groups, _ = find_linear_groups(model, Recipe())
     assert [group.name for group in groups] == ["h_2", "h"]
     assert [s.name for s in groups[0].linears] == ["h_2", "h_3"]
-    assert fresh(model.ir.graph, "h") == "h_4"
-    assert fresh(clone(model).ir.graph, "h") == "h_5"
+    assert fresh_name(model.ir.graph, "h") == "h_4"
+    assert fresh_name(clone(model).ir.graph, "h") == "h_5"
 
 
 def test_names_of_a_model_made_by_hand():
     x = ir.Value(name="x")
     main = ir.Graph([x], [], nodes=[ir.node("Relu", [x], outputs=[ir.Value(name="y")])], opset_imports={"": 21})
-    assert [fresh(main, n) for n in ("x", "y", "z")] == ["x_2", "y_2", "z"]
+    assert [fresh_name(main, n) for n in ("x", "y", "z")] == ["x_2", "y_2", "z"]
 
 
 def test_nodes_in_any_order(tmp_path):

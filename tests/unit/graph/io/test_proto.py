@@ -12,7 +12,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnx_woq.graph.edit import add_initializer, lift_constants
 from onnx_woq.graph.io.model import load, memory_tensors, serialize, structure
-from onnx_woq.graph.io.proto import copied, from_proto, to_proto
+from onnx_woq.graph.io.proto import copy_structure, from_proto, to_proto
 from tests.zoo.nodes import BOOL, graph, lower, node, random, run, value, write
 
 W = random(40, 40)
@@ -93,7 +93,7 @@ def test_metadata_and_version_are_those_of_the_result_only(tmp_path):
 def test_the_collector_is_as_it_was(tmp_path):
     model = rich(tmp_path).ir
     assert gc.isenabled()
-    copied(model)
+    copy_structure(model)
     to_proto(model)
     proto = onnx.ModelProto(ir_version=10)
     proto.graph.node.add(op_type="MatMul", output=["y"])
@@ -163,4 +163,4 @@ def test_large_tensors_made_in_a_body_reach_the_session(tmp_path):
 def test_a_lowered_model_is_the_same_through_a_copy(tmp_path):
     model = rich(tmp_path)
     lower(model)
-    assert structure(model) == structure(type(model)(copied(model.ir), model.path, model.files))
+    assert structure(model) == structure(type(model)(copy_structure(model.ir), model.path, model.files))

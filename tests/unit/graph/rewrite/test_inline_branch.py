@@ -7,7 +7,7 @@ import pytest
 
 from onnx_woq.graph.find.blocks import reach
 from onnx_woq.graph.io.model import load
-from onnx_woq.graph.rewrite.inline_branch import conditions, take, untaken
+from onnx_woq.graph.rewrite.inline_branch import find_conditions, inline_branches, untaken_values
 from tests.zoo.nodes import BOOL, graph, node, random, run, value, write
 
 K = 32
@@ -35,20 +35,20 @@ def merged(tmp_path):
 @pytest.mark.parametrize("flag", [True, False])
 def test_it_computes_the_same(flag, merged):
     feed = {"flag": np.array(flag), "x": random(5, K)}
-    assert conditions(merged) == {"y": "flag"}
-    flat = take(merged, {"y": flag})
+    assert find_conditions(merged) == {"y": "flag"}
+    flat = inline_branches(merged, {"y": flag})
     assert "If" not in [n.op_type for n in flat.ir.graph]
     for one, other in zip(run(flat, feed), run(merged, feed), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     assert [v.name for v in flat.ir.graph.outputs] == ["y", "z"]
     names = {v.name for n in flat.ir.graph for v in n.outputs}
     assert ({"t1", "t2"} <= names) == flag
-    assert untaken(merged, {"y": flag}) == ({"e1", "e2"} if flag else {"t1", "t2"})
+    assert untaken_values(merged, {"y": flag}) == ({"e1", "e2"} if flag else {"t1", "t2"})
     assert "If" in [n.op_type for n in merged.ir.graph], "the model itself is left as it was"
 
 
 def test_nothing_taken_is_the_model_itself(merged):
-    assert take(merged, {}) is merged
+    assert inline_branches(merged, {}) is merged
 
 
 def test_a_condition_that_costs_something_is_none(tmp_path):
@@ -62,7 +62,7 @@ def test_a_condition_that_costs_something_is_none(tmp_path):
         node("If", ["flag"], ["y"], then_branch=then, else_branch=other),
     ]
     main = graph(nodes, [value("x", ("t", K))], [value("y")], {"A": random(K, K)})
-    assert conditions(load(write(tmp_path / "m.onnx", main))) == {}
+    assert find_conditions(load(write(tmp_path / "m.onnx", main))) == {}
 
 
 def test_how_far_each_value_lies_within_its_branch(merged):
@@ -71,5 +71,5 @@ def test_how_far_each_value_lies_within_its_branch(merged):
     found = reach(merged)
     assert [found[name] for name in ("t1", "t2", "e1", "y", "z")] == [matrix * n for n in (1, 2, 1, 2, 3)]
     for flag, names in ((True, ("t1", "t2")), (False, ("e1",))):
-        flat = reach(take(merged, {"y": flag}))
+        flat = reach(inline_branches(merged, {"y": flag}))
         assert all(flat[name] == found[name] for name in names)
