@@ -1,4 +1,8 @@
-"""The number format of a weight."""
+"""The number format of a weight: `Spec` says how many bits its codes have and which weights share a scale.
+
+A spec is what users write in a recipe. It holds no numbers of a weight: `core.grids` fits the scales and zero points of
+a weight to it, and a `QuantizedTensor` carries the result.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,15 @@ class Spec:
     """The integer grid of one weight.
 
     Attributes:
-        bits: 1 to 8. The kernels know 2, 4 and 8; other widths are run in the next wider one, values unchanged, and
-            take no more than their bits in the file where the model's opset is 18 or newer (docs/storage.md).
-        group_size: how many consecutive input channels (rows of `weight [K, N]`) share one scale;
-            -1 for all of them (per output channel), otherwise a multiple of 16.
-        symmetric: zero point fixed at `2**(bits-1)` instead of one per group.
+        bits: bits per code, 1 to 8. Kernels exist for 2, 4 and 8. Codes of another width run in the next wider kernel
+            with the same values; in a model of opset 18 or newer they still take only their bits in the file
+            (docs/storage.md).
+        group_size: consecutive input channels (rows of `weight [K, N]`) that share one scale: a multiple of 16, or -1
+            for all of them (one scale per output channel).
+        symmetric: True fixes the zero point at `2**(bits-1)`; False gives each group its own.
+
+    Raises:
+        RecipeError: a value has another type or is out of range.
     """
 
     bits: int = 4
@@ -37,5 +45,5 @@ class Spec:
             )
 
     def resolved_group(self, k: int) -> int:
-        """Rows per group for a weight with `k` input channels: never more than `k`."""
+        """Returns the rows per group of a weight with `k` input channels: `group_size`, but never more than `k`."""
         return k if self.group_size == -1 else min(self.group_size, k)
