@@ -1,4 +1,4 @@
-"""What the machine gives: cores to use, and BLAS kept to one thread where work is spread over them already."""
+"""Cores of this machine: how many may be used, and how work is spread over them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 ParallelMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
-"""How to go through pieces that do not depend on each other: the built-in `map`, or like it with several threads."""
+"""A function like the built-in `map`, which may run the calls side by side; the pieces do not depend on each other."""
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def one_blas_thread() -> AbstractContextManager[object]:
-    """Limits BLAS to one thread per call: threads inside small products wait for each other more than they compute."""
+    """Limits BLAS to one thread while the context is open.
+
+    Work is spread over the cores by the caller. Threads inside small products would wait for each other more than they
+    compute.
+    """
     import scipy.linalg.blas  # noqa: F401  only a library that is loaded can be limited
     from threadpoolctl import threadpool_limits
 
@@ -27,10 +31,11 @@ def one_blas_thread() -> AbstractContextManager[object]:
 
 @contextmanager
 def no_garbage_search() -> Iterator[None]:
-    """Keeps Python from looking for garbage while objects are made by the hundred thousand and all of them stay.
+    """Turns Python's garbage collector off while the context is open.
 
-    It would go through everything made so far again and again: half the time it takes to read a graph. With several
-    threads whoever turned it off turns it on again, so it never stays off.
+    Reading a graph makes objects by the hundred thousand, and all of them stay. The collector would go through them
+    again and again, which takes half the time of reading. Where several threads use this at once, the first to leave
+    turns the collector on again, so that it never stays off.
     """
     was_on = gc.isenabled()
     gc.disable()

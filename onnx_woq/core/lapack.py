@@ -1,7 +1,7 @@
-"""Cholesky factor, triangular inverse and leading eigenvectors in place, without Python's lock.
+"""LAPACK in place and without Python's lock: Cholesky factor, triangular inverse, leading eigenvectors.
 
-scipy's own wrappers hold the lock while LAPACK works: threads would factorize one after another, and nothing else could
-begin meanwhile. The same routines, as scipy offers them to compiled code, are called through ctypes, which does not
+SciPy's own wrappers hold the global interpreter lock while LAPACK works, so threads would factorize one after another.
+Here the same routines, which SciPy offers to compiled code, are called through ctypes, which releases the lock
 (https://docs.scipy.org/doc/scipy/reference/linalg.cython_lapack.html).
 """
 
@@ -17,13 +17,18 @@ from numpy.typing import NDArray
 
 
 def cholesky(a: NDArray[Any]) -> bool:
-    """Replaces the lower triangle of `a [K, K]` by its Cholesky factor; what is above the diagonal means nothing.
+    """Replaces the lower triangle of `a [K, K]` by its Cholesky factor L, `a = L·Lᵀ` (LAPACK potrf).
+
+    The upper triangle is neither read nor written.
 
     Args:
         a: float32 or float64, column order, symmetric.
 
     Returns:
-        Whether `a` was positive definite; if not, its content is lost.
+        True if `a` was positive definite. If it was not, False, and its content is lost.
+
+    Raises:
+        ValueError: `a` is not a square array of such a type and order.
     """
     size, status = _int(len(a)), _int(0)
     _routine(f"{_letter(a)}potrf", 5)(b"L", size, _data(a), size, status)
@@ -31,10 +36,16 @@ def cholesky(a: NDArray[Any]) -> bool:
 
 
 def invert_lower(a: NDArray[Any]) -> bool:
-    """Replaces the lower triangle of `a [K, K]` by its inverse; False if it is singular.
+    """Replaces the lower triangle of `a [K, K]` by the inverse of that triangle (LAPACK trtri).
 
     Args:
         a: float32 or float64, column order.
+
+    Returns:
+        True, or False if the triangle is singular.
+
+    Raises:
+        ValueError: `a` is not a square array of such a type and order.
     """
     size, status = _int(len(a)), _int(0)
     _routine(f"{_letter(a)}trtri", 6)(b"L", b"N", size, _data(a), size, status)
@@ -42,14 +53,18 @@ def invert_lower(a: NDArray[Any]) -> bool:
 
 
 def leading_eigenvectors(a: NDArray[Any], count: int) -> NDArray[Any]:
-    """The eigenvectors of the `count` largest eigenvalues of `a [K, K]`, the largest first: [K, count], orthonormal.
+    """Returns the eigenvectors of the `count` largest eigenvalues of `a [K, K]` (LAPACK syevr).
 
     Args:
         a: float32 or float64, column order, symmetric; only its lower triangle is read. Its content is lost.
         count: 1 to K.
 
+    Returns:
+        Orthonormal columns [K, count], that of the largest eigenvalue first.
+
     Raises:
         ArithmeticError: LAPACK gives up, as it does on numbers that are not finite.
+        ValueError: `a` is not a square array of such a type and order.
     """
     k, dtype = len(a), a.dtype
     routine, size = _routine(f"{_letter(a)}syevr", 21), _int(k)
@@ -66,7 +81,7 @@ def leading_eigenvectors(a: NDArray[Any], count: int) -> NDArray[Any]:
         routine(b"V", b"I", b"L", size, _data(a), size, *bounds, *result, *space, status)
 
     work, integers = np.empty(1, dtype), np.empty(1, np.intc)
-    call(work, integers, ask=True)
+    call(work, integers, ask=True)  # LAPACK first says how much working space it wants
     call(np.empty(int(work[0]), dtype), np.empty(int(integers[0]), np.intc))
     if status.contents.value or found.contents.value != count:
         raise ArithmeticError("no eigenvectors are found: the matrix holds numbers that are not finite")
@@ -75,7 +90,8 @@ def leading_eigenvectors(a: NDArray[Any], count: int) -> NDArray[Any]:
 
 @cache
 def _routine(name: str, arguments: int) -> Callable[..., None]:
-    from scipy.linalg import cython_lapack
+    """Returns the LAPACK routine `name` of SciPy as a function of `arguments` pointers."""
+    from scipy.linalg import cython_lapack  # here, because importing SciPy takes long and not every command needs it
 
     get_name, get_pointer = ctypes.pythonapi.PyCapsule_GetName, ctypes.pythonapi.PyCapsule_GetPointer
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
@@ -86,14 +102,17 @@ def _routine(name: str, arguments: int) -> Callable[..., None]:
 
 
 def _letter(a: NDArray[Any]) -> str:
+    """Returns the letter that LAPACK names begin with for the type of `a`: s for float32, d for float64."""
     if a.ndim != 2 or a.shape[0] != a.shape[1] or not a.flags.f_contiguous or a.dtype not in (np.float32, np.float64):
         raise ValueError("LAPACK works in place on a square float32 or float64 array in column order")
     return "s" if a.dtype == np.float32 else "d"
 
 
 def _int(value: int) -> Any:
+    """Returns a pointer to `value`: Fortran takes every argument by reference."""
     return ctypes.pointer(ctypes.c_int(value))
 
 
 def _data(a: NDArray[Any]) -> int:
+    """Returns the address of the first number of `a`."""
     return int(a.ctypes.data)

@@ -1,11 +1,12 @@
-"""Orthogonal matrices that spread what is large in a few channels over all of them.
+"""Random orthogonal matrices that spread a few large channels over all channels.
 
-Rounding is to a step as wide as the largest number of a group asks for. Channels of the residual stream that are much
-larger than the others are gone once the stream x is replaced by x·R (QuIP: Chee et al. 2023, section 4; QuaRot:
-Ashkboos et al. 2024, section 4), R being a randomised Hadamard matrix `diag(signs)·H / sqrt(D)`: each new channel is a
-sum of all old ones with random signs.
+The largest number of a group decides how wide the rounding step of the whole group is. In the residual stream x of a
+transformer a few channels are much larger than the others. In `x·R` they are not (QuIP: Chee et al. 2023, section 4;
+QuaRot: Ashkboos et al. 2024, section 4), R being a randomised Hadamard matrix `diag(signs)·H / sqrt(D)`: each new
+channel is the sum of all old ones with random signs.
 
-R is a Kronecker product of small matrices, so multiplying a row by it costs D times the sum of their sizes, not D².
+R is a Kronecker product of small matrices. Multiplying a row of D numbers by it therefore costs D times the sum of
+their sizes instead of D².
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ class Rotation:
     factors: tuple[F32, ...]
 
     def matrix(self) -> F32:
-        """R itself, float32 [D, D]."""
+        """Returns R, float32 [D, D]."""
         return self.signs[:, None] * reduce(np.kron, self.factors)
 
 
 def rotation(d: int, seed: int = 0) -> Rotation:
-    """A random rotation of `d` channels, the same for the same seed.
+    """Returns a random rotation of `d` channels; one seed always gives the same.
 
-    With `d = 2^k·m`, m odd: a Hadamard matrix where one of m times a power of two up to 2^k can be constructed, which
-    is so for the widths that models have (576 = 16·36, 896 = 32·28, 5120 = 256·20); else that of 2^k times a random
-    orthogonal matrix.
+    Let `d = 2^k·m` with m odd. If a Hadamard matrix of m times a power of two up to 2^k can be constructed, all of R is
+    a Hadamard matrix. This is so for the widths that models have (576 = 16·36, 896 = 32·28, 5120 = 256·20). Otherwise R
+    is the Hadamard matrix of order 2^k times a random orthogonal matrix of order m.
     """
     rng = np.random.default_rng(seed)
     signs = rng.choice(np.array([-1, 1], np.float32), d)
@@ -67,10 +68,12 @@ def rotation(d: int, seed: int = 0) -> Rotation:
 
 
 def turn(array: F32, by: Rotation, axis: int) -> None:
-    """Replaces `array` in place, some of it at a time: `Rᵀ·array` along axis 0, `array·R` along axis 1.
+    """Rotates `array` in place: replaces it by `Rᵀ·array` along axis 0, by `array·R` along axis 1.
+
+    Tiles are rotated one after another, so that little memory is taken beside the array.
 
     Args:
-        array: float32, two-dimensional, in row order, with D numbers along `axis`.
+        array: float32 [D, N] for axis 0, [M, D] for axis 1; in row order.
         by: the rotation R.
         axis: 0 or 1.
     """
@@ -80,7 +83,7 @@ def turn(array: F32, by: Rotation, axis: int) -> None:
         tile = array[part] if axis == 0 else array[part].T
         tile = by.signs[:, None] * tile
         before = 1
-        for factor in by.factors:  # each turns one digit of the channel's number
+        for factor in by.factors:  # each acts on one digit of the channel's number, written in mixed radix
             tile = np.matmul(factor.T, tile.reshape(before, len(factor), -1))
             before *= len(factor)
         tile = tile.reshape(len(by.signs), -1)
@@ -88,17 +91,17 @@ def turn(array: F32, by: Rotation, axis: int) -> None:
 
 
 def _sylvester(order: int) -> F32:
-    """The Hadamard matrix of order 2^k (Sylvester 1867)."""
+    """Returns the Hadamard matrix [2^k, 2^k] of that order (Sylvester 1867)."""
     pair = np.array([[1, 1], [1, -1]], np.float32)
     return reduce(np.kron, [pair] * (order.bit_length() - 1), np.ones((1, 1), np.float32))
 
 
 def _paley(order: int) -> F32 | None:
-    """A Hadamard matrix of that order by one of Paley's constructions (1933) over a prime field, None if there is none.
+    """Returns a Hadamard matrix [order, order] by one of Paley's constructions (1933), None where neither applies.
 
-    Q being the matrix of quadratic residues mod q, `[[0, 1], [∓1ᵀ, Q]]` is skew and becomes a Hadamard matrix with I
-    added where q ≡ 3 (mod 4), order q + 1; it is symmetric where q ≡ 1, and its entries 0 and ±1 are replaced by two
-    matrices of order 2, order 2(q + 1).
+    Both start from the conference matrix `C = [[0, 1], [±1ᵀ, Q]]` of a prime q, Q the matrix of quadratic residues mod
+    q. For q ≡ 3 (mod 4), C is skew and `C + I` is a Hadamard matrix of order q + 1. For q ≡ 1 (mod 4), C is symmetric;
+    replacing its entries 0 and ±1 by two matrices of order 2 gives a Hadamard matrix of order 2(q + 1).
     """
     if order % 4 == 0 and _is_prime(order - 1):
         return _conference(order - 1, -1) + np.eye(order, dtype=np.float32)
@@ -109,7 +112,7 @@ def _paley(order: int) -> F32 | None:
 
 
 def _conference(q: int, sign: int) -> F32:
-    """The conference matrix [q + 1, q + 1] of a prime q, symmetric for sign 1 and skew for −1."""
+    """Returns the conference matrix [q + 1, q + 1] of a prime q: symmetric for sign 1, skew for −1."""
     residues = np.full(q, -1, np.float32)
     residues[np.arange(1, q) ** 2 % q] = 1
     residues[0] = 0
@@ -120,10 +123,11 @@ def _conference(q: int, sign: int) -> F32:
 
 
 def _is_prime(number: int) -> bool:
+    """Tells whether `number` is a prime, by trial division."""
     return number > 1 and all(number % divisor for divisor in range(2, int(number**0.5) + 1))
 
 
 def _orthogonal(d: int, rng: np.random.Generator) -> NDArray[Any]:
-    """An orthogonal matrix [d, d], all of them equally likely (Stewart 1980)."""
+    """Returns an orthogonal matrix [d, d], drawn uniformly from all of them (Stewart 1980)."""
     q, r = np.linalg.qr(rng.standard_normal((d, d)))
     return (q * np.sign(r.diagonal())).astype(np.float32)

@@ -1,4 +1,8 @@
-"""The number format of a weight."""
+"""The number format of a weight: `Spec` says how many bits its codes have and which weights share a scale.
+
+A spec is what users write in a recipe. It holds no numbers of a weight: `core.grids` fits the scales and zero points of
+a weight to it, and a `QuantizedTensor` carries the result.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,9 @@ class Spec:
         symmetric: the zero point is fixed at `2**(bits-1)` instead of one per group.
         group_dim: 1 groups input channels (rows of the weight), so that each output channel has scales of its own; 0
             groups output channels (columns), so that each input channel has.
+
+    Raises:
+        RecipeError: a value has another type or is out of range.
     """
 
     bits: int = 4

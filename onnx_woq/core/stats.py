@@ -1,42 +1,47 @@
-"""What a solver needs to know about a weight's inputs: sums over calibration tokens, never the tokens themselves.
+"""Statistics of a weight's inputs over the calibration tokens, and the output errors that follow from them.
 
-One loss drives every solver: for an error ΔW [K, N] of the weight and inputs X [T, K], `‖X·ΔW‖² = Σ ΔW ∘ (H·ΔW)` with
-the Gram matrix `H = XᵀX` [K, K]. H knows nothing of bits, groups or schemes: one calibration serves them all.
+Every solver works on one loss. Let X [T, K] be the inputs of a weight on T calibration tokens and ΔW [K, N] the error
+of the weight. Then the squared error of the outputs is `‖X·ΔW‖² = Σ ΔW ∘ (H·ΔW)`, with the Gram matrix `H = XᵀX`
+[K, K]. So sums over tokens are enough and no token is kept. H does not depend on bits or groups: one calibration run
+serves every number format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from onnx_woq.core.grids.integer import QuantizedTensor
+from onnx_woq.core.grids.integer import QuantizedTensor
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 T = TypeVar("T")
 
-CHUNK = 1 << 21  # elements widened or rectified at a time: 8 MB of float32
-MIRRORED = 256  # rows and columns of a Gram matrix at a time
-ERROR_ROWS, ERROR_COLUMNS = 144, 512  # of a product that errors are taken from
+CHUNK = 1 << 21  # activations converted to float32 at a time: 8 MB
+MIRRORED = 256  # rows and columns of a Gram matrix mirrored at a time, so that both blocks stay in cache
+ERROR_ROWS, ERROR_COLUMNS = 144, 512  # size of one product H·ΔW that errors are summed from
 
 
 class Stats:
-    """Statistics of the inputs of one tap, weighted by token: how they were cut into batches leaves no trace.
+    """Statistics of one activation with K channels, summed over tokens x [K].
+
+    Every token counts once, or by its weight if tokens are weighted. The numbers do not depend on how the tokens were
+    cut into batches.
 
     Attributes:
+        gram: float32 [K, K], the Gram matrix `Σ x·xᵀ`.
         abs_mean: float64 [K], mean of |x| over tokens.
-        abs_max: float32 [K].
-        tokens: how many.
-        mean: float64 [K], mean of x, each token weighted as in the Gram matrix; NaN where it was not given.
-        weight: of all tokens together; as many as there are unless they were weighted.
-        cross: float32 [K, K], `Σ x̃·xᵀ` where these are statistics of the inputs x̃ of a quantized model and the float
-            model's inputs x of the same tokens are known; else None.
-        float_mean: float64 [K], the mean of those x.
+        abs_max: float32 [K], maximum of |x|.
+        tokens: number of tokens.
+        mean: float64 [K], mean of x, each token weighted as in the Gram matrix; NaN where it is not known.
+        weight: sum of the weights of all tokens; the number of tokens unless they were weighted.
+        cross: float32 [K, K], the cross products `Σ x̃·xᵀ` of the inputs x̃ of a partly quantized model, which all
+            other statistics are of, and the inputs x of the float model for the same tokens; None where x is not known.
+        float_mean: float64 [K], mean of those x.
     """
 
     def __init__(
@@ -61,21 +66,29 @@ class Stats:
         self._kept: dict[str, tuple[Any, Any]] | None = None
 
     def keeping(self) -> Stats:
-        """The same statistics, not copied, which remember what `kept` gave last: to solve one tap in several ways."""
+        """Returns a view of these statistics that remembers results of `kept`.
+
+        Solving one linear group in several ways then computes only once what all of them need, such as a factorization.
+        """
         twin = copy(self)
         twin._kept = {}
         return twin
 
     def kept(self, what: str, key: Any, make: Callable[[], T]) -> T:
-        """What follows from these statistics and `key`: `make()`, or the last result of its kind that is remembered.
+        """Returns `make()`, or the remembered result of an earlier call with the same `what` and `key`.
 
-        Nobody may change it.
+        Results are remembered only on a view made by `keeping`, one per `what`. The caller must not change them.
+
+        Args:
+            what: the kind of result, such as "gptq factors".
+            key: everything besides these statistics that the result depends on.
+            make: computes the result.
         """
         if self._kept is None:
             return make()
         known, found = self._kept.get(what, (None, None))
         if found is None or known != key:
-            found = None  # let go before the next one takes its memory
+            found = None  # free the old result before the new one takes memory
             self._kept.pop(what, None)
             found = make()
             self._kept[what] = key, found
@@ -83,31 +96,32 @@ class Stats:
 
     @classmethod
     def empty(cls, k: int) -> Stats:
-        """No tokens yet, `k` input channels."""
+        """Returns statistics of `k` input channels and no tokens yet."""
         stats = cls(np.zeros((0, 0), np.float32), np.zeros(k), np.zeros(k, np.float32), 0, np.zeros(k))
-        stats._gram = np.zeros((k, k), np.float32, order="F")  # not copied: memory is taken as it is written to
+        stats._gram = np.zeros((k, k), np.float32, order="F")  # uncopied zeros take memory only once written to
         return stats
 
     @property
     def gram(self) -> F32:
-        """`Σ x·xᵀ` over tokens, float32 [K, K]. Not a copy: later updates change it."""
+        """Returns the Gram matrix `Σ x·xᵀ`, float32 [K, K]; not a copy, so later updates change it."""
         if not self._mirrored:
             _mirror(self._gram)
             self._mirrored = True
         return self._gram
 
     def update(self, x: NDArray[Any], weights: NDArray[Any] | None = None, exact: NDArray[Any] | None = None) -> None:
-        """Adds the tokens of `x [..., K]`, any float dtype.
+        """Adds the tokens of `x [..., K]`, of any float dtype.
 
         Args:
             x: the tokens.
-            weights: one per token, what its `x·xᵀ` is multiplied by, and its x in the mean; not negative. Mean and
-                largest magnitude of |x| are of all tokens alike.
-            exact: what the float model has in place of x; for all tokens or for none.
+            weights: one non-negative weight per token, which multiplies its `x·xᵀ` and its x in the mean. `abs_mean`
+                and `abs_max` count all tokens alike.
+            exact: the same shape as x, the inputs of the float model for the same tokens. They are given in every
+                update or in none.
 
         Raises:
-            FloatingPointError: x is NaN or infinite, or too large for its square to be held in float32;
-                the statistics are then of no further use.
+            FloatingPointError: x is NaN or infinite, or its square overflows float32. These statistics must not be
+                used any more.
         """
         from scipy.linalg.blas import ssyrk
 
@@ -115,7 +129,7 @@ class Stats:
         roots = None if weights is None else np.sqrt(weights, dtype=np.float32).reshape(len(x), 1)
         step = max(1, CHUNK // max(1, x.shape[1]))
         for start in range(0, len(x), step):
-            with np.errstate(over="ignore", invalid="ignore"):  # looked at just below
+            with np.errstate(over="ignore", invalid="ignore"):  # checked below
                 chunk = np.ascontiguousarray(x[start : start + step], np.float32)
                 size = np.abs(chunk)
                 largest = size.max(axis=0)
@@ -133,7 +147,7 @@ class Stats:
                 self.mean += (share - total * self.mean) / (self.weight or 1)
                 if roots is not None:
                     chunk = chunk * roots[start : start + step]
-                # chunk.T is column-ordered, so x·xᵀ is added to the upper triangle without a copy of either.
+                # chunk.T is in column order, so BLAS adds x·xᵀ to the upper triangle in place, copying neither matrix.
                 self._gram = ssyrk(1.0, chunk.T, beta=1.0, c=self._gram, overwrite_c=1)
                 if exact is not None:
                     self._pair(chunk, exact.reshape(x.shape)[start : start + step], roots, start)
@@ -142,7 +156,14 @@ class Stats:
                 raise FloatingPointError("the activations are too large: their squares overflow float32")
 
     def _pair(self, chunk: F32, exact: NDArray[Any], roots: F32 | None, start: int) -> None:
-        """Adds tokens of both models, those of `chunk` weighted already; `self.weight` counts them."""
+        """Adds the cross products of some tokens; `self.weight` already counts these.
+
+        Args:
+            chunk: float32 [t, K], tokens of the quantized model times the square roots of their weights.
+            exact: [t, K], the tokens of the float model, not weighted.
+            roots: square roots of the weights of all tokens of the update; None where they are not weighted.
+            start: number of the first of these tokens within the update.
+        """
         from scipy.linalg.blas import sgemm
 
         other = np.ascontiguousarray(exact, np.float32)
@@ -160,7 +181,7 @@ class Stats:
         self.cross = sgemm(1.0, chunk.T, other.T, beta=1.0, c=self.cross, trans_b=1, overwrite_c=1)
 
     def scaled(self, factor: NDArray[Any]) -> Stats:
-        """Statistics of the same inputs, each multiplied by its `factor [K]`, positive."""
+        """Returns the statistics of the inputs multiplied by `factor [K]`, one positive factor per channel."""
         factor = np.asarray(factor, np.float32)
         other = copy(self)
         other._gram = np.array(self.gram, order="F")
@@ -168,14 +189,14 @@ class Stats:
         other._gram *= factor
         other.abs_mean, other.abs_max = self.abs_mean * factor, self.abs_max * factor
         other.mean = self.mean * factor
-        other._kept = None  # what follows from these does not follow from those
+        other._kept = None  # remembered results hold for the unscaled inputs only
         if self.cross is not None and self.float_mean is not None:
             other.cross = self.cross * factor[:, None] * factor
             other.float_mean = self.float_mean * factor
         return other
 
     def merge(self, other: Stats) -> Stats:
-        """Statistics of the tokens of both."""
+        """Returns the statistics of the tokens of both."""
         tokens = self.tokens + other.tokens
         share = other.tokens / max(1, tokens)
         both = Stats(
@@ -193,10 +214,10 @@ class Stats:
         return both
 
     def less_mean(self) -> Stats:
-        """The same with the Gram matrix of the inputs less their mean, `H − w·m·mᵀ`, w the weight of all tokens.
+        """Returns the statistics of the inputs less their mean m: the Gram matrix becomes `H − w·m·mᵀ`.
 
-        With it `Σ ΔW ∘ (H·ΔW)` is what is left of the squared output error once its mean is taken away. No tokens
-        may be added to the result.
+        Here w is the weight of all tokens. With this matrix `Σ ΔW ∘ (H·ΔW)` is the squared output error that is left
+        once a bias has removed its mean (`core.refine.bias`). No tokens may be added to the result.
 
         Raises:
             ValueError: the mean is not known.
@@ -206,7 +227,7 @@ class Stats:
         for columns in (slice(c, c + MIRRORED) for c in range(0, len(gram), MIRRORED)):
             gram[:, columns] -= np.outer(root, root[columns])
         diagonal = np.einsum("kk->k", gram)
-        np.maximum(diagonal, 0, out=diagonal)  # of a constant input rounding may leave a hair below
+        np.maximum(diagonal, 0, out=diagonal)  # rounding may leave that of a constant input just below zero
         less = copy(self)
         less._gram, less.mean = gram, np.zeros_like(self.mean)
         if self.cross is not None and self.float_mean is not None:
@@ -215,14 +236,18 @@ class Stats:
         return less
 
     def known_mean(self) -> F64:
-        """`mean`; ValueError where it was not given."""
+        """Returns `mean`, float64 [K].
+
+        Raises:
+            ValueError: the mean is not known.
+        """
         if np.isnan(self.mean).any():
             raise ValueError("these statistics do not say what the mean of the inputs is")
         return self.mean
 
 
 def _mirror(gram: F32, block: int = MIRRORED) -> None:
-    """Copies the upper triangle over the lower one in place, block by block so that both stay in cache."""
+    """Copies the upper triangle of `gram [K, K]` to the lower one, block by block so that both stay in cache."""
     for i in range(0, len(gram), block):
         rows = slice(i, i + block)
         corner = np.triu(gram[rows, rows])
@@ -232,10 +257,14 @@ def _mirror(gram: F32, block: int = MIRRORED) -> None:
 
 
 def column_errors(delta: F32, gram: F32) -> F64:
-    """`Σ_k Δ_kn (H·Δ)_kn` of each output channel, [N]; delta [K, N], gram [K, K]. Their sum is `output_error`.
+    """Returns the squared output error of each output channel n, `Σ_k Δ_kn (H·Δ)_kn`, float64 [N].
 
-    H being symmetric, half of it will do: with T its upper triangle, the diagonal halved, the sum is
-    `2·Σ Δ ∘ (T·Δ)`. T is taken in bands of rows, for little more than half the work of H·Δ.
+    Half of the symmetric H is enough: with T its upper triangle, the diagonal halved, the error is `2·Σ_k Δ_kn
+    (T·Δ)_kn`. T is taken in bands of rows, which costs little more than half the work of H·Δ.
+
+    Args:
+        delta: Δ [K, N], the error of the weight.
+        gram: H [K, K].
     """
     (k, n), out = delta.shape, np.zeros(delta.shape[1])
     step = max(ERROR_ROWS, -(-k // 8))
@@ -243,26 +272,31 @@ def column_errors(delta: F32, gram: F32) -> F64:
     for start in range(0, k, step):
         rows = slice(start, min(start + step, k))
         band = np.array(gram[rows, start:], np.float32)
-        band[:, : len(band)] /= 2  # this block holds both its triangles
+        band[:, : len(band)] /= 2  # the block on the diagonal holds both its triangles
         for columns in (slice(c, min(c + ERROR_COLUMNS, n)) for c in range(0, n, ERROR_COLUMNS)):
             product = products[: len(band), : columns.stop - columns.start]
             np.matmul(band, delta[start:, columns], out=product)
             out[columns] += np.einsum("kn,kn->n", delta[rows, columns], product, dtype=np.float64)
-    return np.maximum(2 * out, 0)  # a square; rounding may leave a hair below
+    return np.maximum(2 * out, 0)  # rounding may leave a square just below zero
 
 
 def output_error(delta: F32, gram: F32) -> float:
-    """`‖X·Δ‖² = Σ Δ ∘ (H·Δ)`, the squared error of the output over all calibration tokens (delta [K, N])."""
+    """Returns the squared error of the outputs over all calibration tokens, `‖X·Δ‖² = Σ Δ ∘ (H·Δ)`.
+
+    Args:
+        delta: Δ [K, N], the error of the weight.
+        gram: H [K, K].
+    """
     return float(column_errors(delta, gram).sum())
 
 
 def quantized_error(weight: NDArray[Any], q: QuantizedTensor, gram: F32) -> float:
-    """`output_error(q.effective() - weight, gram)`, some columns at a time: neither difference is ever held whole.
+    """Returns `output_error(q.effective() - weight, gram)`, computed some columns at a time to save memory.
 
     Args:
         weight: [K, N], any float dtype, in either memory order.
-        q: what it was quantized to.
-        gram: [K, K].
+        q: the quantized weight.
+        gram: H [K, K].
     """
     error = 0.0
     for columns in (slice(c, c + ERROR_COLUMNS) for c in range(0, weight.shape[1], ERROR_COLUMNS)):
@@ -273,6 +307,11 @@ def quantized_error(weight: NDArray[Any], q: QuantizedTensor, gram: F32) -> floa
 
 
 def output_energy(weight: NDArray[Any], gram: F32) -> float:
-    """`‖X·W‖²`, what `quantized_error` is a share of; weight [K, N] of any float dtype, some columns at a time."""
+    """Returns the energy of the outputs `‖X·W‖²`, which `quantized_error` is divided by for a relative error.
+
+    Args:
+        weight: [K, N], any float dtype, in either memory order; read some columns at a time.
+        gram: H [K, K].
+    """
     starts = range(0, weight.shape[1], ERROR_COLUMNS)
     return sum(output_error(np.ascontiguousarray(weight[:, c : c + ERROR_COLUMNS], np.float32), gram) for c in starts)

@@ -1,6 +1,6 @@
-"""The clip search: the range of each group shrunk to where its weighted squared error is least.
+"""Clip search: shrinks the range of each group to where its weighted squared error is least.
 
-Letters as in `grid`: weight `[K, N]`, groups of g rows, G of them, scales and zero points `[G, N]`.
+Letters are those of `core.grids.integer`: `weight [K, N]`, G groups of g rows, scales and zero points `[G, N]`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from numpy.typing import DTypeLike
 from onnx_woq.core.grids.integer import F32, U8, Float, fit, grouped, row, scratch_of, storable, tiles
 from onnx_woq.core.spec import Spec
 
-ROUNDS = 3  # of round-and-refit after the clip search; a fourth gains nothing measurable
+ROUNDS = 3  # times that codes are rounded and the scale refitted after the search; a fourth gains nothing measurable
 
 
 def shrinks(mse_range: Sequence[float]) -> list[float]:
-    """The candidates `start, start + step, … stop` of a clip search, and 1, the whole range."""
+    """Returns the shrink factors that a clip search tries, the largest first.
+
+    Args:
+        mse_range: start, stop and step; 1, the whole range, is tried too.
+    """
     start, stop, step = map(float, mse_range)
     count = int((stop - start) / step + 1e-6) + 1
     return sorted({start + i * step for i in range(count)} | {1.0}, reverse=True)
@@ -33,22 +37,29 @@ def search(
     scale_dtype: DTypeLike = np.float32,
     plain: tuple[F32, U8] | None = None,
 ) -> tuple[F32, U8]:
-    """Like `fit`, with the range of each group chosen for the least squared error `Σ_k h_k (ŵ_k − w_k)²`.
+    """Fits a grid to each group of `weight [K, N]` with the least squared error `Σ_k h_k (ŵ_k − w_k)²`.
 
-    A shrink p gives levels `l = clip(round(w / ps), −z, 2^b − 1 − z)`. For these the best scale is the least-squares
-    one, `s* = Σ h·w·l / Σ h·l²`, which leaves `Σ h·w² − (Σ h·w·l)² / Σ h·l²`; rounding to nearest on the grid of s*
-    can only lower that. So candidates are compared by `(Σ h·w·l)² / Σ h·l²` alone. From the best shrink a few rounds
-    repeat the step (round, refit) with z left, one lower and one higher (asymmetric only). The result replaces the
-    plain grid only where its error, measured as it will be stored, is smaller: no group is ever worse off.
+    A shrink factor p gives levels `l = clip(round(w / ps), −z, 2^b − 1 − z)`. Their best scale is the least-squares
+    one, `s* = Σ h·w·l / Σ h·l²`, which leaves the error `Σ h·w² − (Σ h·w·l)² / Σ h·l²`; rounding to nearest on the grid
+    of s* can only lower it. So candidates are compared by `(Σ h·w·l)² / Σ h·l²` alone. Starting from the best factor, a
+    few rounds round and refit again, with the zero point as it is, one lower and one higher (asymmetric only). The
+    result replaces the plain grid of a group only where its error, with the scale as stored, is smaller: no group ever
+    gets worse.
 
     Args:
-        weight: as in `fit`.
-        spec: as in `fit`.
+        weight: any float dtype, in any memory order.
+        spec: bits, group size and scheme.
         mse_range: shrink factors (start, stop, step); 1 is always tried.
         row_weights: [K], the importance h of each row; None for plain squared error.
-        full_range: as in `fit`.
-        scale_dtype: as in `fit`.
-        plain: what `fit` gives, where that is known.
+        full_range: use code 0 of symmetric grids by a signed scale, see `core.grids.integer`.
+        scale_dtype: dtype that the model stores scales in.
+        plain: the grid that `fit` gives, if it is known.
+
+    Returns:
+        Scales float32 [G, N] and zero points uint8 [G, N].
+
+    Raises:
+        FloatingPointError: the weight holds NaN or infinite numbers.
     """
     if plain is None:
         plain = fit(weight, spec, full_range=full_range, scale_dtype=scale_dtype)
@@ -59,7 +70,7 @@ def search(
     moves = (0,) if spec.symmetric else (-1, 0, 1)
     factors = shrinks(mse_range)
     dtype = scratch_of(weight[:0], g).dtype
-    with np.errstate(over="ignore", invalid="ignore"):  # weights far outside a float16 grid; the plain one stays
+    with np.errstate(over="ignore", invalid="ignore"):  # of weights far outside a float16 grid; they keep the plain one
         for rows, groups, size, columns in tiles(k, n, g, whole=True):
             at = (groups, columns)
             level = grouped(np.array(weight[rows, columns], dtype, order="C"), size)
@@ -75,20 +86,32 @@ def search(
 
 
 def _relative(row_weights: Float) -> F32:
-    """Row weights scaled to at most 1, so that no sum of them leaves float32."""
+    """Scales row weights [K] to at most 1, so that no sum of them overflows float32."""
     largest = float(np.max(row_weights, initial=0))
     return np.asarray(row_weights / (largest or 1.0), np.float32)
 
 
 class _Levels:
-    """One tile of a search: `level [groups, g, n]` is w / s, `h [groups, 1, g]`; factors multiply s."""
+    """One tile of a clip search, in units of the plain scale s; candidates are factors of s.
+
+    Attributes:
+        level: [groups, g, n], w / s.
+        h: [groups, 1, g], row weights.
+        top: the largest code.
+    """
 
     def __init__(self, level: Float, h: F32, top: int):
         self.level, self.h, self.top = level, h, top
         self.rounded, self.product = np.empty_like(level), np.empty_like(level)
 
     def best(self, factors: list[float], moves: tuple[int, ...], zero: Float) -> tuple[Float, Float]:
-        """The least-squares factor and the zero point of the best candidate, [groups, n] each."""
+        """Returns the least-squares factor and the zero point of the best candidate, [groups, n] each.
+
+        Args:
+            factors: shrink factors to try.
+            moves: changes of the zero point to try.
+            zero: zero points of the plain grid, [groups, n].
+        """
         best = np.zeros_like(zero)
         factor, chosen = np.ones_like(zero), zero.copy()
 
@@ -108,16 +131,16 @@ class _Levels:
         return factor, chosen
 
     def fit(self, factor: float | Float, zero: Float) -> tuple[Float, Float]:
-        """`Σ h·level·l` and `Σ h·l²` for the levels l that the scaled grid rounds to, [groups, n] each."""
+        """Returns `Σ h·level·l` and `Σ h·l²` for the levels l that the scaled grid rounds to, [groups, n] each."""
         self.round(factor, zero)
         np.multiply(self.rounded, self.level, out=self.product)
         self.rounded *= self.rounded
         cross, square = (self.h @ self.product)[:, 0], (self.h @ self.rounded)[:, 0]
-        square[square == 0] = np.inf  # everything rounds to zero: nothing gained
+        square[square == 0] = np.inf  # all weights round to zero: the gain is 0
         return cross, square
 
     def error(self, factor: Float, zero: Float) -> Float:
-        """`Σ h·(l·factor − level)²` of each group, [groups, n]."""
+        """Returns the error `Σ h·(l·factor − level)²` of each group, [groups, n]."""
         self.round(factor, zero)
         self.rounded *= factor[:, None]
         self.rounded -= self.level
@@ -125,6 +148,7 @@ class _Levels:
         return (self.h @ self.rounded)[:, 0]
 
     def round(self, factor: float | Float, zero: Float) -> None:
+        """Writes the levels that the grid scaled by `factor` rounds to into `rounded`."""
         inverse = 1 / factor if isinstance(factor, float) else (1 / factor)[:, None]
         np.multiply(self.level, inverse, out=self.rounded)
         np.rint(self.rounded, out=self.rounded)
@@ -135,7 +159,10 @@ class _Levels:
 def fitter(
     spec: Spec, mse_range: Sequence[float] | None, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32
 ) -> Callable[..., tuple[F32, U8]]:
-    """`(weight, row_weights=None) -> (scales, zeros)`: `search` over `mse_range`, or plain `fit` when it is None."""
+    """Returns a function `(weight [K, N], row_weights=None) -> (scales [G, N], zeros [G, N])`.
+
+    It is `search` over `mse_range`, or plain `fit` if that is None.
+    """
 
     def grid(weight: F32, row_weights: Float | None = None) -> tuple[F32, U8]:
         if mse_range is None:

@@ -1,22 +1,24 @@
-"""The integer grid of a weight: fit it, encode onto it, decode from it.
+"""The integer grid of a weight: evenly spaced levels, fitted to each group, encoded to and decoded from.
 
-Letters: weight `[K, N]` (y = x @ W), group size g, G = ceil(K / g) groups of consecutive rows (the last may be
-short). Group and column share one scale s and one zero point z; a code c in 0 … 2^b − 1 stands for `(c − z)·s`.
+Letters: `weight [K, N]` (y = x @ W), group size g, G = ceil(K / g) groups of consecutive rows (the last may be short).
+Each group of each column has one scale s and one zero point z. A code c in 0 … 2^b − 1 stands for the weight
+`(c − z)·s`.
 
-Asymmetric: the range `lo = min(w, 0)`, `hi = max(w, 0)` always holds zero, so that zero is always exact;
-`s = (hi − lo) / (2^b − 1)`, `z = clip(round(−lo / s), 0, 2^b − 1)`.
+Asymmetric: the range `lo = min(w, 0)`, `hi = max(w, 0)` always includes zero, so that zero is always exact. Then
+`s = (hi − lo) / (2^b − 1)` and `z = clip(round(−lo / s), 0, 2^b − 1)`.
 
-Symmetric: `z = 2^(b−1)`. Plain, `s = max|w| / (2^(b−1) − 1)`: both signs alike, code 0 is left unused.
-Full range, `s = −w_ext / 2^(b−1)` with w_ext the entry of largest magnitude (the negative one at a tie), so that the
-extreme lands exactly on code 0 and every code is used; s carries the sign.
+Symmetric: `z = 2^(b−1)`. Plain, `s = max|w| / (2^(b−1) − 1)`: levels lie symmetrically around zero and code 0 is not
+used. Full range, `s = −w_ext / 2^(b−1)` with w_ext the weight of largest magnitude (the negative one at a tie): s may
+be negative, w_ext gets code 0 exactly and every code is used.
 
-One bit leaves two levels, of which zero is one, since z is a code itself: both schemes then take `{0, w_ext}`,
+One bit gives two levels, and because z is a code itself, one of them is zero. Both schemes then use `{0, w_ext}`:
 asymmetric with a positive scale and z = 0 or 1, symmetric with z = 1 and a signed scale.
 
-Codes are `clip(round(w / s) + z, 0, 2^b − 1)`, halves rounded to even. Scales are rounded to the dtype the model will
-store them in *before* anything is computed from them. A group that lies on its grid comes back exactly when it
-holds both extremes (codes 0 and 2^b − 1 asymmetric, ±(2^(b−1) − 1) from zero symmetric, code 0 full range), its scale
-is representable and the products `(c − z)·s` are (a scale of at most 16 significant bits is enough in float32).
+Codes are `clip(round(w / s) + z, 0, 2^b − 1)`, halves rounded to even. Scales are rounded to the dtype that the model
+stores them in *before* anything is computed from them. Encoding and decoding gives a group that already lies on a grid
+back exactly if three things hold: it contains both extremes (asymmetric: codes 0 and 2^b − 1; symmetric:
+±(2^(b−1) − 1) from zero; full range: code 0), its scale can be represented, and so can the products `(c − z)·s` (in
+float32 a scale of at most 16 significant bits is enough).
 """
 
 from __future__ import annotations
@@ -34,24 +36,25 @@ Float = NDArray[np.floating[Any]]
 F32 = NDArray[np.float32]
 U8 = NDArray[np.uint8]
 
-TILE_ROWS, TILE_COLUMNS = 256, 2048  # 2 MB of float32: smaller ones have threads wait for Python's lock between calls
-TALL = 256  # rows of a group beyond which narrow pieces cost more than reading the weight twice
-TRANSPOSED = 64  # columns copied at a time out of a weight stored by columns
+TILE_ROWS, TILE_COLUMNS = 256, 2048  # 2 MB of float32: in smaller tiles threads wait for Python's lock between calls
+TALL = 256  # rows of a group above which narrow tiles cost more than reading the weight twice
+TRANSPOSED = 64  # columns copied at a time out of a weight in column order
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes on a grid: what a solver returns and what a lowering stores.
+    """A quantized weight: codes with the scales and zero points of their groups. Solvers return it, `targets` store it.
 
     Attributes:
         codes: uint8 [K, N], 0 … 2^bits − 1.
         scales: float32 [G, N], never zero; negative ones occur (symmetric, full range).
-        zeros: uint8 [G, N].
+        zeros: uint8 [G, N], zero points.
         bits: 1 to 8.
-        group_size: rows per group, resolved (never −1).
-        symmetric: all zeros are 2^(bits−1).
+        group_size: rows per group, a number of rows and never −1.
+        symmetric: True if all zero points are 2^(bits−1).
         group_dim: 1 for groups of input channels; 0 for groups of output channels, with scales and zeros [K, G].
-        input_scale: float32 [K] when the codes describe `diag(input_scale) @ W`; the input is to be divided by it.
+        input_scale: float32 [K] if the codes describe `diag(input_scale) @ W` and the model has to divide the input by
+            it; None if they describe W.
     """
 
     codes: U8
@@ -69,7 +72,7 @@ class QuantizedTensor:
         return replace(self, **parts, group_dim=1 - self.group_dim)
 
     def dequantize(self) -> F32:
-        """What the codes describe, float32 [K, N]: `(codes − zeros)·scales`."""
+        """Returns the weight that the codes stand for, `(codes − zeros)·scales`, float32 [K, N]."""
         if self.group_dim == 0:
             return self.turned().dequantize().T
         out: F32 = np.empty(self.codes.shape, np.float32)
@@ -82,14 +85,14 @@ class QuantizedTensor:
         return out
 
     def effective(self) -> F32:
-        """The weight [K, N] that acts on the original input: `dequantize() / input_scale[:, None]`."""
+        """Returns the weight that acts on the original input, `dequantize() / input_scale[:, None]`, float32 [K, N]."""
         out = self.dequantize()
         if self.input_scale is not None:
             out /= self.input_scale[:, None]
         return out
 
     def columns(self, columns: slice) -> QuantizedTensor:
-        """The part that belongs to one of several weights solved side by side; a view."""
+        """Returns a view of some output channels, such as those of one of several weights solved as one matrix."""
         part = {name: getattr(self, name)[:, columns] for name in ("codes", "scales", "zeros")}
         return replace(self, **part)
 
@@ -97,13 +100,21 @@ class QuantizedTensor:
 def tiles(
     k: int, n: int, group_size: int, *, whole: bool = False, rows: int = TILE_ROWS, columns: int = TILE_COLUMNS
 ) -> Iterator[tuple[slice, slice, int, slice]]:
-    """Cuts [k, n] into cache-sized pieces: (rows, groups, rows per group, columns).
+    """Yields tiles that cover a weight [k, n] and fit into the cache, of about `rows · columns` numbers each.
 
-    A piece holds several groups, or one, or, unless `whole`, a part of one; the short last group comes by itself.
-    It is about `rows · columns` numbers large.
+    A tile holds one or more groups or, unless `whole`, a part of one. A short last group has tiles of its own.
+
+    Args:
+        k, n: shape of the weight.
+        group_size: rows per group.
+        whole: never cut inside a group.
+        rows, columns: the size aimed at.
+
+    Yields:
+        The rows, the groups they belong to, how many rows of the tile each of these has, the columns.
     """
     aligned = k // group_size * group_size
-    tall = max(rows, rows * columns // max(1, n))  # of a narrow weight more rows make a piece
+    tall = max(rows, rows * columns // max(1, n))  # a tile of a narrow weight has more rows
     step = max(1, tall // group_size) * group_size
     if group_size > tall and not whole:
         spans = [
@@ -123,14 +134,15 @@ def tiles(
 
 
 def widened(tile: Float, scratch: Float) -> Float:
-    """The `tile` of a stored weight [k, n] as rows of `scratch.dtype`, with contiguous runs of columns.
+    """Returns `tile [k, n]` of a stored weight in `scratch.dtype` and row order.
 
-    A view where it is that already; otherwise a copy in `scratch`, flat and at least as large.
+    The result is the tile itself if it is so already, otherwise a copy in `scratch`, which is flat and at least as
+    large.
     """
     if tile.dtype == scratch.dtype and (tile.strides[1] == tile.itemsize or tile.size == 0):
         return tile
     out: Float = scratch[: tile.size].reshape(tile.shape)
-    # Of columns that lie together in memory, a few at a time: more would push each other out of the cache.
+    # From column order a few columns at a time are copied: more would push each other out of the cache.
     step = TRANSPOSED if abs(tile.strides[0]) < abs(tile.strides[1]) else tile.shape[1]
     for column in range(0, tile.shape[1], step):
         np.copyto(out[:, column : column + step], tile[:, column : column + step], casting="unsafe")
@@ -138,33 +150,45 @@ def widened(tile: Float, scratch: Float) -> Float:
 
 
 def scratch_of(weight: Float, group_size: int, *, whole: bool = False) -> Float:
-    """An empty flat array as large as the largest of `tiles`: float64 for a float64 weight, otherwise float32."""
+    """Returns an empty flat array as large as the largest tile: float64 for a float64 weight, otherwise float32.
+
+    Args:
+        weight: [K, N].
+        group_size: rows per group.
+        whole: as for `tiles`.
+    """
     k, n = weight.shape
     sizes = ((r.stop - r.start) * (c.stop - c.start) for r, _, _, c in tiles(k, n, group_size, whole=whole))
     return np.empty(max(sizes, default=0), np.float64 if weight.dtype == np.float64 else np.float32)
 
 
 def grouped(tile: NDArray[Any], g: int) -> NDArray[Any]:
-    """[groups·g, n] seen as [groups, g, n]; splitting the first axis never copies."""
+    """Returns a view [groups, g, n] of `tile [groups·g, n]`; splitting the first axis never copies."""
     return tile.reshape(tile.shape[0] // g, g, tile.shape[1])
 
 
 def row(parameters: NDArray[Any], groups: slice, columns: slice) -> NDArray[Any]:
-    """[G, N] parameters of one tile as [groups, 1, n], ready to broadcast over the rows of each group."""
+    """Returns a tile of `parameters [G, N]` as [groups, 1, n], which broadcasts over the rows of each group."""
     return parameters[groups, None, columns]
 
 
 def grid_of(
     lo: Float, hi: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32
 ) -> tuple[F32, U8]:
-    """The grid that spans `lo <= 0 <= hi` (arrays of one shape): scales and zero points of that shape.
+    """Returns the scales and zero points of grids that span the ranges `lo <= 0 <= hi`.
+
+    Args:
+        lo, hi: bounds, arrays of one shape, which the results have too.
+        spec: bits and scheme.
+        full_range: symmetric only: the signed scale that uses code 0.
+        scale_dtype: dtype that the model stores scales in; scales are rounded to it.
 
     Raises:
         FloatingPointError: a bound is NaN or infinite.
     """
     with np.errstate(invalid="ignore"):
-        spans = np.subtract(hi, lo, dtype=np.float64)  # may leave float32
-    if not np.isfinite(spans.max(initial=0)):  # whatever is wrong with either bound shows here
+        spans = np.subtract(hi, lo, dtype=np.float64)  # may overflow float32
+    if not np.isfinite(spans.max(initial=0)):  # not finite if either bound is not
         raise FloatingPointError("cannot fit a grid to weights that are NaN or infinite")
     top, half = 2**spec.bits - 1, 2 ** (spec.bits - 1)
     if not spec.symmetric and spec.bits > 1:
@@ -183,15 +207,24 @@ def grid_of(
 
 
 def storable(raw: Float, dtype: DTypeLike, reach: int | NDArray[Any], *, steps: int = 0) -> F32:
-    """Rounds scales to what `dtype` holds, as float32: never zero, never so large that `reach·s` overflows.
+    """Rounds scales to values of `dtype` that are never zero and never so large that `reach·s` overflows.
 
-    Below its normal numbers float16 is coarse. Where rounding down would cut half a step or more off a range of
-    `steps` (by default, reach), the next larger scale is taken, which costs at most one step of resolution.
+    The subnormal numbers of float16 are coarse. Where rounding down would cut half a step or more off a range of
+    `steps`, the next larger scale is taken, which costs at most one step of resolution.
+
+    Args:
+        raw: scales of any sign; where one is 0, all weights of the group are, and 1 is returned.
+        dtype: float16 or float32.
+        reach: the largest |code − zero|.
+        steps: steps of the range; 0 for as many as `reach`.
+
+    Returns:
+        The rounded scales, float32 and of the shape of `raw`.
     """
     info, size = np.finfo(np.dtype(dtype)), np.abs(raw)
     headroom = float(info.max) * (1 - float(info.eps))
     if size.min(initial=np.inf) >= info.tiny and size.max(initial=0) <= headroom / 255:
-        return raw.astype(info.dtype).astype(np.float32, copy=False)  # ordinary: nothing of the below happens
+        return raw.astype(info.dtype).astype(np.float32, copy=False)  # ordinary scales need no care
     size = size.astype(np.float64)
     least = float(info.tiny if info.dtype == np.float32 else info.smallest_subnormal)
     stored = np.clip(size, least, headroom / reach).astype(info.dtype)
@@ -199,17 +232,20 @@ def storable(raw: Float, dtype: DTypeLike, reach: int | NDArray[Any], *, steps: 
     short = (cut >= stored.astype(np.float64) / 2) & (size < float(info.tiny))
     stored = np.where(short, np.nextafter(stored, info.max, dtype=info.dtype), stored)
     signed = np.copysign(stored, raw).astype(np.float32)
-    return np.where(size > 0, signed, np.float32(1))  # an all-zero group: any scale does
+    return np.where(size > 0, signed, np.float32(1))  # a group of zeros: any scale will do
 
 
 def fit(weight: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32) -> tuple[F32, U8]:
-    """The grid spanning each group of `weight [K, N]`: scales float32 [G, N], zeros uint8 [G, N].
+    """Fits a grid to the whole range of each group of `weight [K, N]`.
 
     Args:
         weight: any float dtype, in any memory order; read tile by tile.
         spec: bits, group size and scheme.
-        full_range: symmetric only: the signed scale that uses code 0 (see the module's first lines).
-        scale_dtype: what the model stores scales in; they are rounded to it here.
+        full_range: symmetric only: the signed scale that uses code 0.
+        scale_dtype: dtype that the model stores scales in; they are rounded to it here.
+
+    Returns:
+        Scales float32 [G, N] and zero points uint8 [G, N].
 
     Raises:
         FloatingPointError: the weight holds NaN or infinite numbers.
@@ -217,7 +253,7 @@ def fit(weight: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTy
     k, n = weight.shape
     g = spec.resolved_group(k)
     scratch = scratch_of(weight, g)
-    lo, hi = (np.zeros((-(-k // g), n), scratch.dtype) for _ in range(2))  # the range always holds zero
+    lo, hi = (np.zeros((-(-k // g), n), scratch.dtype) for _ in range(2))  # the range always includes zero
     for rows, groups, size, columns in tiles(k, n, g):
         tile, at = grouped(widened(weight[rows, columns], scratch), size), (groups, columns)
         np.minimum(lo[at], tile.min(axis=1), out=lo[at])
@@ -226,7 +262,15 @@ def fit(weight: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTy
 
 
 def encode(weight: Float, scales: F32, zeros: U8, bits: int, group_size: int) -> U8:
-    """The nearest code of every weight: `clip(round(w / s) + z, 0, 2^bits − 1)`, uint8 [K, N]."""
+    """Returns the nearest code of every weight, `clip(round(w / s) + z, 0, 2^bits − 1)`, uint8 [K, N].
+
+    Args:
+        weight: [K, N], any float dtype, in any memory order.
+        scales: [G, N].
+        zeros: [G, N].
+        bits: 1 to 8.
+        group_size: rows per group.
+    """
     k, n = weight.shape
     codes = np.empty((k, n), np.uint8)
     scratch = scratch_of(weight, group_size)
@@ -238,7 +282,15 @@ def encode(weight: Float, scales: F32, zeros: U8, bits: int, group_size: int) ->
 
 
 def project(weight: Float, scales: F32, zeros: U8, bits: int, group_size: int) -> Float:
-    """What the nearest codes of `weight [K, N]` stand for, [K, N]: `dequantize` of `encode`, without the codes."""
+    """Returns the level nearest to every weight, [K, N]: `encode` and decode in one, without storing codes.
+
+    Args:
+        weight: [K, N], any float dtype, in any memory order.
+        scales: [G, N].
+        zeros: [G, N].
+        bits: 1 to 8.
+        group_size: rows per group.
+    """
     k, n = weight.shape
     scratch = scratch_of(weight, group_size)
     out: Float = np.empty((k, n), scratch.dtype)
@@ -258,7 +310,20 @@ def project(weight: Float, scales: F32, zeros: U8, bits: int, group_size: int) -
 def nearest(
     weight: Float, spec: Spec, *, full_range: bool = False, scale_dtype: DTypeLike = np.float32
 ) -> tuple[U8, F32, U8]:
-    """`fit` and `encode` in one: codes [K, N], scales [G, N] and zeros [G, N], each tile of `weight` read once."""
+    """Rounds `weight [K, N]` to nearest: `fit` and `encode` in one, which reads each tile only once.
+
+    Args:
+        weight: any float dtype, in any memory order.
+        spec: bits, group size and scheme.
+        full_range: symmetric only: the signed scale that uses code 0.
+        scale_dtype: dtype that the model stores scales in.
+
+    Returns:
+        Codes uint8 [K, N], scales float32 [G, N] and zero points uint8 [G, N].
+
+    Raises:
+        FloatingPointError: the weight holds NaN or infinite numbers.
+    """
     k, n = weight.shape
     g, top = spec.resolved_group(k), 2**spec.bits - 1
     if g > TALL:
@@ -279,7 +344,8 @@ def nearest(
         with np.errstate(over="ignore"):
             hi -= lo
             hi /= scales[at]
-        if np.abs(hi, out=hi).max(initial=0) < 1.5 * top + 3:  # not so where a scale had to be cut to its dtype
+        # A level fits the narrow integers unless a scale had to be cut to the largest number of its dtype.
+        if np.abs(hi, out=hi).max(initial=0) < 1.5 * top + 3:
             _encode_narrow(tile, *parameters, top, scratch, whole_numbers, out)
         else:
             _encode(tile, *parameters, top, scratch, out)
@@ -287,9 +353,9 @@ def nearest(
 
 
 def _encode(tile: Float, scales: F32, zeros: U8, top: int, scratch: Float, codes: U8) -> None:
-    """Writes the codes of one tile [groups, g, n]; the tile itself may lie in `scratch`."""
+    """Writes the codes of `tile [groups, g, n]` into `codes`; the tile itself may lie in `scratch`."""
     level = scratch[: tile.size].reshape(tile.shape)
-    with np.errstate(over="ignore"):  # a quotient beyond float32 is clipped like any other
+    with np.errstate(over="ignore"):  # a quotient that overflows float32 is clipped like any other
         np.divide(tile, scales, out=level)
     np.rint(level, out=level)
     level += zeros.astype(level.dtype)
@@ -300,7 +366,7 @@ def _encode(tile: Float, scales: F32, zeros: U8, top: int, scratch: Float, codes
 def _encode_narrow(
     tile: Float, scales: F32, zeros: U8, top: int, scratch: Float, whole_numbers: NDArray[Any], codes: U8
 ) -> None:
-    """`_encode` for levels that fit the dtype of `whole_numbers`: shifting and clipping there costs next to nothing."""
+    """Writes codes like `_encode`, for levels that fit the dtype of `whole_numbers`, where clipping is fast."""
     level = scratch[: tile.size].reshape(tile.shape)
     whole = whole_numbers[: tile.size].reshape(tile.shape)
     np.divide(tile, scales, out=level)
@@ -312,7 +378,15 @@ def _encode_narrow(
 
 
 def quantize(weight: F32, scales: F32, zeros: U8, spec: Spec, *, input_scale: F32 | None = None) -> QuantizedTensor:
-    """`weight [K, N]` rounded to the nearest on the grid given."""
+    """Rounds `weight [K, N]` to the nearest level of a given grid.
+
+    Args:
+        weight: already multiplied by `input_scale`, if there is one.
+        scales: [G, N].
+        zeros: [G, N].
+        spec: the format that the grid was fitted for.
+        input_scale: [K], stored in the result.
+    """
     g = spec.resolved_group(len(weight))
     codes = encode(weight, scales, zeros, spec.bits, g)
     return QuantizedTensor(codes, scales, zeros, spec.bits, g, spec.symmetric, input_scale)

@@ -1,17 +1,18 @@
-"""HQQ: find the zero point of each group that leaves sparse errors. Needs no data.
+"""HQQ: finds the zero point of each group that leaves sparse errors. It needs no data.
 
-Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). With the scale s of a group fixed,
-`min_z φ(w − s·(q − z))`, φ = |·|^p with p < 1, is split by W_e ≈ w − s·(q − z) and solved in turns (equations 5 to 7):
+Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023). Let w be the weights of a group, s
+its scale, z its zero point and q the codes. With s fixed, the problem `min_z φ(w − s·(q − z))`, φ = |·|^p with p < 1,
+is split by an error W_e ≈ w − s·(q − z) and solved in turns (equations 5 to 7):
 
     W_e = shrink(w − s·(q − z), β),  shrink(x, β) = sign(x)·max(|x| − |x|^(p−1) / β, 0)
     z = mean over the group of q − (w − W_e) / s,  β = κ·β
 
-each group by itself until its error |w − ŵ| no longer falls. The best z is kept, not the last.
+Each group stops when its mean error |w − ŵ| no longer falls. The best z is kept, not the last.
 
-The paper stores z as a float. No fast kernel takes one, so here it is rounded, the codes are taken anew, and the scale
-is fitted by least squares; a group keeps its plain grid where that is closer to its weights. What the float is worth
-is mostly lost by rounding: of the demo model's weights in 4 bits, groups of 32, it leaves .88 of the squared error of
-rounding to nearest, the rounded one .96, a clip search .92 (2 bits: .88, .78 by the fitted scale, .67).
+The paper stores z as a float. No fast kernel reads one, so here z is rounded, the codes are computed anew and the scale
+is fitted by least squares. A group keeps its plain grid where that is closer to its weights. Rounding z loses most of
+what the method gains. Squared errors on the demo model's weights relative to rounding to nearest, 4 bits in groups of
+32: float z .88, rounded z .96, a clip search .92. With 2 bits: .88, .78 (thanks to the fitted scale), .67.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from onnx_woq.core.grids.integer import (
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
 
-PIECE = 1 << 22  # weights that a thread takes at a time
+PIECE = 1 << 22  # weights in one piece of the work
 
 
 def solve(
@@ -54,20 +55,20 @@ def solve(
     iterations: int = 20,
     enable_full_range: bool = False,
 ) -> QuantizedTensor:
-    """Rounds `weight [K, N]` on grids whose zero points HQQ has chosen.
+    """Rounds `weight [K, N]` to grids whose zero points HQQ chooses.
 
-    Symmetric grids have no zero point to choose: of them only the scales are fitted.
+    Symmetric grids have a fixed zero point; only their scales are fitted.
 
     Args:
-        weight: any float dtype, in either memory order, mapped from a file or not: it is read tile by tile.
+        weight: any float dtype, in either memory order, possibly mapped from a file; read tile by tile.
         stats: not used.
         spec: bits, group size and scheme.
-        scale_dtype: what the model stores scales in.
-        each: how to go through pieces of columns.
-        norm: the p of the error, below 1 for sparse ones.
-        beta: how much errors are to be like W_e at first.
-        kappa: by what that grows in each iteration.
-        iterations: at most.
+        scale_dtype: dtype that the model stores scales in.
+        parallel_map: maps a function over pieces of columns.
+        norm: p, the exponent of the error; below 1 it favours sparse errors.
+        beta: β at the start, how strongly errors are pulled to W_e.
+        kappa: κ, the factor by which β grows in each iteration.
+        iterations: iterations at most.
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
 
     Raises:
@@ -108,13 +109,17 @@ def zero_point(
     kappa: float = 1.01,
     iterations: int = 20,
 ) -> Float:
-    """The best float zero points [groups, n] that the iteration meets, the given ones among them.
+    """Returns the best float zero points [groups, n] that the iteration meets, the given ones among them.
 
     Args:
         w: weights of whole groups, [groups, g, n].
-        s, z: scales and zero points to start from, [groups, n].
+        s: scales [groups, n].
+        z: zero points to start from, [groups, n].
         top: the largest code.
-        norm, beta, kappa, iterations: see `solve`.
+        norm: p, the exponent of the error.
+        beta: β at the start.
+        kappa: κ, the growth of β.
+        iterations: iterations at most.
     """
     scale, best = s[:, None], z.copy()
     least = np.full(z.shape, np.inf, w.dtype)
@@ -136,7 +141,7 @@ def zero_point(
 
 
 def _fitted(w: Float, s: Float, z: Float, top: int, scale_dtype: DTypeLike) -> tuple[Float, Float]:
-    """The least-squares scale for the levels that z leads to."""
+    """Returns the least-squares scale for the levels that z leads to, as stored, and z; [groups, n] each."""
     level = np.clip(np.rint(w / s[:, None] + z[:, None]), 0, top) - z[:, None]
     square = np.square(level).sum(axis=1)
     scale = np.divide((level * w).sum(axis=1), square, out=s.copy(), where=square > 0)
@@ -144,12 +149,13 @@ def _fitted(w: Float, s: Float, z: Float, top: int, scale_dtype: DTypeLike) -> t
 
 
 def _error(w: Float, s: Float, z: Float, top: int) -> Float:
+    """Returns the squared error of rounding each group to nearest, [groups, n]."""
     codes = np.clip(np.rint(w / s[:, None] + z[:, None]), 0, top)
     out: Float = np.square(w - (codes - z[:, None]) * s[:, None], dtype=np.float64).sum(axis=1)
     return out
 
 
 def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
-    """About the most that `solve` holds at once beyond the weight [k, n] and the result."""
+    """Estimates the bytes that `solve` holds at once beyond the weight [k, n] and the result."""
     tile = max(TILE_ROWS * TILE_COLUMNS, min(spec.resolved_group(k), k) * 64)
     return 32 * min(tile, k * n)

@@ -1,6 +1,7 @@
-"""The solvers by name. A method is one file with `solve`; its keyword-only arguments are its options.
+"""The registry of methods: every solver by name, its options and the memory it takes.
 
-Adding one: write the file, add a line to `METHODS`.
+A method is one file with a function `solve`; the keyword-only arguments of `solve` are the options of the method. To
+add one, write the file and add a line to `METHODS`.
 """
 
 from __future__ import annotations
@@ -21,23 +22,26 @@ from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import RecipeError, nearest
 
-_NOT_OPTIONS = ("scale_dtype", "parallel_map")  # arguments of a solver that the pipeline knows
-WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType({"scaling": gptq.SCALINGS})
-"""What an option may be whose value is a word."""
+_NOT_OPTIONS = ("scale_dtype", "parallel_map")  # arguments of `solve` that the engine gives, not the user
 
-MOST_CANDIDATES = 1000  # of a range search: more is a slip of the step, and would run for hours
+WORDS: Mapping[str, tuple[str, ...]] = MappingProxyType({"scaling": gptq.SCALINGS})
+"""The allowed values of each option whose value is a word."""
+
+MOST_CANDIDATES = 1000  # shrink factors of a clip search: more are a slip of the step, and would run for hours
 
 
 @dataclass(frozen=True)
 class Method:
-    """A solver: `solve(weight [K, N], stats, spec, *, scale_dtype, each, **options) -> QuantizedTensor`.
+    """A quantization method.
 
     Attributes:
-        name: what recipes call it.
-        solve: the function; `stats` may be None when `needs_data` is false.
-        needs_data: whether it reads calibration statistics (`Recipe.needs_data` answers for a whole recipe).
-        working_bytes: `(k, n, spec, **options)` -> about the most bytes that solving holds at once beyond weight,
-            statistics and result.
+        name: its name in recipes.
+        solve: `(weight [K, N], stats, spec, *, scale_dtype, parallel_map, **options) -> QuantizedTensor`; `stats` may
+            be None where `needs_data` is false.
+        needs_data: True if the method reads calibration statistics. (A recipe may need them for other reasons, see
+            `Recipe.needs_data`.)
+        working_bytes: `(k, n, spec, **options) -> int`, an estimate of the bytes that solving a weight [k, n] holds at
+            once beyond the weight, its statistics and the result.
     """
 
     name: str
@@ -47,7 +51,7 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options users may set, with their defaults, read from the signature of `solve`."""
+        """Returns the options that users may set, with their defaults, read from the signature of `solve`."""
         parameters = inspect.signature(self.solve).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_OPTIONS}
 
@@ -91,25 +95,26 @@ def solve(method: str, weight: NDArray[Any], stats: Stats | None, spec: Spec, **
 
 @lru_cache(maxsize=256)
 def solve_bytes(method: str, k: int, n: int, spec: Spec, options: tuple[tuple[str, Any], ...] = ()) -> int:
-    """About the most bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included.
+    """Estimates the bytes that solving a weight [k, n] takes beyond the weight and its statistics, result included.
 
     Args:
-        method: its name.
-        k, n, spec: the weight's.
-        options: names and values of those that are not left at their defaults.
+        method: name of the method.
+        k, n: input and output channels of the weight.
+        spec: bits, group size and scheme.
+        options: names and values of the options that are not left at their defaults.
     """
     return METHODS[method].working_bytes(k, n, spec, **dict(options)) + result_bytes(k, n, spec)
 
 
 def result_bytes(k: int, n: int, spec: Spec) -> int:
-    """Bytes of the `QuantizedTensor` of a weight [k, n]."""
+    """Returns the bytes of the `QuantizedTensor` of a weight [k, n]."""
     return k * n + 5 * -(-k // spec.resolved_group(k)) * n
 
 
 def check_options(method: Method, options: Mapping[str, Any]) -> None:
-    """Refuses what `method.solve` would not understand, before any work is done.
+    """Checks `options` for `method.solve`, so that a mistake is found before any work is done.
 
-    The default of each option says its type; a JSON list is as good as a tuple.
+    The default of each option tells its type; a list, as JSON gives it, may stand for a tuple.
 
     Raises:
         RecipeError: an unknown option (the nearest one is named), a value of the wrong type or out of range.
@@ -141,15 +146,18 @@ def check_options(method: Method, options: Mapping[str, Any]) -> None:
 
 
 def _require(fine: bool, name: str, value: object, wanted: str) -> None:
+    """Raises a RecipeError that says what was wanted of an option, unless its value is fine."""
     if not fine:
         raise RecipeError(f"{name}={value!r} must be {wanted}")
 
 
 def _is_number(value: object) -> bool:
+    """Tells whether `value` is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_range(value: object) -> bool:
+    """Tells whether `value` is (start, stop, step) of shrink factors."""
     if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(map(_is_number, value)):
         return False
     start, stop, step = value

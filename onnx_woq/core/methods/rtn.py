@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest level of its group's grid. Needs no data."""
+"""RTN (round to nearest): rounds every weight to the nearest level of its group's grid. It needs no data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnx_woq.core.grids.integer import TALL, QuantizedTensor, encode, nearest, 
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
 
-PIECE = 1 << 23  # weights that a thread takes at a time: more than most matrices have
+PIECE = 1 << 23  # weights in one piece of the work: most matrices have fewer
 
 
 def solve(
@@ -31,13 +31,13 @@ def solve(
     """Rounds `weight [K, N]` to nearest.
 
     Args:
-        weight: any float dtype, in either memory order, mapped from a file or not: it is read tile by tile.
+        weight: any float dtype, in either memory order, possibly mapped from a file; read tile by tile.
         stats: not used.
         spec: bits, group size and scheme.
-        scale_dtype: what the model stores scales in.
-        each: how to go through pieces of columns.
+        scale_dtype: dtype that the model stores scales in.
+        parallel_map: maps a function over pieces of columns.
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
-        enable_mse_search: shrink each group's range to where its squared error is least.
+        enable_mse_search: shrink the range of each group to where its squared error is least.
         mse_range: the shrink factors tried (start, stop, step).
 
     Raises:
@@ -69,7 +69,7 @@ def solve(
 
 
 def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
-    """About the most that `solve` holds at once beyond the weight [k, n] and the result."""
+    """Estimates the bytes that `solve` holds at once beyond the weight [k, n] and the result."""
     g = spec.resolved_group(k)
     pieces = tiles(k, n, g, whole=g <= TALL)
     largest = max((r.stop - r.start) * (c.stop - c.start) for r, _, _, c in pieces)

@@ -1,18 +1,19 @@
-"""TEQ: train the scale of the input channels that AWQ takes from a formula.
+"""TEQ: trains the input scale that AWQ takes from a formula.
 
 Cheng et al., "TEQ: Trainable Equivalent Transformation for Quantization of LLMs" (2023): the scale α [K] of
-`x @ W = (x / α) @ (diag(α) @ W)` is a parameter. The paper trains all of them end to end on a label loss. Here each is
-trained by itself on the error of its own output, `L = Σ ΔW ∘ (H·ΔW)` with `ΔW = Q(diag(α)·W) / α − W`: a local loss,
-which needs no labels and no backward pass through the model, and does not see what later layers make of an error.
+`x @ W = (x / α) @ (diag(α) @ W)` is a parameter. The paper trains the scales of all layers end to end on a label loss.
+Here each scale is trained by itself on the error of its own output, `L = Σ ΔW ∘ (H·ΔW)` with
+`ΔW = Q(diag(α)·W) / α − W` and the Gram matrix H of the inputs. This local loss needs no labels and no backward pass
+through the model, but does not see what later layers make of an error.
 
-With `E = ΔW ∘ (H·ΔW)`, rounding passed straight through (∂round(u)/∂u = 1), and group ranges that move with the rows
-that span them,
+Let `E = ΔW ∘ (H·ΔW)`. The gradient passes straight through rounding (∂round(u)/∂u = 1) and follows the rows that span
+the range of their group:
 
     ∂L / ∂log α_k = −2 Σ_n E_kn + 2 Σ_n [k spans its group] · |α_k·W_kn| / range_gn · Σ_{j in g} E_jn.
 
-The gradient is centred (a factor common to all rows changes nothing), brought to unit size, and followed with momentum
-for a while from AWQ's scale. The best scale met is kept, and no scale at all where that is better: on the calibration
-data the result is never worse than rounding to nearest.
+It is centred, because a factor common to all rows changes nothing, scaled to unit size, and followed with momentum for
+some steps from AWQ's scale. The best scale met is kept, or no scale where that is better: on the calibration data the
+result is never worse than rounding to nearest.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from onnx_woq.core import input_scale
 from onnx_woq.core.cpu import ParallelMap
 from onnx_woq.core.grids.integer import QuantizedTensor, fit, project
-from onnx_woq.core.methods import awq
-from onnx_woq.core.methods.awq import F32, LARGEST, LEAST
+from onnx_woq.core.input_scale import F32, LARGEST, LEAST
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, column_errors
 
@@ -52,31 +53,32 @@ def solve(
     """Quantizes `weight [K, N]` after scaling its rows by a trained α; the result's `input_scale` is α, or None.
 
     Args:
-        weight: any float dtype, in either memory order, mapped from a file or not: read some columns at a time.
-        stats: of the input of every column of `weight`.
+        weight: any float dtype, in either memory order, possibly mapped from a file; read some columns at a time.
+        stats: statistics of the input of every column of `weight`.
         spec: bits, group size and scheme.
-        scale_dtype: what the model stores scales in; α is rounded to it as well.
-        each: how to go through candidates, and through tiles of columns.
-        steps: of training.
-        learning_rate: of log α, per step of unit root mean square; falls to zero over the steps.
-        enable_mse_search: as in AWQ.
+        scale_dtype: dtype that the model stores scales in; α is rounded to it too.
+        parallel_map: maps a function over candidates and over tiles of columns.
+        steps: steps of training.
+        learning_rate: change of log α per step (root mean square); it falls to zero over the steps.
+        enable_mse_search: shrink the range of each group to where its squared error is least. Rows are weighted by the
+            diagonal of the Gram matrix of the scaled input. An output channel keeps the result if its loss gets lower.
         mse_range: the shrink factors tried (start, stop, step).
-        enable_auto_scale: train at all.
-        folding: whether the pipeline must place 1/α inside an existing operation or do without; not used here.
+        enable_auto_scale: train a scale at all.
+        folding: True if 1/α may only be placed inside an existing operation; not used here.
         enable_full_range: symmetric only: use code −2^(bits−1) too, by a signed scale.
 
     Raises:
-        ValueError: no statistics, or of another number of inputs than `weight` has rows.
+        ValueError: there are no statistics, or their number of inputs is not the number of rows of `weight`.
         FloatingPointError: the weight holds NaN or infinite numbers.
     """
     if stats is None or stats.gram.shape != (len(weight), len(weight)):
         raise ValueError("teq needs the statistics of the weight's inputs, as many of them as it has rows")
     kinds: dict[str, Any] = {"full_range": enable_full_range, "scale_dtype": scale_dtype}
-    grids = awq.grids_of(spec, mse_range if enable_mse_search else None, **kinds)
+    grids = input_scale.grid_fitters(spec, mse_range if enable_mse_search else None, **kinds)
     scale = None
     if enable_auto_scale:
         scale = trained_scale(weight, stats, spec, steps, learning_rate, parallel_map=parallel_map, **kinds)
-    return awq.scaled_where_better(weight, scale, stats.gram, spec, grids, parallel_map)
+    return input_scale.quantize_scaled_or_plain(weight, scale, stats.gram, spec, grids, parallel_map)
 
 
 def trained_scale(
@@ -90,11 +92,22 @@ def trained_scale(
     scale_dtype: DTypeLike = np.float32,
     parallel_map: ParallelMap = map,
 ) -> F32 | None:
-    """The α [K] of least loss met in training on a sample of output channels, None where no scale is better."""
+    """Trains α [K] on a sample of output channels; returns the best one met, None where no scale is better.
+
+    Args:
+        weight: [K, N], any float dtype, in either memory order.
+        stats: statistics of the inputs.
+        spec: bits, group size and scheme.
+        steps: steps of training.
+        learning_rate: change of log α per step (root mean square); it falls to zero over the steps.
+        full_range: symmetric only: a signed scale that uses code 0.
+        scale_dtype: dtype that α and the scales are rounded to.
+        parallel_map: maps a function over the candidates for the start.
+    """
     kinds: dict[str, Any] = {"full_range": full_range, "scale_dtype": scale_dtype}
-    grids = awq.grids_of(spec, **kinds)
-    start = awq.best_scale(weight, stats, spec, grids, scale_dtype, parallel_map)
-    sample = awq.spread(weight, SAMPLE)
+    grids = input_scale.grid_fitters(spec, **kinds)
+    start = input_scale.search_scale(weight, stats, spec, grids, scale_dtype, parallel_map)
+    sample = input_scale.sample_columns(weight, SAMPLE)
     log = np.zeros(len(sample)) if start is None else np.log(start.astype(np.float64))
     velocity = np.zeros(len(sample))
     best, least = None, np.inf
@@ -109,7 +122,7 @@ def trained_scale(
             break
         velocity = MOMENTUM * velocity + (1 - MOMENTUM) * gradient / size
         log -= learning_rate * (1 - step / steps) * velocity
-    unscaled = awq.loss_of(sample, None, stats.gram, spec, grids)
+    unscaled = input_scale.scaled_loss(sample, None, stats.gram, spec, grids)
     return best if least < unscaled else None
 
 
@@ -122,7 +135,16 @@ def loss_and_gradient(
     full_range: bool = False,
     scale_dtype: DTypeLike = np.float32,
 ) -> tuple[float, NDArray[np.float64]]:
-    """L of `weight [K, n]` scaled by `scale [K]` and rounded to nearest, and ∂L/∂log α [K] as in the first lines."""
+    """Returns the loss L and its gradient ∂L/∂log α, float64 [K], see the module's docstring.
+
+    Args:
+        weight: [K, n], rounded to nearest after scaling.
+        scale: α [K].
+        gram: H [K, K].
+        spec: bits, group size and scheme.
+        full_range: symmetric only: a signed scale that uses code 0.
+        scale_dtype: dtype that the scales are rounded to.
+    """
     k, g = len(weight), spec.resolved_group(len(weight))
     scaled = weight * scale[:, None]
     grid = fit(scaled, spec, full_range=full_range, scale_dtype=scale_dtype)
@@ -145,5 +167,5 @@ def loss_and_gradient(
 
 
 def working_bytes(k: int, n: int, spec: Spec, **_: Any) -> int:
-    """About the most that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
-    return max(awq.working_bytes(k, n, spec), 4 * (7 * k * min(SAMPLE, n) + 10 * k))
+    """Estimates the bytes that `solve` holds at once beyond the weight [k, n], its statistics and the result."""
+    return max(input_scale.working_bytes(k, n, spec), 4 * (7 * k * min(SAMPLE, n) + 10 * k))

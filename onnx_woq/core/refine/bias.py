@@ -1,8 +1,9 @@
-"""Bias correction: what rounding a weight adds to the mean of each output is taken off again by a constant.
+"""Bias correction: a constant per output channel that removes the mean error of the outputs.
 
-Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2: with
-`ΔW = W − Ŵ`, the mean output is off by `E[x·Ŵ] − E[x·W] = −E[x]·ΔW`, and `E[x]·ΔW` added to the output puts it right.
-Of all constants it leaves the least squared error `‖X·ΔW − 1·b‖²`. The mean is that of the calibration tokens.
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2. With
+`ΔW = W − Ŵ`, quantization moves the mean output by `E[x·Ŵ] − E[x·W] = −E[x]·ΔW`. Adding `b = E[x]·ΔW` to the output
+undoes that. Of all constants b it also leaves the least squared error `‖X·ΔW − 1·b‖²`. The mean is taken over the
+calibration tokens.
 """
 
 from __future__ import annotations
@@ -16,16 +17,16 @@ from onnx_woq.core.stats import Stats
 
 F32 = NDArray[np.float32]
 
-COLUMNS = 128  # at a time, in float64
+COLUMNS = 128  # columns of ΔW at a time, in float64
 
 
 def correction(delta_of: Callable[[slice], F32], n: int, stats: Stats) -> F32:
-    """What to add to the output, `mean(x)ᵀ·ΔW`, float32 [N].
+    """Returns the constant to add to the output, `mean(x)ᵀ·ΔW`, float32 [N].
 
     Args:
-        delta_of: the columns of `ΔW = W − Ŵ` [K, N] that a slice names; asked for some at a time.
+        delta_of: returns the columns of `ΔW = W − Ŵ` [K, N] in a slice; called for some columns at a time.
         n: output channels.
-        stats: of the inputs.
+        stats: statistics of the inputs.
 
     Raises:
         ValueError: the statistics do not know the mean of the inputs.

@@ -1,14 +1,15 @@
-"""Coordinate descent on the codes of a solved weight, and least squares on its scales.
+"""Coordinate descent on the codes of a quantized weight, and least squares on its scales.
 
-With H̃ = H + λI and ΔW = Ŵ − W the loss `L = Σ ΔW ∘ (H̃·ΔW)` is a parabola in any single weight. Of row k, everything
-else held, it is least at `ŵ_k − (H̃·ΔW)_k / H̃_kk`; the nearest level of the grid to that is the best code there is, and
-taking it never raises L. In the scale s of a group with levels c (code − zero) it is a parabola too, least at
+Let H̃ = H + λI be the damped Gram matrix and ΔW = Ŵ − W. The loss `L = Σ ΔW ∘ (H̃·ΔW)` is a parabola in every single
+weight. With all others held, it is least in row k at `ŵ_k − (H̃·ΔW)_k / H̃_kk`. The level nearest to that is the best
+one, and choosing it never raises L. In the scale s of a group with levels c (code − zero point) L is a parabola too,
+least at
 
     s − (cᵀ·(H̃·ΔW)_g) / (cᵀ·H̃_gg·c).
 
-GPTQ makes up for an error only in the rows that come later; here every row answers to all others. (Coordinate descent:
-Behdin et al., "QuantEase" (2023), eq. 7; Chee et al., "QuIP" (2023), call it greedy updates. The scale step is linear
-least squares.)
+GPTQ makes up for an error in later rows only; here every row reacts to all others. Sources: Behdin et al., "QuantEase"
+(2023), equation 7, for the codes (Chee et al., "QuIP" (2023), call them greedy updates); linear least squares for the
+scale.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from numpy.typing import DTypeLike, NDArray
 from onnx_woq.core.cpu import ParallelMap
 from onnx_woq.core.grids.integer import Float, QuantizedTensor, storable
 
-ROWS = 64  # taken together after one product with all others, where a group does not say
+ROWS = 64  # rows improved after one product with all others, where groups are larger than twice this
 
 
 def descend(
@@ -37,20 +38,21 @@ def descend(
     scale_dtype: DTypeLike = np.float32,
     parallel_map: ParallelMap = map,
 ) -> QuantizedTensor:
-    """Improves `q`, a quantization of `weight [K, N]`, for the inputs with Gram matrix `gram [K, K]`.
+    """Returns `q`, a quantized `weight [K, N]`, with better codes and scales for inputs of Gram matrix `gram [K, K]`.
 
-    The damped loss never rises, in any step; zero points and input scale stay.
+    No step raises the damped loss. Zero points and the input scale stay.
 
     Args:
-        weight: what the codes stand for; where q has an input scale, already multiplied by it, and `gram` divided.
-        q: as solved.
-        gram: of the inputs.
-        passes: over all rows.
+        weight: the weight that the codes approximate. Where q has an input scale, it is multiplied by that already, and
+            `gram` divided by it.
+        q: the quantized weight to improve.
+        gram: H [K, K].
+        passes: passes over all rows; q is returned as it is for 0.
         damp: λ as a share of the mean diagonal of `gram`.
-        tiles: columns worked on together; all of them by default.
-        dtype: what to compute in.
-        scale_dtype: what the model stores scales in.
-        each: how to go through tiles.
+        tiles: columns worked on together; None for all at once.
+        dtype: dtype to compute in.
+        scale_dtype: dtype that the model stores scales in.
+        parallel_map: maps a function over tiles.
     """
     if passes < 1 or not gram.any():
         return q
@@ -70,20 +72,32 @@ def descend(
 
 
 def working_bytes(k: int, n: int, group_size: int, width: int, itemsize: int) -> int:
-    """About the most that `descend` holds at once beyond the weight [k, n], a float32 Gram matrix and both results.
+    """Estimates the bytes that `descend` holds at once.
+
+    Not counted are the weight [k, n], a float32 Gram matrix and the quantized weight before and after.
 
     Args:
-        k, n, group_size: of the weight.
+        k, n: input and output channels of the weight.
+        group_size: rows per group.
         width: columns of a tile.
-        itemsize: bytes of a number that is computed with.
+        itemsize: bytes of a number of the dtype that is computed in.
     """
     converted = k * k * itemsize if itemsize != np.dtype(np.float32).itemsize else 0
-    groups, some = -(-k // group_size), max(2 * group_size, 3 * min(group_size, 2 * ROWS))  # residuals and the like
+    groups, some = -(-k // group_size), max(2 * group_size, 3 * min(group_size, 2 * ROWS))  # residuals and products
     return converted + k * n + 4 * groups * n + (2 * k + some + 4 * groups) * width * itemsize
 
 
 class _Tile:
-    """Some columns: `level [K, n]` (code − zero), `delta [K, n]` (ΔW), `scales [G, n]`."""
+    """Coordinate descent on some columns.
+
+    Attributes:
+        H: the Gram matrix [K, K], without damping.
+        added: λ, which damping adds to its diagonal.
+        level: [K, n], code − zero point.
+        floor, ceiling: [G, n], the lowest and the highest level of each group.
+        delta: ΔW [K, n]; takes the memory of the weight.
+        scales: [G, n].
+    """
 
     def __init__(self, weight: Float, q: QuantizedTensor, H: Float, added: float, scale_dtype: DTypeLike):
         self.H, self.added, self.g, self.scale_dtype = H, added, q.group_size, scale_dtype
@@ -98,15 +112,17 @@ class _Tile:
             np.subtract(self.level[rows] * self.scales[group], weight[rows], out=weight[rows])
 
     def rows(self, group: int) -> slice:
+        """Returns the rows of a group."""
         return slice(group * self.g, min((group + 1) * self.g, len(self.level)))
 
     def codes(self) -> NDArray[np.uint8]:
+        """Returns the codes [K, n]; the levels are lost."""
         for group in range(len(self.scales)):
             self.level[self.rows(group)] -= self.floor[group]
         return self.level.astype(np.uint8)
 
     def run(self) -> None:
-        """One pass: the rows of each group, then its scale."""
+        """Does one pass: improves the codes of each group row by row, then its scale."""
         for group in range(len(self.scales)):
             rows = self.rows(group)
             size = self.g if self.g <= 2 * ROWS else ROWS
@@ -117,20 +133,20 @@ class _Tile:
             self.refit(group, rows, residual)
 
     def residual(self, rows: slice) -> Float:
-        """`(H̃·ΔW)` of some rows."""
+        """Returns `H̃·ΔW` of some rows, [rows, n]."""
         out: Float = self.H[rows] @ self.delta
         out += self.added * self.delta[rows]
         return out
 
     def take(self, group: int, rows: slice) -> Float:
-        """The best code of each row in turn; returns their residual as it is then."""
+        """Gives each of some rows of a group its best code in turn; returns their residual `H̃·ΔW` afterwards."""
         residual, corner = self.residual(rows), self.H[rows, rows].copy()
         corner.flat[:: len(corner) + 1] += self.added
         moved = np.zeros_like(residual)
         scale, floor, ceiling = self.scales[group], self.floor[group], self.ceiling[group]
         for i, row in enumerate(range(rows.start, rows.stop)):
             if self.H[row, row] <= 0:
-                continue  # an input that is always zero: GPTQ has given it zero weights
+                continue  # an input that is always zero; GPTQ has given it zero weights
             level = self.level[row]
             step = residual[i] + corner[i, :i] @ moved[:i]
             step /= -corner[i, i] * scale
@@ -145,7 +161,13 @@ class _Tile:
         return residual
 
     def refit(self, group: int, rows: slice, residual: Float) -> None:
-        """The scale of least loss for the levels there are, where what can be stored of it is an improvement."""
+        """Refits the scale of a group to its levels, in the columns where the scale as stored lowers the loss.
+
+        Args:
+            group: number of the group.
+            rows: its rows.
+            residual: `H̃·ΔW` of these, [rows, n].
+        """
         level = self.level[rows]
         corner = self.H[rows, rows]
         slope = np.einsum("kn,kn->n", level, residual)

@@ -1,15 +1,15 @@
-"""Low-rank compensation: two thin factors give back the part of a rounding error that the outputs feel most.
+"""Low-rank compensation: two thin factors that give back the part of a rounding error that matters most to the outputs.
 
-`y = x·Ŵ + (x·A)·B` with A [K, r], B [r, N] and the least `‖X·(ΔW − A·B)‖²`, `ΔW = W − Ŵ`: the best approximation of
-rank r in the norm of the Gram matrix H. Zhang et al., "QERA: an Analytical Framework for Quantization Error
-Reconstruction" (2024), theorem 1: with a square root `H = S·Sᵀ` and the singular values `Sᵀ·ΔW = U·Σ·Vᵀ` it is
-`A·B = S⁻ᵀ·U_r·Σ_r·V_rᵀ`. As `Sᵀ·ΔW·V_r = U_r·Σ_r`, that is
+The layer computes `y = x·Ŵ + (x·A)·B` with A [K, r] and B [r, N]. They minimise `‖X·(ΔW − A·B)‖²` with `ΔW = W − Ŵ`:
+A·B is the best approximation of rank r to ΔW in the norm of the Gram matrix H. Zhang et al., "QERA: an Analytical
+Framework for Quantization Error Reconstruction" (2024), theorem 1: with a square root `H = S·Sᵀ` and the singular value
+decomposition `Sᵀ·ΔW = U·Σ·Vᵀ` it is `A·B = S⁻ᵀ·U_r·Σ_r·V_rᵀ`. Because `Sᵀ·ΔW·V_r = U_r·Σ_r`, that is
 
-    A = ΔW·V_r,    B = V_rᵀ:
+    A = ΔW·V_r,    B = V_rᵀ.
 
-no inverse is formed, and whatever square root is taken, V_r are the leading eigenvectors of `ΔWᵀ·H·ΔW`. The paper
-divides `Σ_r` between the factors; here all of it is in A, whose columns have scales of their own when they are rounded,
-while the rows of B share theirs and are thus of one size.
+So no inverse is formed. For any square root, V_r are the leading eigenvectors of `ΔWᵀ·H·ΔW`. The paper divides `Σ_r`
+between the factors. Here all of it is in A, whose columns get scales of their own when they are rounded; the rows of B
+share scales, and without `Σ_r` they are of one size.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ Float = NDArray[np.floating[Any]]
 F32 = NDArray[np.float32]
 
 GRID = Spec(bits=8, group_size=32, symmetric=True)
-"""Of both factors: their own rounding costs next to nothing beside what they are for."""
+"""The format of both factors: at 8 bits their own rounding error is negligible."""
 
-DAMP, DAMP_RAISES = 0.01, 4  # of the Gram matrix, as in GPTQ; tenfold each
-EXACT_PRODUCTS = 1 << 28  # K²N up to which float64 costs nothing anyone would notice
+DAMP = 0.01  # damping of the Gram matrix, as in GPTQ
+DAMP_RAISES = 4  # times that damping is raised tenfold before giving up
+EXACT_PRODUCTS = 1 << 28  # K²·N up to which products are in float64, at no cost anyone would notice
 FACTOR_EXACTLY = 2048  # inputs up to which the square root is taken in float64
 BAND = 256  # columns of the square root at a time
 
 
 @dataclass(frozen=True)
 class Factors:
-    """The two factors as they are stored.
+    """The two factors of a low-rank compensation, rounded as they are stored.
 
     Attributes:
-        down: A [K, r]; its `input_scale` is that of the weight, for both read the same divided input.
+        down: A [K, r]; its `input_scale` is that of the weight, because both read the same divided input.
         up: B [r, N].
     """
 
@@ -52,26 +53,26 @@ class Factors:
     up: QuantizedTensor
 
     def product(self) -> F32:
-        """A·B [K, N], which acts on the original input."""
+        """Returns A·B [K, N], which acts on the original input."""
         product: F32 = self.down.effective() @ self.up.dequantize()
         return product
 
     def columns(self, columns: slice) -> Factors:
-        """The part that belongs to some output channels; a view."""
+        """Returns a view of the factors for some output channels."""
         return replace(self, up=self.up.columns(columns))
 
 
 def compensate(
     delta: F32, gram: F32, rank: int, *, input_scale: F32 | None = None, scale_dtype: DTypeLike = np.float32
 ) -> Factors:
-    """The factors of `delta [K, N]` on `GRID`, the second fitted to what rounding has made of the first.
+    """Returns the factors of `delta [K, N]` rounded to `GRID`; the second is refitted to the rounded first.
 
     Args:
-        delta: `W − Ŵ`. What it does to inputs that are never nonzero stays as it is.
-        gram: [K, K] of the inputs; of the inputs less their mean, where a constant makes up for that.
+        delta: `ΔW = W − Ŵ`. Its rows for inputs that are always zero are ignored.
+        gram: H [K, K] of the inputs, or of the inputs less their mean if a bias makes up for the mean error.
         rank: r; beyond min(K, N) the factors are filled up with zeros.
-        input_scale: [K], what the input will be divided by.
-        scale_dtype: what the model stores scales in.
+        input_scale: [K], the scale that the model divides the input by; None for none.
+        scale_dtype: dtype that the model stores scales in.
     """
     k, n = delta.shape
     alive = gram.diagonal() > 0
@@ -88,14 +89,21 @@ def compensate(
 
 
 def factors(delta: F32, gram: F32, rank: int) -> tuple[Float, Float]:
-    """A [K, r] and B [r, N] of `compensate` before they are rounded; B has orthonormal rows."""
+    """Returns A [K, r] and B [r, N] of `delta [K, N]`, not rounded; B has orthonormal rows.
+
+    Args:
+        delta: `ΔW = W − Ŵ`.
+        gram: H [K, K] of the inputs.
+        rank: r.
+    """
     return _leading(delta, _times_transposed(square_root(gram), delta, _product_dtype(*delta.shape)), rank)
 
 
 def square_root(gram: F32) -> Float | None:
-    """S [K, K] with `S·Sᵀ = H + damp·mean(diag H)·I`; of its upper triangle nothing is said. None stands for I.
+    """Returns a lower triangular S [K, K] with `S·Sᵀ = H + damp·mean(diag H)·I`, or None for S = I.
 
-    That is the answer where no input was ever nonzero: all that is left to approximate is the weight.
+    None is returned where all inputs are zero, or no damping makes H positive definite; the factors then approximate
+    the weight itself. The upper triangle of S holds arbitrary numbers.
     """
     mean = float(gram.diagonal().mean(dtype=np.float64))
     for attempt in range(DAMP_RAISES + 1 if mean > 0 else 0):
@@ -108,14 +116,22 @@ def square_root(gram: F32) -> Float | None:
 
 
 def working_bytes(k: int, n: int, rank: int) -> int:
-    """About the most that `compensate` holds at once beyond `delta [k, n]`, the Gram matrix and the result."""
+    """Estimates the bytes that `compensate` holds at once beyond `delta [k, n]`, the Gram matrix and the result."""
     size, side = np.dtype(_product_dtype(k, n)).itemsize, min(k, n)
     root = (8 if k <= FACTOR_EXACTLY else 4) * k * k
     return root + size * (k * n + BAND * (k + n) + side * side + 4 * rank * (k + n)) + 4 * k * n
 
 
 def _leading(delta: F32, whitened: Float, rank: int) -> tuple[Float, Float]:
-    """`ΔW·V_r` and `V_rᵀ`, from the smaller of the two products of `Sᵀ·ΔW` with itself; zeros beyond its rank."""
+    """Returns `ΔW·V_r` [K, r] and `V_rᵀ` [r, N]; zeros beyond the rank of `Sᵀ·ΔW`.
+
+    Eigenvectors are taken of the smaller of the two products of `Sᵀ·ΔW` with itself.
+
+    Args:
+        delta: ΔW [K, N].
+        whitened: `Sᵀ·ΔW` [K, N].
+        rank: r.
+    """
     k, n = delta.shape
     count = min(rank, k, n)
     directions = np.zeros((n, rank), whitened.dtype)
@@ -130,7 +146,7 @@ def _leading(delta: F32, whitened: Float, rank: int) -> tuple[Float, Float]:
 
 
 def _times_transposed(root: Float | None, delta: Float, dtype: type[np.floating[Any]]) -> Float:
-    """`Sᵀ·ΔW` [K, N], S being lower triangular: half the work of a full product."""
+    """Returns `Sᵀ·ΔW` [K, N] with half the work of a full product, S [K, K] being lower triangular (None: S = I)."""
     if root is None:
         return delta.astype(dtype)
     out: Float = np.empty(delta.shape, dtype)
@@ -143,10 +159,12 @@ def _times_transposed(root: Float | None, delta: Float, dtype: type[np.floating[
 
 
 def _product_dtype(k: int, n: int) -> type[np.floating[Any]]:
+    """Returns the dtype that products for a weight [k, n] are computed in."""
     return np.float64 if k * k * n <= EXACT_PRODUCTS else np.float32
 
 
 def _rounded(factor: Float, scale_dtype: DTypeLike, input_scale: F32 | None = None) -> QuantizedTensor:
+    """Rounds a factor to nearest on `GRID`."""
     group = GRID.resolved_group(len(factor))
     codes = nearest(factor.astype(np.float32), GRID, scale_dtype=scale_dtype)
     return QuantizedTensor(*codes, GRID.bits, group, GRID.symmetric, input_scale)

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnx_woq.core import input_scale
 from onnx_woq.core.grids.clip_search import search
 from onnx_woq.core.grids.integer import fit, quantize
 from onnx_woq.core.methods import awq, rtn
@@ -33,8 +34,8 @@ def nearest_loss(weight, stats, spec, **options):
 
 def test_candidates_follow_the_formula():
     weight, stats = problem(72, 10)
-    share = awq.weight_share(weight, Spec(4, 32))
-    scales = list(awq.candidates(stats.abs_mean, share, np.float32))
+    share = input_scale.weight_share(weight, Spec(4, 32))
+    scales = list(input_scale.candidate_scales(stats.abs_mean, share, np.float32))
     assert len(scales) == 21
     for i, scale in enumerate(scales):
         np.testing.assert_allclose(scale, reference.awq_scale(stats.abs_mean, weight, 32, i / 20), rtol=1e-5)
@@ -205,9 +206,9 @@ def test_without_any_signal_it_rounds_to_nearest(tokens):
 def test_wide_weights_are_judged_by_a_sample_and_scored_in_tiles(monkeypatch):
     weight, stats = problem(64, 90)
     whole = awq.solve(weight, stats, Spec(4, 32))
-    monkeypatch.setattr(awq, "TILE", 7)
+    monkeypatch.setattr(input_scale, "TILE", 7)
     np.testing.assert_array_equal(awq.solve(weight, stats, Spec(4, 32)).codes, whole.codes)
-    monkeypatch.setattr(awq, "SAMPLE", 20)
+    monkeypatch.setattr(input_scale, "SAMPLE", 20)
     sampled = awq.solve(weight, stats, Spec(4, 32))
     assert loss(sampled, weight, stats) < 1.1 * loss(whole, weight, stats) < nearest_loss(weight, stats, Spec(4, 32))
 
@@ -218,7 +219,7 @@ def test_a_scale_good_for_the_sample_only_is_not_used(monkeypatch):
     codes = np.random.default_rng(0).integers(0, 16, (64, 40))
     codes[::16], codes[1::16] = 0, 15
     weight[:, 1::2] = 100 * ((codes - 6) * np.float32(0.375))[:, 1::2]  # exact without scaling, ruined by it
-    monkeypatch.setattr(awq, "SAMPLE", 20)  # every other column: the first kind alone
+    monkeypatch.setattr(input_scale, "SAMPLE", 20)  # every other column: the first kind alone
     q = awq.solve(weight, stats, Spec(4, 16), enable_mse_search=False)
     assert q.input_scale is None
 
@@ -228,7 +229,7 @@ def test_the_sample_is_drawn_from_all_siblings(monkeypatch):
     codes = np.random.default_rng(0).integers(0, 16, (64, 40))
     codes[::16], codes[1::16] = 0, 15
     weight[:, :40] = 0.01 * ((codes - 6) * np.float32(0.375))  # the first half wants no scale, and hardly matters
-    monkeypatch.setattr(awq, "SAMPLE", 20)
+    monkeypatch.setattr(input_scale, "SAMPLE", 20)
     assert awq.solve(weight, stats, Spec(4, 16)).input_scale is not None
 
 
@@ -239,15 +240,16 @@ def test_choosing_on_a_sample_costs_at_most_one_percent(seed, outliers, bits, mo
     weight, stats = problem(96, 1500, seed, outliers)
     quick = loss(awq.solve(weight, stats, Spec(bits, 32)), weight, stats)
     for name in ("SCREEN", "SAMPLE"):
-        monkeypatch.setattr(awq, name, 10000)
+        monkeypatch.setattr(input_scale, name, 10000)
     assert quick <= 1.01 * loss(awq.solve(weight, stats, Spec(bits, 32)), weight, stats)
     assert quick <= nearest_loss(weight, stats, Spec(bits, 32)) * (1 + 1e-5)
 
 
 def test_few_columns_are_measured_before_all_are(monkeypatch):
     weight, stats = problem(96, 1500)
-    seen, loss_of = [], awq.loss_of
-    monkeypatch.setattr(awq, "loss_of", lambda w, *rest, **kinds: seen.append(w.shape[1]) or loss_of(w, *rest, **kinds))
+    seen, loss_of = [], input_scale.scaled_loss
+    spied = lambda w, *rest, **kinds: seen.append(w.shape[1]) or loss_of(w, *rest, **kinds)  # noqa: E731
+    monkeypatch.setattr(input_scale, "scaled_loss", spied)
     awq.solve(weight, stats, Spec(4, 32))
     assert sorted(seen)[:21] == [125] * 21
-    assert sorted(seen)[21:] == [500] * (awq.FINALISTS + 1) + [1500]
+    assert sorted(seen)[21:] == [500] * (input_scale.FINALISTS + 1) + [1500]

@@ -7,7 +7,7 @@ import pytest
 
 from onnx_woq.core.grids.clip_search import search
 from onnx_woq.core.grids.integer import fit
-from onnx_woq.core.methods import gptq, rtn
+from onnx_woq.core.methods import gptq, gptq_sweep, rtn
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, column_errors, output_error
 from onnx_woq.errors import RecipeError
@@ -133,7 +133,7 @@ def replay(weight, gram, q, grid, *, percdamp=0.01, actorder=False, static_group
 def test_large_weights_follow_the_paper_up_to_ties(monkeypatch, options, exact, group_size):
     """Solved in float32 as large weights are: a code may differ only where the weight is halfway between two."""
     monkeypatch.setattr(gptq, "EXACT_PRODUCTS", 1 << 40 if exact else 0)
-    monkeypatch.setattr(gptq, "FACTOR_EXACTLY", 1 << 40 if exact else 0)
+    monkeypatch.setattr(gptq_sweep, "FACTOR_EXACTLY", 1 << 40 if exact else 0)
     weight, stats = problem(400, 150, seed=5)
     spec = Spec(4, group_size)
     q = gptq.solve(weight, stats, spec, **options)
@@ -291,7 +291,7 @@ def test_damping_is_raised_until_the_factorization_succeeds(caplog):
 @pytest.mark.parametrize("factor_exactly", [0, 4096])
 @pytest.mark.parametrize("bad", [-1e9, np.nan])
 def test_a_hopeless_gram_matrix_means_rounding_to_nearest(caplog, monkeypatch, factor_exactly, bad):
-    monkeypatch.setattr(gptq, "FACTOR_EXACTLY", factor_exactly)
+    monkeypatch.setattr(gptq_sweep, "FACTOR_EXACTLY", factor_exactly)
     weight, stats = problem(48, 10)
     gram = stats.gram.copy()
     gram[3, 4] = gram[4, 3] = bad
@@ -313,7 +313,7 @@ def test_the_size_of_activations_and_weights_does_not_matter(size):
 @pytest.mark.parametrize("options", ORDERS, ids=lambda o: "+".join(o) or "plain")
 @pytest.mark.parametrize("factor_exactly", [0, 1 << 20])
 def test_one_factor_is_the_only_matrix_of_its_size(options, factor_exactly, monkeypatch):
-    monkeypatch.setattr(gptq, "FACTOR_EXACTLY", factor_exactly)
+    monkeypatch.setattr(gptq_sweep, "FACTOR_EXACTLY", factor_exactly)
     weight, stats = problem(1200, 64, tokens=1300)
     gptq.solve(weight, stats, Spec(4, 32), **options)  # scipy is imported by now
     monkeypatch.setattr(gptq, "EXACT_PRODUCTS", 0 if factor_exactly == 0 else 1 << 40)

@@ -9,7 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_woq.core.methods import awq, gptq, hqq, rtn
+from onnx_woq.core import input_scale
+from onnx_woq.core.methods import gptq, hqq, rtn
 from onnx_woq.core.methods.registry import METHODS, check_options, solve_bytes
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
@@ -223,7 +224,7 @@ def test_who_goes_through_the_pieces_and_when_is_of_no_account(name, options, mo
     monkeypatch.setattr(rtn, "PIECE", 80 * 48)
     monkeypatch.setattr(hqq, "PIECE", 80 * 48)
     monkeypatch.setattr(gptq, "TILE_BYTES", 80 * 64 * 8)
-    monkeypatch.setattr(awq, "TILE", 48)
+    monkeypatch.setattr(input_scale, "TILE", 48)
     rng = np.random.default_rng(3)
     weight, stats, pieces = rng.standard_normal((80, 200), dtype=np.float32), Stats.empty(80), []
     stats.update(rng.standard_normal((300, 80), dtype=np.float32) * np.linspace(0.1, 4, 80, dtype=np.float32))
