@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-# Tiny models gain nothing from threads: on busy cores a second one, waiting busily, makes each step many times slower.
-# Before numpy.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("ONNX_WOQ_THREADS", "1")
-# Tests that import onnxruntime before the package report to nobody either.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import tests.support.inherited  # noqa: F401, isort: skip (before numpy, and before anything starts a process)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

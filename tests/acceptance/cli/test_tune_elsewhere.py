@@ -35,7 +35,9 @@ def long(path):
 def command(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     (cwd / "judging.py").write_text(JUDGE)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "ONNX_WOQ_THREADS": "1"}
-    code = "import os; open('main', 'w').write(str(os.getpid())); from onnx_woq.cli import main; main()"
+    code = (
+        "import os, pathlib; pathlib.Path('main').write_text(str(os.getpid()))\nfrom onnx_woq.cli import main; main()"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -89,6 +91,7 @@ def test_control_c_does_not_wait_for_an_evaluation(enc, tmp_path):
         _, err = process.communicate(timeout=20)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()  # or else a later test fails too, for what is left open
         raise
     assert time.monotonic() - start < 10
     assert process.returncode == 130, err
