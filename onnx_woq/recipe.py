@@ -124,7 +124,9 @@ class Recipe:
             object.__setattr__(self, "true_sequential", True)
         specs = [self.spec, self.embedding, *self.overrides.values()]
         if self.needs_data and any(spec is not None and spec.group_dim == 0 for spec in specs):
-            raise RecipeError("group_dim=0 goes with methods that need no data: choose rtn or hqq, and no compensation")
+            raise RecipeError(
+                f"group_dim=0 is not for {self.method} or for compensation, which need data: choose rtn or hqq alone"
+            )
         if not isinstance(self.target, str) or not self.target:
             raise RecipeError(f"target={self.target!r} must be the name of a target, such as matmulnbits or qdq")
         object.__setattr__(self, "target", self.target.lower())

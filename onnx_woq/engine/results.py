@@ -49,8 +49,28 @@ class WeightReport:
     weight_name: str = ""
     shared_with: str = ""
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Returns `nodes`, by the name that version 0.1 gave them in rows of linear groups."""
+        return self.nodes
+
+    @property
+    def gathers(self) -> tuple[str, ...]:
+        """Returns `nodes`, by the name that version 0.1 gave them in rows of embeddings."""
+        return self.nodes
+
+    @property
+    def rows(self) -> int:
+        """Returns the rows of a table: `n`, by its name in version 0.1."""
+        return self.n
+
+    @property
+    def columns(self) -> int:
+        """Returns the columns of a table: `k`, by its name in version 0.1."""
+        return self.k
+
     def to_dict(self) -> dict[str, Any]:
-        """Gives the row as JSON has it, with the keys that files of the first version have."""
+        """Returns the row as JSON has it, with the keys that files of version 0.1 have."""
         size = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         if self.kind == "linear":
             row = {"name": self.name, "sites": self.nodes, "spec": self.spec.to_dict(), "k": self.k, "n": self.n}

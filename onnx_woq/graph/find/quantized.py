@@ -48,7 +48,7 @@ def low_bit_shape(node: ir.Node) -> tuple[int, int] | None:
             return None
         k, n = (size.as_int() for size in sizes if size is not None)
         return k, n
-    dequantize = _dequantized_factor(node)
+    dequantize = dequantized_factor(node)
     codes = None if dequantize is None else _codes(dequantize)
     if codes is None or len(codes.shape) < 2 or any(size != 1 for size in codes.shape[:-2]):
         return None
@@ -59,7 +59,7 @@ def low_bit_shape(node: ir.Node) -> tuple[int, int] | None:
 
 def low_bit_dtype(node: ir.Node) -> ir.DataType | None:
     """Returns the type that a node with a `low_bit_shape` computes in: that of its scales, None if it is not known."""
-    dequantize = _dequantized_factor(node)
+    dequantize = dequantized_factor(node)
     if dequantize is None:
         scales = node.inputs[_SCALES] if len(node.inputs) > _SCALES else None
     else:
@@ -70,7 +70,7 @@ def low_bit_dtype(node: ir.Node) -> ir.DataType | None:
     return None if scales is None else scales.dtype
 
 
-def _dequantized_factor(node: ir.Node) -> ir.Node | None:
+def dequantized_factor(node: ir.Node) -> ir.Node | None:
     """Returns the DequantizeLinear whose output is the right factor of a MatMul or Gemm, None if there is none."""
     if node.op_type not in ("MatMul", "Gemm") or node.domain not in _STANDARD or node.inputs[1] is None:
         return None

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnx_woq.graph.edit import add_initializer, fresh_name, graph_of, prune
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.linears import LinearGroup
+from onnx_woq.graph.find.quantized import dequantized_factor
 
 # (domain, operator) -> the inputs that scale and shift the normalized value, and only that.
 _NORMS = {
@@ -127,6 +128,8 @@ def _find_folds(value: ir.Value | None, allowed: Set[ir.Node], k: int) -> list[_
         found = [_vector(node, i, k) for i in indices if i < len(node.inputs) and node.inputs[i] is not None]
     elif node.op_type == "MatMulNBits":
         found = _quantized_folds(node, k)
+    elif dequantize := dequantized_factor(node):
+        found = _dequantized_folds(node, dequantize, k)
     elif node.domain == "" and node.op_type in ("Mul", "Div", "Add", "Sub", "Cast", "Identity"):
         return _elementwise_folds(node, k)
     else:
@@ -167,6 +170,21 @@ def _quantized_folds(node: ir.Node, k: int) -> list[_Fold | None]:
     if cast is not None and cast.op_type == "Cast" and len(cast.outputs[0].uses()) == 1:  # float16, for this node alone
         scales = _vector(cast, 0, k, axis=_FIRST, linear=True)
     return [scales or _vector(node, 2, k, axis=_FIRST, linear=True), *bias]
+
+
+def _dequantized_folds(node: ir.Node, dequantize: ir.Node, k: int) -> list[_Fold | None]:
+    """Returns the scales and bias of a MatMul or Gemm over a DequantizeLinear as folds, None for one that is none."""
+    axis, block = (dequantize.attributes.get_int(name, default) for name, default in (("axis", 1), ("block_size", 0)))
+    by_output = axis in (0, -2) if block else axis in (1, -1)  # each output channel has scales of its own
+    whole = all(node.attributes.get_float(name, 1.0) == 1.0 for name in ("alpha", "beta"))
+    turned = node.attributes.get_int("transB", 0)
+    if turned or not (by_output and whole) or len(dequantize.outputs[0].uses()) > 1:
+        return [None]
+    bias = [_vector(node, 2, k, linear=True)] if len(node.inputs) > 2 and node.inputs[2] is not None else []
+    cast = dequantize.inputs[1].producer() if dequantize.inputs[1] is not None else None
+    half = cast is not None and cast.op_type == "Cast" and len(cast.outputs[0].uses()) == 1
+    scales = _vector(cast, 0, k, linear=True) if half and cast is not None else None
+    return [scales or _vector(dequantize, 1, k, linear=True), *bias]
 
 
 def _vector(
