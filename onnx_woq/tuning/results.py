@@ -142,6 +142,17 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class SearchResult:
+    """The result of a search; its fields are those of `TuneResult`."""
+
+    trials: list[Trial]
+    best: Trial | None
+    stopped: str
+    frontier: tuple[FrontierPoint, ...] = ()
+    layers: tuple[LayerChoice, ...] = ()
+
+
+@dataclass(frozen=True)
 class TuneResult:
     """The history of a tuning run and its best model.
 

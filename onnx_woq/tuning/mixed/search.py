@@ -22,13 +22,15 @@ from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.tuning import bootstrap as racing
-from onnx_woq.tuning.budget import Budget, check_sizes
+from onnx_woq.tuning.budget import Budget
 from onnx_woq.tuning.judge import Judge
 from onnx_woq.tuning.mixed.candidates import MixCandidates
+from onnx_woq.tuning.mixed.feasibility import check_sizes
 from onnx_woq.tuning.mixed.knapsack import Allocation
 from onnx_woq.tuning.mixed.layers import mixed_layers
 from onnx_woq.tuning.mixed.sensitivity import measured
-from onnx_woq.tuning.results import FrontierPoint, LayerChoice, Trial
+from onnx_woq.tuning.options import Search
+from onnx_woq.tuning.results import FrontierPoint, SearchResult, Trial
 from onnx_woq.tuning.trials import Run, drop, each_trial
 
 logger = logging.getLogger(__name__)
@@ -67,17 +69,6 @@ MIX = replace(
 """What mixes are made with where nobody says otherwise."""
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """What became of a target; its fields are those of `TuneResult`."""
-
-    trials: list[Trial] = field(default_factory=list)
-    best: Trial | None = None
-    stopped: str = ""
-    frontier: tuple[FrontierPoint, ...] = ()
-    layers: tuple[LayerChoice, ...] = ()
-
-
 def limit_of(target: Budget, judge_limit: float | None) -> float | None:
     """The limit of the built-in judge: a target of bytes has none, so that it is clear on few samples."""
     if target.kind in ("bpw", "size"):
@@ -91,7 +82,7 @@ def mix_candidates(run: Run, base: Recipe, out: Path | None) -> MixCandidates:
     return MixCandidates(run.source, base, tuple(mixed_layers(run.source, base)), hashes, out)
 
 
-def mixed(
+def search_mixes(
     run: Run,
     mixer: MixCandidates,
     compared: Mapping[str, Recipe],
@@ -99,10 +90,8 @@ def mixed(
     shared: SharedStatistics,
     batches: Sequence[Feed],
     target: Budget,
-    *,
-    points: int | None = None,
-    max_trials: int | None = None,
-) -> Mixed:
+    search: Search,
+) -> SearchResult:
     """Measures mixes until the one that `target` asks for is known.
 
     Args:
@@ -113,18 +102,18 @@ def mixed(
         shared: statistics for the base recipe and those in `compared`.
         batches: calibration samples.
         target: see `Target`.
-        points: mixes to measure along the frontier; by default `POINTS` where that is the target, else none.
-        max_trials: configurations at most.
+        search: tells how many mixes are measured along the frontier (by default `POINTS` where that is the target,
+            else none), and how many configurations are tried at most.
     """
     mixer = replace(mixer, units=tuple(measured(run, mixer.base, mixer.units, shared, batches)))
     check_sizes(mixer, target)  # again: units of which nothing is known have lost their choices
-    lab = _MixSearch(run, mixer, judge, shared, target, math.inf if max_trials is None else max_trials)
+    lab = _MixSearch(run, mixer, judge, shared, target, math.inf if search.max_trials is None else search.max_trials)
     start, run.more = time.process_time(), MAPS
     if target.kind in ("bpw", "size"):
         _to_bytes(lab)
     elif target.kind in ("kl", "loss"):
         _to_loss(lab)
-    wanted = (POINTS if target.kind == "pareto" else 0) if points is None else points
+    wanted = (POINTS if target.kind == "pareto" else 0) if search.points is None else search.points
     for picks in _along(mixer, wanted):
         lab.measure(picks)
     for name, recipe in compared.items():
@@ -134,7 +123,7 @@ def mixed(
     logger.info("%d points: %.1f s of CPU", len(lab.trials), time.process_time() - start)
     best = lab.best
     layers = mixer.layers(best.recipe) if best else ()
-    return Mixed(lab.trials, best, lab.stopped, lab.frontier(), layers)
+    return SearchResult(lab.trials, best, lab.stopped, lab.frontier(), layers)
 
 
 @dataclass
