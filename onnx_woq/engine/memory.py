@@ -113,7 +113,7 @@ def plan_memory(
 def _needs(model: Model, groups: Sequence[LinearGroup], batches: Sequence[Feed], recipe: Recipe) -> CalibrationMemory:
     from onnx_woq.runtime.calibration.windows import CalibrationMemory  # brings onnxruntime
 
-    return CalibrationMemory.of(model, groups, batches, streams=2 if recipe.asymmetric_calibration else 1)
+    return CalibrationMemory.of(model, groups, batches, models=2 if recipe.asymmetric_calibration else 1)
 
 
 def task_bytes(group: LinearGroup, recipe: Recipe) -> int:

@@ -247,12 +247,12 @@ def _distances(
     run: Run, recipe: Recipe, units: Sequence[MixedLayer], batches: Sequence[Feed]
 ) -> dict[str, tuple[float, float]]:
     """How far each unit moves the outputs once its tap, and once its table, is rounded to `NOISE`."""
-    from onnx_woq.runtime.evaluation.perturb import distances, table_variant, tap_variant
+    from onnx_woq.runtime.evaluation.perturb import distances, table_variant, group_variant
 
     start = time.process_time()
     model, groups, tables = _prepared(run, recipe)
     step = max(1, len(batches) // PROBES)
-    variants = [tap_variant(groups[unit.group.name], _noisy_tap) for unit in units if unit.group]
+    variants = [group_variant(groups[unit.group.name], _noisy_tap) for unit in units if unit.group]
     variants += [table_variant(tables[unit.table.name], _noisy_table) for unit in units if unit.table]
     found = distances(
         model,
