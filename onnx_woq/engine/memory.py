@@ -100,8 +100,8 @@ def plan_memory(plan: Plan, batches: Sequence[Feed], max_memory: int | None, wor
 def _needs(plan: Plan, batches: Sequence[Feed]) -> CalibrationMemory:
     from onnx_woq.runtime.calibration.windows import CalibrationMemory  # brings onnxruntime
 
-    streams = 2 if plan.recipe.asymmetric_calibration else 1
-    return CalibrationMemory.of(plan.model, plan.linear_groups, batches, streams=streams)
+    models = 2 if plan.recipe.asymmetric_calibration else 1
+    return CalibrationMemory.of(plan.model, plan.linear_groups, batches, models=models)
 
 
 def task_bytes(weight: PlannedWeight, recipe: Recipe, workers: int = 1) -> int:

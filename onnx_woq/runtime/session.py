@@ -1,4 +1,7 @@
-"""The one place that makes an `InferenceSession`: weights stay in their files, errors come out readable."""
+"""Sessions of ONNX Runtime: the only module that makes an `InferenceSession`.
+
+Weights stay in their files, and errors of ONNX Runtime become readable messages.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from onnx_woq.graph.find.quantized import low_bit_nodes
 from onnx_woq.graph.io.model import Model, memory_tensors, serialize
 
 THREADS_VARIABLE = "ONNX_WOQ_THREADS"
-"""Environment variable that gives the number of threads where the caller does not."""
+"""Environment variable with the number of threads, for callers that do not give one."""
 
 _FATAL = 4  # ONNX Runtime's log severity; everything below also arrives as an exception
 _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
@@ -25,17 +28,17 @@ _PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
 def make_session(
     source: str | Path | Model, *, threads: int = 0, for_calibration: bool = False, prepack: bool = False
 ) -> ort.InferenceSession:
-    """A CPU session of a model file, or of a model in memory whose weights stay where they are.
+    """Makes a CPU session of a model file, or of a model in memory.
 
     Args:
-        source: an .onnx file, run as it is; or a `Model`, whose structure goes over as bytes. Its weights on disk are
-            read from their files, its large tensors in memory are copied into the session.
-        threads: of the session; 0 for `ONNX_WOQ_THREADS`, or else as many as ONNX Runtime thinks fit.
-        for_calibration: run every node as it is written, so that a value is bit for bit the same whatever else is
-            fetched; do not spin between runs, so that the cores can do something else; and, unless `prepack`,
-            multiply by float weights straight from their files.
-        prepack: for calibration, let ONNX Runtime rearrange float weights: products of 512 tokens are 15 % faster and
-            round otherwise; it costs a copy of the weights.
+        source: an .onnx file; or a `Model`, whose structure is passed on as bytes. Weights on disk are read from
+            their files; large tensors in memory are handed over, and the session may copy them.
+        threads: threads of the session; 0 for `ONNX_WOQ_THREADS`, or else the choice of ONNX Runtime.
+        for_calibration: run every node as it is written, so that a value is the same bit for bit whatever else is
+            fetched. Threads do not spin between runs, so that the cores can do something else. Unless `prepack`, float
+            weights are multiplied by straight from their files.
+        prepack: for calibration, let ONNX Runtime rearrange float weights. Products of 512 tokens are then 15 % faster
+            and round differently; it costs a copy of the weights.
 
     Raises:
         ModelError: ONNX Runtime cannot use the model.
@@ -46,14 +49,12 @@ def make_session(
     options.intra_op_num_threads = threads or _asked_threads()
     if for_calibration:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.enable_mem_pattern = False  # it plans for one shape, and samples are ragged
+        options.enable_mem_pattern = False  # it plans for one shape, but samples differ in length
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     weights: list[np.ndarray] = []
     if isinstance(source, Model):
         name = str(source.path)
-        if (
-            for_calibration and not prepack and not low_bit_nodes(source)
-        ):  # low-bit kernels need their weights rearranged
+        if for_calibration and not prepack and not low_bit_nodes(source):  # low-bit kernels need rearranged weights
             options.add_session_config_entry("session.disable_prepacking", "1")
         content: str | bytes
         content, weights = _structure(source, options)
@@ -68,15 +69,15 @@ def make_session(
 
 
 def run(
-    session: ort.InferenceSession, outputs: Sequence[str] | None, feed: Mapping[str, np.ndarray], what: str
+    session: ort.InferenceSession, outputs: Sequence[str] | None, feed: Mapping[str, np.ndarray], label: str
 ) -> list[np.ndarray]:
     """Runs a session and returns the arrays of `outputs` (None for all of them).
 
     Args:
         session: from `make_session`.
         outputs: names of graph outputs.
-        feed: input name -> array.
-        what: the sample's name for the error message.
+        feed: one sample, input name -> array.
+        label: name of the sample in the error message.
 
     Raises:
         DataError: the model cannot be run on this sample.
@@ -85,16 +86,23 @@ def run(
         return session.run(outputs, dict(feed))
     except Exception as error:
         shapes = ", ".join(f"{name} {list(np.shape(array))}" for name, array in feed.items() if np.size(array))
-        raise DataError(f"the model cannot be run on {what} ({shapes}): {_explain(error)}") from error
+        raise DataError(f"the model cannot be run on {label} ({shapes}): {_explain(error)}") from error
 
 
 def thread_count() -> int:
-    """Threads that sessions may use together: `ONNX_WOQ_THREADS`, or else the cores of this process."""
+    """Returns the threads that all sessions may use together: `ONNX_WOQ_THREADS`, or else the cores of this process.
+
+    Raises:
+        ModelError: the variable is not a number of at least 1.
+    """
     return _asked_threads() or cores()
 
 
 def _asked_threads() -> int:
-    """What to ask ONNX Runtime for; 0 leaves the choice to it, which does not see that a process is pinned."""
+    """Returns the threads to ask ONNX Runtime for; 0 leaves the choice to it.
+
+    ONNX Runtime does not see that a process is pinned to some cores, so these are counted here.
+    """
     if asked := os.environ.get(THREADS_VARIABLE, ""):
         if not asked.isdecimal() or int(asked) < 1:
             raise ModelError(f"{THREADS_VARIABLE}={asked} is not a number of threads: unset it or give 1 or more")
@@ -103,7 +111,10 @@ def _asked_threads() -> int:
 
 
 def _structure(model: Model, options: ort.SessionOptions) -> tuple[bytes, list[np.ndarray]]:
-    """The structure as bytes, once `options` say where the weights lie; and the arrays among these."""
+    """Returns a model without its weights as bytes, and its weights in memory.
+
+    `options` are told the folder of the weights on disk and the addresses of those in memory.
+    """
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent))
     arrays = {name: np.ascontiguousarray(array) for name, array in memory_tensors(model).items()}
     if arrays:
@@ -120,7 +131,7 @@ def _structure(model: Model, options: ort.SessionOptions) -> tuple[bytes, list[n
 
 
 def _explain(error: Exception) -> str:
-    """ONNX Runtime's message without its codes and source lines."""
+    """Returns the message of ONNX Runtime without its codes and source lines."""
     text = _PREFIX.sub("", str(error)).strip()
     text = re.sub(r"\S+\.(?:cc|h):\d+ \S+ ?", "", text)
     if "Unsupported model IR version" in text or ("opset" in text.lower() and "official support" in text):

@@ -1,6 +1,7 @@
-"""Hidden states on disk: arrays appended to one file per part, read back one at a time.
+"""Hidden states on disk: arrays are appended to one file per part of the model and read back one at a time.
 
-In a folder of the caller's they outlive the process: the last two parts are kept, each with a list of what it holds.
+In a folder given by the caller the files outlive the process. The last two parts are kept there, each with a JSON list
+of its arrays, so that an interrupted calibration run can go on.
 """
 
 from __future__ import annotations
@@ -20,36 +21,45 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
-_KEEP = 2  # parts: where one was being run when the process ended, the one before is whole
+_KEEP = 2  # parts: if the process ends while one is being written, the one before is complete
 _PREFIX = "hidden-"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An array on disk. It takes memory when it is read, and only then."""
+    """An array on disk, which takes memory only once it is read.
 
-    shelf: HiddenStateStore
+    Attributes:
+        store: the file.
+        offset: its first byte in the file.
+        dtype: its type.
+        shape: its shape.
+    """
+
+    store: HiddenStateStore
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
 
     def fits(self, size: int) -> bool:
-        """Whether it lies within a file of `size` bytes."""
+        """Tells whether the array lies within a file of `size` bytes."""
         whole = all(d >= 0 for d in self.shape) and self.offset >= 0 and self.dtype.kind in "fiub"
         return whole and self.offset + math.prod(self.shape) * self.dtype.itemsize <= size
 
     def read(self) -> np.ndarray:
-        """A copy in memory."""
+        """Returns a copy in memory."""
         array = np.empty(self.shape, self.dtype)
-        self.shelf.read_into(array, self.offset)
+        self.store.read_into(array, self.offset)
         return array
 
 
 class HiddenStateStore:
-    """A file that arrays are appended to.
+    """A file that arrays are appended to, one dictionary of arrays per sample.
 
     Args:
-        folder: where it is kept for a later process; None for a file without a name that goes with the last reader.
+        folder: folder that keeps the file for a later process; None for a file without a name, which disappears with
+            its last reader.
+        number: number of a file to read; None for a new file.
     """
 
     def __init__(self, folder: Path | None, number: int | None = None) -> None:
@@ -59,7 +69,7 @@ class HiddenStateStore:
         self._end = 0
         self._last: dict[str, tuple[np.ndarray, Stored]] = {}
         self._sum = xxhash.xxh3_64()
-        self._lock = threading.Lock()  # samples are read side by side
+        self._lock = threading.Lock()  # several threads read samples at once
         if folder is None:
             self._file: Any = tempfile.TemporaryFile(prefix="onnx-woq-")  # noqa: SIM115  lives as long as its readers
         else:
@@ -68,14 +78,17 @@ class HiddenStateStore:
         weakref.finalize(self, _close, self._file)
 
     def read_into(self, array: np.ndarray, offset: int) -> None:
-        """Fills a contiguous array from the file."""
+        """Fills a contiguous array with the bytes from `offset`; raises an OSError if the file ends before that."""
         with self._lock:
             self._file.seek(offset)
             if self._file.readinto(array.reshape(-1).view(np.uint8).data) < array.nbytes:
                 raise OSError(f"a file of hidden states ends before byte {offset + array.nbytes}")
 
     def add(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray | Stored]:
-        """Appends the arrays of the next sample; one that is the very array of the sample before is not repeated."""
+        """Appends the arrays of the next sample; returns them as stored.
+
+        An array that is the same object as in the sample before is not written again.
+        """
         out: dict[str, np.ndarray | Stored] = {}
         for name, array in arrays.items():
             last = self._last.get(name)
@@ -85,7 +98,11 @@ class HiddenStateStore:
         return out
 
     def close(self, keys: dict[str, str]) -> None:
-        """No more arrays. In a folder, they are good for a later process from now on; old ones go."""
+        """Ends writing. In a folder, lists the arrays for a later process and removes files of old parts.
+
+        Args:
+            keys: digest of each value, by its name, see `structure.contents`.
+        """
         self._last.clear()
         with self._lock:
             self._file.flush()
@@ -102,16 +119,17 @@ class HiddenStateStore:
                         (self.folder / f"{_PREFIX}{old}.{kind}").unlink()
 
     def holds(self, listing: dict[str, Any]) -> bool:
-        """Whether the file is the one that was listed, byte for byte."""
-        found, size = xxhash.xxh3_64(), 0
+        """Tells whether the file has the length and the hash that a list of its arrays says."""
+        digest, size = xxhash.xxh3_64(), 0
         with self._lock:
             self._file.seek(0)
             while chunk := self._file.read(1 << 20):
-                found.update(chunk)
+                digest.update(chunk)
                 size += len(chunk)
-        return size == listing["bytes"] and found.hexdigest() == listing["sum"]
+        return size == listing["bytes"] and digest.hexdigest() == listing["sum"]
 
     def _append(self, array: np.ndarray) -> Stored:
+        """Writes one array at the end of the file."""
         stored = Stored(self, self._end, array.dtype, array.shape)
         data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._sum.update(data)
@@ -122,24 +140,33 @@ class HiddenStateStore:
         return stored
 
     def _path(self, kind: str) -> Path:
+        """Returns the path of the file of this part with the ending `kind`."""
         return (self.folder or Path()) / f"{_PREFIX}{self.number}.{kind}"
 
 
-def newest(folder: Path, samples: int) -> tuple[dict[str, str], list[dict[str, np.ndarray | Stored]]]:
-    """What an earlier process left in `folder`: the keys of its values, and these by sample; nothing if it is damaged.
+def load_newest(folder: Path, samples: int) -> tuple[dict[str, str], list[dict[str, np.ndarray | Stored]]]:
+    """Loads the hidden states that an earlier process left in a folder.
 
-    The last two parts together, for which a walk goes on from depends on what was done with their values since.
+    The values of the last two parts are returned together, because which of them are still valid depends on how the
+    model was edited since. Damaged files are passed over.
+
+    Args:
+        folder: the folder.
+        samples: number of samples.
+
+    Returns:
+        The digest of each value by its name, and the values of each sample by name.
     """
     keys: dict[str, str] = {}
     saved: list[dict[str, np.ndarray | Stored]] = [{} for _ in range(samples)]
     for number in sorted(_numbers(folder))[-_KEEP:]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             listing = json.loads((folder / f"{_PREFIX}{number}.json").read_text())
-            shelf = HiddenStateStore(folder, number)
-            if len(listing["samples"]) != samples or not shelf.holds(listing):
+            store = HiddenStateStore(folder, number)
+            if len(listing["samples"]) != samples or not store.holds(listing):
                 continue
             found: list[dict[str, Stored]] = [
-                {n: Stored(shelf, int(o), np.dtype(d), tuple(map(int, s))) for n, (d, s, o) in sample.items()}
+                {n: Stored(store, int(o), np.dtype(d), tuple(map(int, s))) for n, (d, s, o) in sample.items()}
                 for sample in listing["samples"]
             ]
             if any(not s.fits(listing["bytes"]) for sample in found for s in sample.values()):
@@ -151,16 +178,17 @@ def newest(folder: Path, samples: int) -> tuple[dict[str, str], list[dict[str, n
 
 
 def room_for(size: int, folder: Path | None) -> bool:
-    """Whether `size` bytes more fit on the disk that a shelf would be on."""
+    """Tells whether `size` more bytes fit on the disk of `folder`, or on that of temporary files for None."""
     return shutil.disk_usage(folder or tempfile.gettempdir()).free > size
 
 
 def _close(file: BinaryIO) -> None:
-    """What a full disk did not take has been said, and is tried once more here."""
+    """Closes a file. That tries once more to write what a full disk did not take, an error that was raised before."""
     with suppress(OSError):
         file.close()
 
 
 def _numbers(folder: Path) -> list[int]:
+    """Returns the numbers of the parts that are listed in a folder."""
     names = (path.stem.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*.json"))
     return [int(name) for name in names if name.isdecimal()]

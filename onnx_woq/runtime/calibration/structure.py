@@ -1,4 +1,7 @@
-"""What a graph computes from what: ancestors, cuts, and whether two values are the same computation."""
+"""The structure of a graph: which values depend on which, and digests that tell whether a value is still the same.
+
+A *body* is a graph inside a node, such as a branch of an If.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from onnx_woq.graph.io.model import Model
 
 
 class Structure:
-    """The main graph of a model as it is now; what happens in bodies counts as the doing of the node that has them.
+    """The main graph of a model as it is now. A node computes everything that its bodies compute.
 
     Attributes:
         graph: the main graph.
-        named: every value of it by name, initializers left out.
-        reads: node of the main graph -> the values of the main graph it reads, in its bodies too.
+        named: its values by name, without initializers.
+        reads: node of the main graph -> the values of the main graph that it and its bodies read.
     """
 
     def __init__(self, model: Model) -> None:
@@ -26,7 +29,7 @@ class Structure:
         self.named: dict[str, ir.Value] = {value.name or "": value for value in self.graph.inputs}
         self.reads: dict[ir.Node, list[ir.Value]] = {}
         self._weights: dict[ir.Node, int] = {}
-        self._homes: dict[str, ir.Value] = {}  # value in a body -> an output of the node that has it
+        self._homes: dict[str, ir.Value] = {}  # name of a value in a body -> an output of the node that has the body
         for node in self.graph:
             self.named.update((value.name or "", value) for value in node.outputs)
             self.reads[node] = [value for value in reads_of(node, self.graph) if value.graph is self.graph]
@@ -35,16 +38,21 @@ class Structure:
                     self._homes.update((value.name or "", node.outputs[0]) for value in inner.outputs)
 
     def depends(self, values: Iterable[str], others: Iterable[str]) -> bool:
-        """Whether any of `values` is computed from any of `others`."""
+        """Tells whether any of `values` is computed from any of `others`."""
         return not self._ancestors(self._found(values)).isdisjoint(v.producer() for v in self._found(others))
 
     def crossing(
         self, values: Iterable[str], later: Iterable[str], side: Collection[str] = (), more: Collection[str] = ()
     ) -> list[str]:
-        """Names of what is known once `values` are and is read on the way to `later`, if worth remembering.
+        """Returns the names of the values to remember once `values` are computed, because `later` ones need them.
 
-        That is what was costly to compute, and what `side` names: cheap, but read again and again. `more` names values
-        to remember, if known and costly, whoever reads them.
+        Worth remembering is a value that was costly to compute or is named in `side`.
+
+        Args:
+            values: names of the values computed up to now.
+            later: names of the values wanted later.
+            side: names of values that are cheap to compute but read by many blocks.
+            more: names of values to remember, if computed and costly, whoever reads them.
         """
         wanted = self._found(later)
         done = self._ancestors(self._found(values))
@@ -61,7 +69,7 @@ class Structure:
         return [value.name or "" for value in crossing if value in costly or value.name in side]
 
     def weights(self, have: Collection[str], outputs: Iterable[str]) -> int:
-        """Bytes of the matrices, in float32, multiplied on the way from the values in `have` to `outputs`."""
+        """Returns the bytes in float32 of the matrices that `outputs` take, computed from the values in `have`."""
         nodes: set[ir.Node] = set()
         pending = self._found(outputs)
         while pending:
@@ -73,12 +81,13 @@ class Structure:
         return sum(self._weight(node) for node in nodes)
 
     def _weight(self, node: ir.Node) -> int:
+        """Returns the bytes of the matrices that a node multiplies by."""
         if node not in self._weights:
             self._weights[node] = product_bytes(node)
         return self._weights[node]
 
     def between(self, have: Collection[str], outputs: Sequence[str]) -> ir.Graph:
-        """A copy of the part that computes `outputs` from those values in `have` that it needs: its inputs."""
+        """Returns a copy of the part that computes `outputs`; its inputs are the values in `have` that it needs."""
         inputs: dict[ir.Value, None] = {}
         constants: dict[ir.Value, None] = {}
         nodes: set[ir.Node] = set()
@@ -105,17 +114,17 @@ class Structure:
         fed = {value.name for value in part.inputs}
         for node in part:
             for value in node.outputs:
-                if value.name in fed:  # one output of a node is there already, another one has to be computed again
+                if value.name in fed:  # this output of a node is an input already, but another one is needed as well
                     value.name = f"{value.name}/again"
         return part
 
     def _found(self, names: Iterable[str]) -> list[ir.Value]:
-        """The values called so, or an output of the node in whose bodies they are."""
+        """Returns the values of these names; for a value in a body, an output of the node that has the body."""
         places = (self.named.get(name, self._homes.get(name)) for name in names)
         return [value for value in places if value is not None]
 
     def _ancestors(self, values: Iterable[ir.Value]) -> set[ir.Node | None]:
-        """The nodes that have to run for `values`."""
+        """Returns the nodes that have to run for `values`."""
         nodes: set[ir.Node | None] = set()
         pending = list(values)
         while pending:
@@ -127,10 +136,11 @@ class Structure:
 
 
 def contents(model: Model) -> dict[str, str]:
-    """Value name -> a digest that is equal where the same operators compute it from the same constants.
+    """Returns a digest for the name of every value, also in bodies.
 
-    It covers the bodies' values too. Constants go by their names, which are never used twice in a model and its edited
-    copies, so that digests can be compared from one process to the next.
+    Two digests are equal if the same operators compute the value from the same constants. A constant counts by its
+    name, because a model and its edited copies never use a name for two constants. So digests of different processes
+    can be compared.
     """
     found: dict[ir.Value | None, str] = {None: ""}
     _digest_graph(model.ir.graph, found)
@@ -138,6 +148,7 @@ def contents(model: Model) -> dict[str, str]:
 
 
 def _digest_graph(graph: ir.Graph, found: dict[ir.Value | None, str]) -> None:
+    """Adds the digests of all values of a graph and its bodies to `found`."""
     for value in graph.inputs:
         found[value] = _digest("input", value.name)
     for value in graph.initializers.values():
@@ -151,6 +162,7 @@ def _digest_graph(graph: ir.Graph, found: dict[ir.Value | None, str]) -> None:
 
 
 def _attribute(attribute: ir.Attr, found: dict[ir.Value | None, str]) -> str:
+    """Returns a text that identifies an attribute; digests of a body's values are added to `found`."""
     if attribute.type == ir.AttributeType.GRAPH:
         body = attribute.as_graph()
         _digest_graph(body, found)
@@ -162,4 +174,5 @@ def _attribute(attribute: ir.Attr, found: dict[ir.Value | None, str]) -> str:
 
 
 def _digest(*content: Any) -> str:
+    """Returns a hash of some values, as 32 hex digits."""
     return hashlib.blake2b(repr(content).encode(), digest_size=16).hexdigest()

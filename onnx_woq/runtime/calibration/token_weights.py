@@ -1,9 +1,9 @@
-"""How much each token counts in what makes keys and values: by the attention that it receives.
+"""Token weights for the layers that make keys and values: a token counts by the attention that it receives.
 
-With attention probabilities a [T, S] the error of head h's output at query i is `Σ_t a_it·δv_t`, δv_t that of the value
-of token t. Taken as independent from token to token, as rounding errors of different inputs nearly are, their squares
-add up to `Σ_t (Σ_i a_it²)·|δv_t|²`: token t counts `Σ_i a_it²` times. Keys are weighted alike. RSQ (Sung et al. 2025,
-"Rotate, Scale, then Quantize", section 4) weights tokens by `Σ_i a_it`, in every layer.
+Let a [T, S] be the attention probabilities of a head and δv_t the error of the value of token t. The error of the
+head's output at query i is `Σ_t a_it·δv_t`. Rounding errors of different tokens are nearly independent, so their
+squares add up to `Σ_t (Σ_i a_it²)·|δv_t|²`: token t counts `Σ_i a_it²` times. Keys are weighted in the same way. RSQ
+(Sung et al. 2025, "Rotate, Scale, then Quantize", section 4) weights tokens by `Σ_i a_it`, in every layer.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from onnx_woq.errors import DataError
 
 SINK_SHARE = 0.3
-"""Of the weight of all tokens, what the first one gets where an operator does not show its attention."""
+"""Share of the weight of all tokens that the first one gets where an operator does not show its attention."""
 
 
 def token_weights(array: np.ndarray, squares: np.ndarray | None, mask: np.ndarray | None) -> np.ndarray:
-    """The weight of each token of `array`, [B·T], their mean over a sequence's counted tokens being 1.
+    """Returns the weight of each token, [B·T]; their mean over the counted tokens of a sequence is 1.
 
     Args:
-        array: `[B, T, K]` or `[B·T, K]`, of which only the shape counts.
-        squares: squared attention probabilities summed over heads, [B, T, S] or of one sequence [T, S], of which the
-            last T keys are the tokens; None where they are not known: the first token then gets `SINK_SHARE`.
-        mask: [B, T], which tokens count; None for all.
+        array: the activation, `[B, T, K]` or `[B·T, K]`; only its shape is used.
+        squares: squares of the attention probabilities summed over heads, [B, T, S], or [T, S] for one sequence; the
+            last T keys are the tokens. None where they are not known; the first token then gets `SINK_SHARE`.
+        mask: [B, T], True for tokens that count; None for all.
 
     Raises:
-        DataError: probabilities and tokens do not fit.
+        DataError: the probabilities do not fit the tokens.
     """
     rows, length = _shape(array, squares, mask)
     counted = np.ones((rows, length), bool) if mask is None or mask.shape != (rows, length) else mask
@@ -40,7 +40,7 @@ def token_weights(array: np.ndarray, squares: np.ndarray | None, mask: np.ndarra
 
 
 def _received(squares: np.ndarray, rows: int, length: int, mask: np.ndarray | None) -> np.ndarray:
-    """Sums of [B, T, S] or [T, S] over the queries that the mask lets count, [rows, length]."""
+    """Sums `squares` [B, T, S] or [T, S] over the queries that the mask counts; returns [rows, length]."""
     if squares.ndim not in (2, 3) or rows != (len(squares) if squares.ndim == 3 else 1) or length > squares.shape[-1]:
         raise DataError(
             f"attention of shape {list(squares.shape)} does not tell how much {rows} x {length} tokens receive: "
@@ -53,7 +53,7 @@ def _received(squares: np.ndarray, rows: int, length: int, mask: np.ndarray | No
 
 
 def _shape(array: np.ndarray, squares: np.ndarray | None, mask: np.ndarray | None) -> tuple[int, int]:
-    """Sequences and their length."""
+    """Returns the number of sequences in `array` and their length in tokens."""
     if array.ndim == 3:
         return array.shape[0], array.shape[1]
     tokens = array.size // max(1, array.shape[-1])

@@ -1,6 +1,6 @@
-"""Calibration and evaluation data in any form to feeds: one dictionary of arrays per sample.
+"""Feeds: calibration or evaluation data in any form, as one dictionary of arrays per sample.
 
-Samples are fed as they are, one after the other, never padded to each other's length: every token counts once.
+Samples are fed one after the other and never padded to each other's length, so that every token counts once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,19 @@ __all__ = ["Feed", "InputInfo", "data_hash", "feeds", "model_inputs", "random_fe
 logger = logging.getLogger(__name__)
 
 Feed = dict[str, np.ndarray]
-"""Input name -> array."""
+"""One sample: input name -> array."""
 
 RANDOM = "random"
-"""The name a user gives to ask for random data."""
+"""The source that stands for random data."""
 
-_BY_TOKEN = ("input_ids", *MASKS, POSITIONS, *TOKEN_TYPES)
-_SAFE_KINDS = {"i": "iub", "u": "iub", "f": "f", "b": "b", "V": "f"}  # numpy kinds; bfloat16 is a V
+_BY_TOKEN = ("input_ids", *MASKS, POSITIONS, *TOKEN_TYPES)  # inputs [B, T] with one number per token
+_SAFE_KINDS = {
+    "i": "iub",
+    "u": "iub",
+    "f": "f",
+    "b": "b",
+    "V": "f",
+}  # kind of an input -> those it takes; V is bfloat16
 _FORMS = "a .txt or .jsonl text, a .npz or .npy file, a folder of arrays, or in Python an iterable of dictionaries"
 
 
@@ -53,25 +59,30 @@ def feeds(
     skip: int = 0,
     at_most: bool = False,
 ) -> list[Feed]:
-    """The first `samples` samples of `source` after `skip`, complete and of the model's types.
+    """Returns samples from `source`, complete and of the types that the model takes.
 
-    Text of a model that keeps a past is one stream of tokens cut into rows of `seqlen`; for other models (encoders)
-    each line of a .txt is a sample with special tokens around it. Each record of a .jsonl is a sample. A .npz has
-    arrays named like the inputs, a .npy is for a model with one input: the first axis of a stack counts samples. An
-    element of an iterable is a dictionary, one array, a list of arrays in the order of the inputs, or a tuple
-    `(inputs, labels)`, of which the labels are ignored. Inputs that follow from the tokens are filled in
-    (`onnx_woq.runtime.data.inputs.fill`).
+    Forms of data:
+
+    - .txt: for a decoder (a model that keeps a past), one stream of tokens cut into rows of `seqlen`; for an encoder,
+      each line is a sample with special tokens around it.
+    - .jsonl: each record is a sample.
+    - .npz: arrays named like the inputs; .npy: one array for a model with one input. The first axis counts samples.
+    - An iterable of dictionaries, arrays (for a model with one input), lists of arrays in the order of the inputs, or
+      tuples `(inputs, labels)`, of which the labels are ignored.
+    - "random": see `random_feeds`.
+
+    Inputs that follow from the tokens, such as masks and positions, are filled in (`runtime.data.inputs.fill`).
 
     Args:
-        source: data in one of these forms, or "random".
-        inputs: from `model_inputs`.
-        samples: how many are wanted.
+        source: data in one of these forms.
+        inputs: the model's inputs, from `model_inputs`.
+        samples: number of samples wanted.
         seqlen: tokens of a sample at most; longer ones are cut.
         exact_length: leave out samples of fewer than `seqlen` tokens.
-        tokenizer: its folder, when it is not beside the model.
-        model_dir: the model's folder, as the user named it.
-        skip: samples to pass over first, so that others can be held out.
-        at_most: fewer samples than wanted are no error, as long as there is one.
+        tokenizer: folder of the tokenizer, if it is not beside the model.
+        model_dir: folder of the model, as the user named it.
+        skip: samples to pass over first, so that they can be held out for another use.
+        at_most: accept fewer samples than wanted, as long as there is one.
 
     Raises:
         DataError: the data is missing, damaged, too little or does not fit the model.
@@ -83,10 +94,10 @@ def feeds(
     raw = _open(source, inputs, skip + samples, seqlen, exact_length, tokenizer, model_dir)
     found = []
     dropped: set[str] = set()
-    for what, sample in raw:
-        named = _named(sample, inputs, what)
+    for label, sample in raw:
+        named = _named(sample, inputs, label)
         dropped |= named.keys() - {info.name for info in inputs}
-        feed = _fitted(named, inputs, seqlen, what)
+        feed = _fitted(named, inputs, seqlen, label)
         if exact_length and "input_ids" in feed and feed["input_ids"].shape[1] < seqlen:
             continue
         found.append(feed)
@@ -101,7 +112,13 @@ def feeds(
 
 
 def random_feeds(inputs: list[InputInfo], samples: int, seqlen: int, seed: int = 0) -> list[Feed]:
-    """Meaningless samples of the right shapes, for trying things out: uniform ids, normal floats.
+    """Returns random samples of the right shapes, for trying things out: uniform ids, normal floats.
+
+    Args:
+        inputs: the model's inputs, from `model_inputs`.
+        samples: number of samples.
+        seqlen: size of every open dimension except the first, which is 1.
+        seed: of the random numbers.
 
     Raises:
         DataError: an input has no known rank.
@@ -125,7 +142,7 @@ def random_feeds(inputs: list[InputInfo], samples: int, seqlen: int, seed: int =
 
 
 def data_hash(samples: Iterable[Mapping[str, np.ndarray]]) -> str:
-    """A hash of names, types, shapes and bytes of all samples in their order."""
+    """Returns a hash of the names, types, shapes and bytes of all samples in their order, as 32 hex digits."""
     digest = hashlib.blake2b(digest_size=16)
     for feed in samples:
         for name in sorted(feed):
@@ -145,7 +162,7 @@ def _open(
     tokenizer: Path | None,
     model_dir: Path | None,
 ) -> Iterator[tuple[str, Any]]:
-    """The elements of any source with their names for messages."""
+    """Returns the elements of any source, each with a label that names it in messages."""
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists():
@@ -161,9 +178,12 @@ def _open(
 
 
 def _stacked(loaded: Iterator[tuple[str, Any]], inputs: list[InputInfo]) -> Iterator[tuple[str, Any]]:
-    """Arrays from files, one sample per entry of their common first axis where the model's batch size is free."""
+    """Cuts arrays from files into samples, one per entry of their common first axis.
+
+    Arrays stay whole if the model fixes its batch size, if their first axes differ or if a past is among them.
+    """
     needed = [info for info in inputs if not can_fill(info, inputs)]
-    for what, content in loaded:
+    for label, content in loaded:
         named = content if isinstance(content, Mapping) else {needed[0].name: content} if len(needed) == 1 else {}
         known = {info.name: info for info in inputs if info.name in named and info.shape}
         whole = known and all(
@@ -172,14 +192,14 @@ def _stacked(loaded: Iterator[tuple[str, Any]], inputs: list[InputInfo]) -> Iter
         )
         count = {named[name].shape[0] for name in known} if whole else set()
         if len(count) != 1 or any(name.startswith("past") for name in named):
-            yield what, content
+            yield label, content
             continue
         for row in range(count.pop()):
-            yield f"{what}, row {row + 1}", {name: named[name][row : row + 1] for name in known}
+            yield f"{label}, row {row + 1}", {name: named[name][row : row + 1] for name in known}
 
 
 def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
-    """The samples in a .npz or .npy file, or in all those of a folder by name."""
+    """Yields the content of a .npz or .npy file, or of all of these in a folder, sorted by name."""
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy"))
         if not files:
@@ -193,12 +213,12 @@ def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _loaded(file: Path) -> Any:
-    """The array in a .npy file, or the dictionary of arrays in a .npz file."""
+    """Loads the array in a .npy file, or the dictionary of arrays in a .npz file."""
     try:
         with file.open("rb") as stream:
             loaded = np.load(stream, allow_pickle=False)
             return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # a damaged archive raises whatever zipfile, zlib and numpy think fit
+    except Exception as error:  # zipfile, zlib and numpy raise all sorts of errors on a damaged archive
         raise DataError(f"{file} is not a file of plain arrays ({error}): write it with numpy.savez") from error
 
 
@@ -211,7 +231,7 @@ def _text(
     tokenizer: Path | None,
     model_dir: Path | None,
 ) -> Iterator[tuple[str, Feed]]:
-    """Text as samples of input_ids, with a mask where a fixed length makes padding necessary."""
+    """Yields text as samples of input_ids, with an attention mask where a fixed length makes padding necessary."""
     ids = next((info for info in inputs if info.name == "input_ids"), None)
     if ids is None:
         wants = ", ".join(map(str, inputs))
@@ -244,7 +264,7 @@ def _text(
 
 
 def _row(ids: list[int], length: int) -> Feed:
-    """One sample `[1, length]`; a mask goes along when it has to be padded."""
+    """Returns one sample of input_ids `[1, length]`; if it has to be padded, with an attention mask."""
     tokens = np.zeros((1, length), np.int64)
     tokens[0, : len(ids)] = ids
     if len(ids) == length:
@@ -252,8 +272,8 @@ def _row(ids: list[int], length: int) -> Feed:
     return {"input_ids": tokens, "attention_mask": (np.arange(length) < len(ids)).astype(np.int64)[None]}
 
 
-def _named(sample: Any, inputs: list[InputInfo], what: str) -> dict[str, Any]:
-    """An element of the source as a dictionary."""
+def _named(sample: Any, inputs: list[InputInfo], label: str) -> dict[str, Any]:
+    """Returns an element of the source as a dictionary from input names to values."""
     needed = [info for info in inputs if not can_fill(info, inputs)]
     if isinstance(sample, tuple) and len(sample) == 2 and (_is_group(sample[0]) or len(needed) == 1):
         sample = sample[0]
@@ -262,84 +282,87 @@ def _named(sample: Any, inputs: list[InputInfo], what: str) -> dict[str, Any]:
     if isinstance(sample, (list, tuple)) and sample and any(map(_is_array, sample)):
         if len(sample) > len(inputs):
             raise DataError(
-                f"{what} is a list of {len(sample)} arrays, but the model has {len(inputs)} inputs: {_list(inputs)}"
+                f"{label} is a list of {len(sample)} arrays, but the model has {len(inputs)} inputs: {_list(inputs)}"
             )
         return {info.name: array for info, array in zip(inputs, sample, strict=False)}
     if not _is_array(sample) and not isinstance(sample, (list, tuple, int, float)):
-        raise DataError(f"{what} is a {type(sample).__name__}: give a dictionary of arrays named {_list(inputs)}")
+        raise DataError(f"{label} is a {type(sample).__name__}: give a dictionary of arrays named {_list(inputs)}")
     if len(needed) != 1:
-        raise DataError(f"{what} is one array, but the model needs {_list(needed)}: give a dictionary with these keys")
+        raise DataError(f"{label} is one array, but the model needs {_list(needed)}: give a dictionary with these keys")
     return {needed[0].name: sample}
 
 
 def _is_array(value: Any) -> bool:
+    """Tells whether `value` is an array (also one of torch, say) with at least one dimension."""
     return hasattr(value, "__array__") and np.ndim(value) > 0
 
 
 def _is_group(value: Any) -> bool:
-    """Whether this is the inputs of a sample, not one of them."""
+    """Tells whether `value` holds all inputs of a sample rather than one of them."""
     return isinstance(value, Mapping) or (isinstance(value, (list, tuple)) and any(map(_is_array, value)))
 
 
 def _list(inputs: list[InputInfo]) -> str:
+    """Lists inputs with types and shapes, for messages."""
     return ", ".join(map(str, inputs)) or "no input"
 
 
-def _fitted(named: Mapping[str, Any], inputs: list[InputInfo], seqlen: int, what: str) -> Feed:
-    """The arrays the model has inputs for, of its types, cut to `seqlen`, checked and completed."""
+def _fitted(named: Mapping[str, Any], inputs: list[InputInfo], seqlen: int, label: str) -> Feed:
+    """Returns a complete feed: arrays of the model's types, cut to `seqlen` and checked, missing inputs filled in."""
     known = {info.name: info for info in inputs}
-    feed = {name: _typed(value, known[name], what) for name, value in named.items() if name in known}
+    feed = {name: _typed(value, known[name], label) for name, value in named.items() if name in known}
     if not feed and inputs:
-        raise DataError(f"{what} has {', '.join(map(str, named)) or 'nothing'}, but the model takes {_list(inputs)}")
+        raise DataError(f"{label} has {', '.join(map(str, named)) or 'nothing'}, but the model takes {_list(inputs)}")
     ids = feed.get("input_ids")
     if ids is not None and ids.ndim == 2 and not any(name.startswith("past") for name in feed):
         batch, length = ids.shape
         for name in _BY_TOKEN:
             if length > seqlen and name in feed and feed[name].shape == (batch, length):
                 feed[name] = np.ascontiguousarray(feed[name][:, :seqlen])
-    feed = fill(feed, inputs, what)
+    feed = fill(feed, inputs, label)
     for name, array in feed.items():
-        _check(array, known[name], what)
+        _check(array, known[name], label)
     return feed
 
 
-def _typed(value: Any, info: InputInfo, what: str) -> np.ndarray:
-    """A value as an array of the input's type; a missing leading batch dimension is added."""
+def _typed(value: Any, info: InputInfo, label: str) -> np.ndarray:
+    """Converts a value to an array of the input's type; a missing leading batch dimension is added."""
     try:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{what}: {info.name} is not an array ({error})") from error
+        raise DataError(f"{label}: {info.name} is not an array ({error})") from error
     if array.dtype.kind not in _SAFE_KINDS.get(info.dtype.kind, "") and array.dtype != info.dtype:
-        raise DataError(f"{what}: {info.name} is {array.dtype.name}, the model takes {info}: convert it")
+        raise DataError(f"{label}: {info.name} is {array.dtype.name}, the model takes {info}: convert it")
     if info.shape is not None and array.ndim == len(info.shape) - 1:
         array = array[None]
     if info.shape is not None and array.ndim != len(info.shape):
-        raise DataError(f"{what}: {info.name} has shape {list(array.shape)}, the model takes {info}")
+        raise DataError(f"{label}: {info.name} has shape {list(array.shape)}, the model takes {info}")
     if not array.size and not info.name.startswith("past"):
-        raise DataError(f"{what}: {info.name} is empty, of shape {list(array.shape)}: leave empty samples out")
+        raise DataError(f"{label}: {info.name} is empty, of shape {list(array.shape)}: leave empty samples out")
     if array.dtype.kind in "iu" and info.dtype.kind in "iu" and array.size:
         limits = np.iinfo(info.dtype)
         if int(array.min()) < limits.min or int(array.max()) > limits.max:
-            raise DataError(f"{what}: {info.name} holds numbers too large for {info.dtype.name}")
+            raise DataError(f"{label}: {info.name} holds numbers too large for {info.dtype.name}")
     return np.ascontiguousarray(array, dtype=info.dtype).reshape(array.shape)
 
 
-def _check(array: np.ndarray, info: InputInfo, what: str) -> None:
-    """Raises DataError when an array's shape or numbers are none the model can take."""
+def _check(array: np.ndarray, info: InputInfo, label: str) -> None:
+    """Raises a DataError if the model cannot take an array of this shape or with these numbers."""
     for have, want in zip(array.shape, info.shape or (), strict=False):
         if isinstance(want, int) and have != want:
-            raise DataError(f"{what}: {info.name} has shape {list(array.shape)}, the model takes {info}")
+            raise DataError(f"{label}: {info.name} has shape {list(array.shape)}, the model takes {info}")
     if array.dtype.kind in "fV" and array.size and not np.isfinite(array.astype(np.float32, copy=False)).all():
-        raise DataError(f"{what}: {info.name} holds NaN or infinite numbers: clean the data")
+        raise DataError(f"{label}: {info.name} holds NaN or infinite numbers: clean the data")
     if array.dtype.kind in "iu" and info.limit is not None and array.size:
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= info.limit:
             fix = "give a shorter --seqlen" if info.name == POSITIONS else "is this another model's tokenizer?"
             worst = low if low < 0 else high
-            raise DataError(f"{what}: {info.name} holds {worst}, but the model's table has {info.limit} rows: {fix}")
+            raise DataError(f"{label}: {info.name} holds {worst}, but the model's table has {info.limit} rows: {fix}")
 
 
 def _too_few(source: Any, have: int, wanted: int, seqlen: int, exact_length: bool, skip: int) -> str:
+    """Returns the message for a source with fewer samples than wanted."""
     name = str(source) if isinstance(source, (str, Path)) else "the data"
     long = f" of {'exactly ' if exact_length else 'up to '}{seqlen} tokens"
     after = f" after the first {skip}" if skip else ""

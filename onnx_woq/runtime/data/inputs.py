@@ -1,4 +1,7 @@
-"""What a model wants to be fed, and the inputs that follow from the tokens: masks, positions, an empty past."""
+"""Inputs of a model, and arrays for those that follow from the tokens: masks, positions, an empty past.
+
+The past of a decoder is the keys and values of earlier tokens, which it takes as inputs named past…
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,18 @@ from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import Model
 
 MASKS = ("attention_mask", "input_mask")
-"""Inputs that say which tokens count, 1 or 0, `[B, T]`."""
+"""Names of attention masks `[B, T]`: 1 where a token counts, 0 where it does not."""
 
 POSITIONS = "position_ids"
+"""The input that holds the position of each token, `[B, T]`."""
+
 TOKEN_TYPES = ("token_type_ids", "segment_ids")
+"""Names of inputs that hold the segment of each token, `[B, T]`."""
+
 _TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "input")
 _PAST = re.compile(r"past")
 _ZEROS = ("num_logits_to_keep", "logits_to_keep")  # 0 means the logits of every token
-_SAME_NUMBERS = {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Expand", "Transpose"}
+_SAME_NUMBERS = {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Expand", "Transpose"}  # keep them
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,10 @@ class InputInfo:
     """One input of a model.
 
     Attributes:
-        name: as the model calls it.
-        dtype: numpy's, bfloat16 by way of ml_dtypes.
-        shape: numbers for fixed dimensions, names for symbolic ones, None for unknown ones; None when the rank itself
-            is unknown.
-        limit: integers must be below it because they index a table of that many rows; None where there is no table.
+        name: its name in the model.
+        dtype: its NumPy dtype; bfloat16 is that of ml_dtypes.
+        shape: numbers for fixed dimensions, names for symbolic ones, None for unknown ones; None for an unknown rank.
+        limit: rows of the table that its integers index, which they must be below; None where there is no table.
     """
 
     name: str
@@ -48,13 +54,13 @@ class InputInfo:
 
 
 def model_inputs(model: Model) -> list[InputInfo]:
-    """The inputs that must be fed, in the model's order.
+    """Returns the inputs that must be fed, in the model's order.
 
-    Newer versions of the onnxruntime-genai builder leave the head size of the past open: it is then read from the
+    Newer versions of the onnxruntime-genai builder leave the head size of the past open. It is then read from the
     configuration beside the model.
 
     Raises:
-        DataError: one of them is a sequence, an optional or text.
+        DataError: an input is a sequence, an optional or text.
     """
     graph = model.ir.graph
     infos = [_describe(value) for value in graph.inputs if value.name not in graph.initializers]
@@ -66,13 +72,13 @@ def model_inputs(model: Model) -> list[InputInfo]:
 
 
 def _has_open_head(info: InputInfo) -> bool:
-    """Whether this is a past `[batch, heads, sequence, head size]` that does not say its head size."""
+    """Tells whether an input is a past `[batch, heads, sequence, head size]` whose head size is open."""
     shape = info.shape or ()
     return is_past(info) and len(shape) == 4 and isinstance(shape[1], int) and not isinstance(shape[3], int)
 
 
 def _head_size(folder: Path) -> int | None:
-    """Channels of an attention head, from genai_config.json or config.json; None if neither says."""
+    """Reads the channels of an attention head from genai_config.json or config.json; None if neither tells."""
     for name, path in (("genai_config.json", ("model", "decoder")), ("config.json", ())):
         try:
             config = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -88,7 +94,7 @@ def _head_size(folder: Path) -> int | None:
 
 
 def can_fill(info: InputInfo, inputs: Sequence[InputInfo]) -> bool:
-    """Whether `fill` can make this input from the tokens of another one."""
+    """Tells whether `fill` can make this input from the tokens of another one."""
     if info.name in _TOKENS or not any(other.name in _TOKENS for other in inputs):
         return False
     rank = None if info.shape is None else len(info.shape)
@@ -100,14 +106,20 @@ def can_fill(info: InputInfo, inputs: Sequence[InputInfo]) -> bool:
 
 
 def is_decoder(inputs: Sequence[InputInfo]) -> bool:
-    """Whether the model keeps a past, so that its text is one stream of tokens."""
+    """Tells whether the model keeps a past; its text is then one stream of tokens."""
     return any(is_past(info) for info in inputs)
 
 
-def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], what: str) -> dict[str, np.ndarray]:
-    """`feed` with the inputs it leaves out made from its tokens, in the model's order.
+def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], label: str) -> dict[str, np.ndarray]:
+    """Returns `feed` with its missing inputs made from its tokens, in the model's order.
 
-    An attention mask of ones; positions counted along the mask; token types 0; an empty past; the cache branch off.
+    Made are an attention mask of ones, positions counted along the mask, token types 0, an empty past, and the cache
+    branch of a merged decoder switched off.
+
+    Args:
+        feed: some inputs of a sample.
+        inputs: the model's inputs, from `model_inputs`.
+        label: name of the sample in messages.
 
     Raises:
         DataError: an input is missing that does not follow from the tokens.
@@ -117,7 +129,7 @@ def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], what: str)
     hopeless = [info for info in missing if tokens is None or not can_fill(info, inputs)]
     if hopeless:
         raise DataError(
-            f"{what} has no {' and no '.join(map(str, hopeless))}: the model needs "
+            f"{label} has no {' and no '.join(map(str, hopeless))}: the model needs "
             f"{'it' if len(hopeless) == 1 else 'them'} and nothing else tells what to feed. Give samples as "
             f"dictionaries with the keys {', '.join(i.name for i in inputs if not can_fill(i, inputs))} "
             "(in a .npz file: arrays of these names)"
@@ -131,7 +143,7 @@ def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], what: str)
 
 
 def _made(info: InputInfo, size: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
-    """The array for one input that follows from tokens of `size` (B, T)."""
+    """Makes the array of one input that follows from tokens of `size` (B, T) and their attention mask [B, T]."""
     batch, length = size
     if info.name in MASKS:
         return np.ones((batch, length), info.dtype)
@@ -148,7 +160,7 @@ def _made(info: InputInfo, size: tuple[int, ...], mask: np.ndarray | None) -> np
 
 
 def _past_dim(info: InputInfo, axis: int, batch: int) -> int:
-    """One dimension of an empty past: fixed ones as they are, the batch as fed, the sequence empty."""
+    """Returns one dimension of an empty past: a fixed one, the batch as fed, or 0 for the sequence."""
     shape = info.shape or ()
     dim = shape[axis]
     if isinstance(dim, int):
@@ -159,11 +171,12 @@ def _past_dim(info: InputInfo, axis: int, batch: int) -> int:
 
 
 def is_past(info: InputInfo) -> bool:
-    """Whether an input holds keys and values of earlier tokens."""
+    """Tells whether an input holds keys and values of earlier tokens."""
     return bool(_PAST.match(info.name)) and info.dtype.kind not in "iub"
 
 
 def _describe(value: ir.Value) -> InputInfo:
+    """Describes a graph input."""
     name = value.name or ""
     kind = value.dtype
     if kind in (None, ir.DataType.STRING, ir.DataType.UNDEFINED) or not isinstance(value.type, ir.TensorType):
@@ -174,11 +187,15 @@ def _describe(value: ir.Value) -> InputInfo:
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
+    """Returns a dimension as a number, or as a name, None where it has neither."""
     return dim if isinstance(dim, int) else dim.value
 
 
 def _rows_indexed(value: ir.Value) -> int | None:
-    """The fewest rows among the constant tables that `value` looks up in Gathers, straight or after a reshape."""
+    """Returns the fewest rows of the constant tables that `value` indexes in Gather nodes, None if it indexes none.
+
+    It may do so directly or after nodes that keep its numbers, such as Reshape.
+    """
     rows: list[int] = []
     for node, position in value.uses():
         if node.op_type == "Gather" and position == 1:

@@ -1,4 +1,4 @@
-"""Text to token ids, without torch or transformers."""
+"""Text: files read and turned into token ids, without torch or transformers."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Any
 from onnx_woq.errors import DataError
 
 Encode = Callable[[str, bool], list[int]]
-"""`encode(text, special)`: ids, with the special tokens of a whole document or without."""
+"""`(text, special) -> ids`, with the special tokens of a whole document if `special`."""
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_BAD_ID = 2**32 - 1  # what onnxruntime-extensions returns for a token it has no id for
+_BAD_ID = 2**32 - 1  # the id that onnxruntime-extensions gives to a token it does not know
 _PROBE = "It’s 1,234 words:\n\n  don't “stop”; naïve café, 北京 и Москва – def f(x): return x**2 😀 <tag>"
 _PROBE_LENGTH = 4000  # characters of the user's text that a tokenizer is tried on
-_READABLE = 0.9  # share of letters that has to come back; a tokenizer may drop accents and signs it does not know
-_NO_LIMIT = 1 << 24  # tokens; a larger model_max_length means "not known"
-_CHARACTERS_PER_TOKEN = 8  # more than natural text has
+_READABLE = 0.9  # share of letters that decoding must give back; a tokenizer may drop accents and unknown signs
+_NO_LIMIT = 1 << 24  # tokens; a model_max_length above it means "not known"
+_CHARACTERS_PER_TOKEN = 8  # natural text has fewer
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer and what its folder says about the model's longest sequence.
+    """A tokenizer, and the model's longest sequence according to the files around it.
 
     Attributes:
-        encode: text to ids.
-        folder: where it was found.
-        longest: tokens the model takes at most, None when nothing says so.
+        encode: turns text into ids.
+        folder: the folder it was found in.
+        longest: tokens that the model takes at most; None if no file tells.
     """
 
     encode: Encode
@@ -38,23 +38,23 @@ class Tokenizer:
     longest: int | None
 
     def closes(self) -> bool:
-        """Whether a document ends on a special token, such as BERT's [SEP]."""
+        """Tells whether a document ends with a special token, such as BERT's [SEP]."""
         plain, whole = self.encode("a", False), self.encode("a", True)
         return len(whole) > len(plain) and whole[-1:] != plain[-1:]
 
 
 def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vocabulary: int | None) -> Tokenizer:
-    """The tokenizer in the folder `tokenizer`, or else beside the model or one folder up.
+    """Loads the tokenizer in the folder `tokenizer`, or else the one beside the model or one folder up.
 
-    The `tokenizers` library reads tokenizer.json. For other formats there is onnxruntime-extensions, which can be wrong
-    without an error, so its ids must lie in the vocabulary and decode to the text. It does not come first, as it would
-    deserve for its speed, because it crashes the process on a tokenizer.json whose kind it does not expect.
+    The `tokenizers` library reads tokenizer.json. Other formats are read by onnxruntime-extensions. That can be wrong
+    without an error, so its ids must lie in the vocabulary and decode to the text again. It is faster, but cannot come
+    first: it crashes the process on a tokenizer.json of a kind that it does not expect.
 
     Args:
-        tokenizer: a folder, or a file in one.
-        model_dir: the model's folder.
-        text: some of the user's text.
-        vocabulary: how many ids the model knows, None if that is not known.
+        tokenizer: a folder, or a file in one; None for none.
+        model_dir: folder of the model.
+        text: a part of the user's text.
+        vocabulary: number of ids that the model knows, None if unknown.
 
     Raises:
         DataError: there is no usable tokenizer.
@@ -79,7 +79,7 @@ def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vo
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """Reads the text of a UTF-8 file.
 
     Raises:
         DataError: it is empty, not text or cannot be read.
@@ -96,7 +96,7 @@ def read_text(path: Path) -> str:
 
 
 def read_records(path: Path) -> Iterator[str]:
-    """The text of each record of a .jsonl file: its field "text", or the only field that is a string.
+    """Yields the text of each record of a .jsonl file: its field "text", or else its only string field.
 
     Raises:
         DataError: a line is not JSON or has no such field.
@@ -117,7 +117,10 @@ def read_records(path: Path) -> Iterator[str]:
 
 
 def stream_rows(text: str, encode: Encode, rows: int, length: int) -> list[list[int]]:
-    """The text as one stream of tokens, cut into at most `rows` rows of `length`; a short text is one short row."""
+    """Encodes a text as one stream of tokens, cut into at most `rows` rows of `length` tokens.
+
+    A rest is dropped, except that a text shorter than one row gives one short row.
+    """
     needed = rows * length
     ids = encode(text[: needed * _CHARACTERS_PER_TOKEN], False)
     if len(ids) < needed < len(text):
@@ -127,6 +130,7 @@ def stream_rows(text: str, encode: Encode, rows: int, length: int) -> list[list[
 
 
 def _folder(tokenizer: Path | None, model_dir: Path | None) -> Path:
+    """Returns the folder of the tokenizer: the one named, or else the model's or the one above it."""
     if tokenizer is not None:
         folder = tokenizer.parent if tokenizer.is_file() else tokenizer
         if any((folder / name).is_file() for name in _FILES):
@@ -144,7 +148,7 @@ def _folder(tokenizer: Path | None, model_dir: Path | None) -> Path:
 
 
 def _huggingface(folder: Path) -> tuple[Encode | None, str]:
-    """The encoder of tokenizer.json by the `tokenizers` library, or the reason why there is none."""
+    """Returns the encoder that the `tokenizers` library makes of tokenizer.json, or None and the reason."""
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None, "there is no tokenizer.json"
@@ -162,7 +166,7 @@ def _huggingface(folder: Path) -> tuple[Encode | None, str]:
 
 
 def _extensions(folder: Path, text: str, vocabulary: int | None) -> tuple[Encode | None, str]:
-    """The encoder by onnxruntime-extensions, or the reason why it must not be used."""
+    """Returns the encoder that onnxruntime-extensions makes of a folder, or None and the reason."""
     if not _is_expected(folder / "tokenizer.json"):
         return None, "it reads neither damaged files nor this kind of tokenizer.json"
     try:
@@ -177,13 +181,13 @@ def _extensions(folder: Path, text: str, vocabulary: int | None) -> tuple[Encode
             return None, f"it gives the id {worst}"
         if _overlap(_letters("".join(plain.detokenize(ids))), _letters(text)) < _READABLE:
             return None, "its ids do not decode to the text they were made from"
-    except Exception as error:  # whatever the library raises, it is not to be used
+    except Exception as error:  # the library raises errors of many kinds
         return None, " ".join(str(error).split())
     return lambda text, special: [int(i) for i in (whole if special else plain).tokenize(text)], ""
 
 
 def _is_expected(file: Path) -> bool:
-    """Whether onnxruntime-extensions survives a tokenizer.json; true where there is none."""
+    """Tells whether onnxruntime-extensions can read a tokenizer.json without crashing; True if there is none."""
     if not file.is_file():
         return True
     try:
@@ -193,22 +197,23 @@ def _is_expected(file: Path) -> bool:
 
 
 def _outside(ids: list[int], vocabulary: int | None) -> int | None:
-    """The largest id if it is none of the model's."""
+    """Returns the largest id if the model does not know it, otherwise None."""
     worst = max(ids, default=0)
     return worst if worst == _BAD_ID or (vocabulary is not None and worst >= vocabulary) else None
 
 
 def _overlap(a: str, b: str) -> float:
-    """The share of letters that two texts have in common, whatever their places."""
+    """Returns the share of letters that two texts have in common, in any order."""
     return sum((Counter(a) & Counter(b)).values()) / max(len(a), len(b), 1)
 
 
 def _letters(text: str) -> str:
+    """Returns a text without white space and upper case."""
     return "".join(text.split()).casefold()
 
 
 def _longest(folders: list[Path]) -> int | None:
-    """Tokens the model takes at most, by tokenizer_config.json and config.json."""
+    """Reads from tokenizer_config.json and config.json how many tokens the model takes at most."""
     found = []
     for folder in folders:
         for file, names in (

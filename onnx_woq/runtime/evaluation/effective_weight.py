@@ -1,4 +1,4 @@
-"""What a written weight does to its input, whatever it is stored as."""
+"""Effective weights: the matrix that a layer of a written model multiplies its input by, however it is stored."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import numpy as np
 
 from onnx_woq.errors import OnnxWoqError
 from onnx_woq.graph.io.model import Model
-from onnx_woq.runtime.calibration.replay import cut_out
+from onnx_woq.runtime.calibration.parts import cut_out
 from onnx_woq.runtime.calibration.structure import Structure
 from onnx_woq.runtime.session import make_session, run
 
 Rows = Callable[[Sequence[int]], np.ndarray]
-"""Gives rows of a matrix `[K, N]` by their numbers."""
+"""`(row numbers) -> those rows` of a matrix `[K, N]`."""
 
 
 def acting_rows(model: Model, structure: Structure, entry: str, output: str, k: int) -> Rows | None:
-    """The rows of the matrix [K, N] that takes the value `entry` to the value `output`, bias left out.
+    """Returns a function that gives rows of the matrix [K, N] between two values of a model, bias left out.
 
-    What lies between the two is run on rows of the identity: codes, factors beside them, a scale of the input.
+    The nodes between the values are cut out and run on rows of the identity matrix. So the result includes everything
+    that acts on the input: codes, low-rank factors, an input scale.
 
     Args:
-        model: holds both values in its main graph.
-        structure: of it.
-        entry: an activation [..., K].
-        output: a linear function of it, [..., N].
+        model: a model with both values in its main graph.
+        structure: its structure.
+        entry: name of an activation [..., K].
+        output: name of a value [..., N] that depends on it linearly.
         k: input channels.
 
     Returns:
-        None where it cannot be cut out: in a body, or when something else is read on the way.
+        The function; None where the nodes cannot be cut out, because they are in a body (such as an If branch) or read
+        something else on the way.
     """
     if not {entry, output} <= structure.named.keys():
         return None
@@ -39,7 +41,7 @@ def acting_rows(model: Model, structure: Structure, entry: str, output: str, k: 
             return None
         session = make_session(part, for_calibration=True)
         zero = run(session, [output], {entry: np.zeros((1, 1, k), np.float32)}, "zero")[0]
-    except (OnnxWoqError, RuntimeError):  # the latter is how copying a part says that it reads something outside
+    except (OnnxWoqError, RuntimeError):  # copying a part raises RuntimeError if it reads something outside
         return None
 
     def rows(numbers: Sequence[int]) -> np.ndarray:

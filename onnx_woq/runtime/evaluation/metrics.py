@@ -1,4 +1,7 @@
-"""How far a quantized model is from its float original: both run in step, so no output outlives its sample."""
+"""Metrics of a quantized model against its float original.
+
+Both models run in step, sample by sample, so that only the outputs of one sample are held at a time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
-_CHUNK = 1 << 22  # logits worked on at once: 32 MB in float64
+_CHUNK = 1 << 22  # logits compared at a time: 32 MB in float64
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Metrics:
         kind: "lm" for language models, "tensor" for all others.
         tokens: tokens compared (lm), or rows of the first output (tensor).
         kl: mean of KL(reference ‖ model) over tokens, nats.
-        kl_se: its standard error over sequences; None for fewer than two.
-        top1: share of tokens for which both models prefer the same next one.
-        ppl, ppl_ref: perplexity of the model and of the reference; None without a token to predict.
-        sqnr_db: signal to quantization noise over all float outputs, dB; infinite when they are equal.
-        cosine: mean cosine of the rows of the first float output; token vectors are first averaged over each sequence.
+        kl_se: its standard error over sequences, nats; None for fewer than two sequences.
+        top1: share of tokens after which both models find the same next token most likely.
+        ppl: perplexity of the model; None without a token to predict.
+        ppl_ref: perplexity of the reference.
+        sqnr_db: ratio of signal to quantization noise over all float outputs, dB; infinite if they are equal.
+        cosine: mean cosine between rows of the first float output; token vectors are averaged over each sequence first.
     """
 
     kind: Literal["lm", "tensor"]
@@ -52,21 +56,21 @@ class Metrics:
     cosine: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary of all fields; numbers may be NaN or infinite."""
+        """Returns a dictionary of all fields; numbers may be NaN or infinite."""
         return asdict(self)
 
 
 def compare(
     model: str | Path, reference: str | Path, feeds: Sequence[Feed], *, progress: Progress | None = None
 ) -> Metrics:
-    """Runs both models on every sample and compares what they give.
+    """Runs both models on every sample and compares their outputs.
 
     Tokens where a fed attention mask is 0 do not count.
 
     Args:
         model: the quantized .onnx file.
-        reference: the float one.
-        feeds: from `onnx_woq.runtime.data.feeds.feeds`.
+        reference: the float .onnx file.
+        feeds: samples, from `runtime.data.feeds.feeds`.
         progress: called after each sample.
 
     Raises:
@@ -83,13 +87,19 @@ def compare(
 
 
 def distances(model: str | Path, reference: str | Path, feeds: Sequence[Feed]) -> Iterator[tuple[float, float]]:
-    """The distance of `model` from the reference on each sample, as it is asked for.
+    """Yields the distance of `model` from the reference on each sample, one sample at a time.
 
-    A distance is a pair whose sums over samples make the metric: divergence (nats) and tokens for language models,
-    noise and signal for others.
+    A distance is a pair of numbers. Summed over samples, the pairs give the metric: KL divergence in nats and tokens
+    for language models, energy of the noise and of the signal for others.
+
+    Args:
+        model: the quantized .onnx file.
+        reference: the float .onnx file.
+        feeds: samples.
 
     Raises:
-        DataError, ModelError: as `compare`.
+        DataError: a model cannot be run on a sample.
+        ModelError: a model cannot be run, or the two do not have the same outputs.
     """
     seen = 0
     for tally in _tallies(model, reference, feeds):
@@ -101,22 +111,22 @@ def distances(model: str | Path, reference: str | Path, feeds: Sequence[Feed]) -
 def _tallies(
     model: str | Path, reference: str | Path, feeds: Sequence[Feed]
 ) -> Iterator[_LanguageTally | _TensorTally]:
-    """The sums over the samples so far, after each of them."""
+    """Yields the sums over all samples so far, after each sample."""
     if not feeds:
         return
     language = is_language_model(load(reference), feeds[0])
     pair = make_session(reference), make_session(model)
     tally = _LanguageTally() if language else _TensorTally(_float_outputs(pair))
     for number, feed in enumerate(feeds):
-        what = f"sample {number + 1}"
-        expected, actual = (run(session, tally.outputs, _needed(session, feed, what), what) for session in pair)
-        with np.errstate(all="ignore"):  # NaN and infinity are results here
+        label = f"sample {number + 1}"
+        expected, actual = (run(session, tally.outputs, _needed(session, feed, label), label) for session in pair)
+        with np.errstate(all="ignore"):  # NaN and infinity are valid results
             tally.add(expected, actual, feed)
         yield tally
 
 
 def is_language_model(model: Model, feed: Feed) -> bool:
-    """Whether `input_ids [B, T]` give `logits [B, T, V]` over a vocabulary that holds the tokens in `feed`."""
+    """Tells whether `model` gives `logits [B, T, V]` for `input_ids [B, T]`, V being above all ids in `feed`."""
     ids = feed.get("input_ids")
     output = next(iter(model.ir.graph.outputs), None)
     if ids is None or ids.ndim != 2 or output is None or output.name != "logits":
@@ -127,15 +137,16 @@ def is_language_model(model: Model, feed: Feed) -> bool:
     return not isinstance(size, int) or size > ids.max(initial=0)
 
 
-def _needed(session: ort.InferenceSession, feed: Feed, what: str) -> Feed:
+def _needed(session: ort.InferenceSession, feed: Feed, label: str) -> Feed:
+    """Returns the arrays of `feed` that a session takes; raises a DataError if one is missing."""
     names = [value.name for value in session.get_inputs()]
     if missing := [name for name in names if name not in feed]:
-        raise DataError(f"{what} has no {', '.join(missing)}, which one of the models takes")
+        raise DataError(f"{label} has no {', '.join(missing)}, which one of the models takes")
     return {name: feed[name] for name in names}
 
 
 def _float_outputs(pair: tuple[ort.InferenceSession, ort.InferenceSession]) -> list[str]:
-    """The float outputs that both models have, in the reference's order."""
+    """Returns the names of the float outputs that both models have, in the order of the first."""
     first, second = ([value.name for value in s.get_outputs() if "float" in value.type] for s in pair)
     common = [name for name in first if name in second]
     if not common:
@@ -144,29 +155,47 @@ def _float_outputs(pair: tuple[ort.InferenceSession, ort.InferenceSession]) -> l
 
 
 def mask_of(feed: Feed, size: tuple[int, ...]) -> np.ndarray:
-    """Which of `size` [B, T] tokens count."""
+    """Returns a mask of the shape `size` (B, T), True for tokens that count."""
     given = next((feed[name] for name in MASKS if name in feed and feed[name].shape == size), None)
     return np.ones(size, bool) if given is None else given != 0
 
 
 @dataclass
 class _LanguageTally:
-    """Sums over tokens for a language model, one entry per sequence."""
+    """Sums over the tokens of a language model.
+
+    Attributes:
+        counts: tokens of each sequence.
+        divergences: KL divergence of each sequence, nats.
+        agreements: tokens after which both models find the same next token most likely.
+        predicted: tokens whose next token is known.
+        losses: negative log likelihood of these next tokens, of the reference and of the model, nats.
+        outputs: names of the outputs that are compared.
+    """
 
     counts: list[int] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     agreements: float = 0.0
     predicted: int = 0
-    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])  # reference, model; nats
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
     outputs: Sequence[str] = ("logits",)
 
     @property
     def pairs(self) -> list[tuple[float, float]]:
-        """Divergence and tokens of each sequence."""
+        """Returns divergence and tokens of each sequence."""
         return list(zip(self.divergences, map(float, self.counts), strict=True))
 
     def add(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], feed: Feed) -> None:
-        """One sample: logits [B, T, V] of both models."""
+        """Adds one sample.
+
+        Args:
+            expected: logits [B, T, V] of the reference.
+            actual: logits [B, T, V] of the model.
+            feed: the sample.
+
+        Raises:
+            DataError: the logits have another shape than the tokens.
+        """
         ids = feed["input_ids"]
         if expected[0].shape[:2] != ids.shape or expected[0].shape != actual[0].shape:
             shapes = f"{list(expected[0].shape)} and {list(actual[0].shape)}"
@@ -191,7 +220,7 @@ class _LanguageTally:
             self.divergences.append(divergence)
 
     def metrics(self) -> Metrics:
-        """Means over all tokens."""
+        """Returns the means over all tokens; raises a DataError if no token counts."""
         tokens = sum(self.counts)
         if not tokens:
             raise DataError("the attention masks leave no token to compare: check them")
@@ -208,7 +237,10 @@ class _LanguageTally:
         )
 
     def _standard_error(self, kl: float, tokens: int) -> float | None:
-        """Of a ratio of sums over sequences; of the mean, where they are equally long."""
+        """Returns the standard error of the mean divergence as a ratio of sums over sequences.
+
+        For sequences of equal length this is the standard error of their mean.
+        """
         n = len(self.counts)
         if n < 2:
             return None
@@ -218,15 +250,31 @@ class _LanguageTally:
 
 @dataclass
 class _TensorTally:
-    """Sums over outputs for any other model."""
+    """Sums over the float outputs of any other model.
+
+    Attributes:
+        outputs: names of the outputs that are compared.
+        pairs: energy of the noise and of the signal of each sample.
+        cosines: sum of the cosines of all rows.
+        rows: rows of the first output so far.
+    """
 
     outputs: Sequence[str]
-    pairs: list[tuple[float, float]] = field(default_factory=list)  # noise and signal of each sample
+    pairs: list[tuple[float, float]] = field(default_factory=list)
     cosines: float = 0.0
     rows: int = 0
 
     def add(self, expected: Sequence[np.ndarray], actual: Sequence[np.ndarray], feed: Feed) -> None:
-        """One sample: the arrays of `outputs` of both models."""
+        """Adds one sample.
+
+        Args:
+            expected: arrays of `outputs`, of the reference.
+            actual: arrays of `outputs`, of the model.
+            feed: the sample.
+
+        Raises:
+            DataError: an output has another shape in the two models.
+        """
         signal = noise = 0.0
         for name, want, have in zip(self.outputs, expected, actual, strict=True):
             if want.shape != have.shape:
@@ -244,20 +292,20 @@ class _TensorTally:
         self.rows += len(a)
 
     def metrics(self) -> Metrics:
-        """Over all samples."""
+        """Returns the metrics over all samples."""
         noise, signal = (sum(column) for column in zip(*self.pairs, strict=True)) if self.pairs else (0.0, 0.0)
         cosine = self.cosines / self.rows if self.rows else None
         return Metrics(kind="tensor", tokens=self.rows, sqnr_db=decibels(noise, signal), cosine=cosine)
 
 
 def decibels(noise: float, signal: float) -> float:
-    """The signal to noise ratio in dB: infinite without noise."""
+    """Returns the ratio of signal to noise in dB, given the energies of both; infinite without noise."""
     ratio = math.inf if noise == 0 else signal / noise
     return ratio if not math.isfinite(ratio) else 10 * math.log10(ratio) if ratio else -math.inf
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Log probabilities [T, V] in float64."""
+    """Returns the log probabilities of `logits [T, V]`, float64 [T, V]."""
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
@@ -265,33 +313,33 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def divergence(logits: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """KL of each token [T] between what logits [T, V] and others give, in nats."""
+    """Returns KL(p ‖ q) of each token in nats, [T]; p is given by `logits [T, V]`, q by `other [T, V]`."""
     return _divergence(_log_softmax(logits), _log_softmax(other))
 
 
 def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p ‖ q) of each token [T] from log probabilities [T, V]; never below 0, as rounding might have it."""
+    """Returns KL(p ‖ q) of each token [T], p and q given as log probabilities [T, V]."""
     weights = np.exp(p)
     terms = weights * (p - q)
-    terms[weights == 0] = 0  # a token that cannot come, whatever the other model thinks of it
-    return np.maximum(terms.sum(axis=-1), 0)
+    terms[weights == 0] = 0  # an impossible token adds nothing, even where q is 0 too
+    return np.maximum(terms.sum(axis=-1), 0)  # rounding may leave it just below zero
 
 
 def _agreement(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """1 where both prefer the same token, 0 where not, NaN where one has no preference."""
+    """Returns for each token [T] 1 if both find the same next token most likely, 0 if not, NaN if one gives NaN."""
     same = (p.argmax(axis=-1) == q.argmax(axis=-1)).astype(np.float64)
     same[np.isnan(p).any(axis=-1) | np.isnan(q).any(axis=-1)] = np.nan
     return same
 
 
 def _counted(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The entries of an output in float64, those of masked tokens left out."""
+    """Returns the entries of an output in float64, without those of masked tokens."""
     wide = array.astype(np.float64)
     return wide[mask_of(dict(feed), wide.shape[:2])] if wide.ndim > 2 else wide
 
 
 def _vectors(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """An output as rows [R, D] in float64: token vectors [B, T, D] become their mean over each sequence's mask."""
+    """Returns an output as rows [R, D] in float64; token vectors [B, T, D] become their mean over each sequence."""
     wide = array.astype(np.float64)
     masked = any(name in feed and feed[name].shape == wide.shape[:2] for name in MASKS)
     if wide.ndim == 3 and masked:
@@ -301,7 +349,7 @@ def _vectors(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _exp(x: float) -> float:
-    """Infinity instead of an overflow."""
+    """Returns e^x, infinity where that overflows."""
     try:
         return math.exp(x)
     except OverflowError:

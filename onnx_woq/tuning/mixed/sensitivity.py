@@ -240,7 +240,7 @@ def _distances(
     run: Run, recipe: Recipe, units: Sequence[MixedLayer], batches: Sequence[Feed]
 ) -> dict[str, tuple[float, float]]:
     """Returns how far each layer moves the outputs once its group, and once its table, is rounded to `NOISE`."""
-    from onnx_woq.runtime.evaluation.perturb import distances, table_variant, tap_variant
+    from onnx_woq.runtime.evaluation.perturb import distances, group_variant, table_variant
 
     start = time.process_time()
     plan = prepared_plan(run.source, recipe)
@@ -251,7 +251,7 @@ def _distances(
     for unit in units:
         if unit.group:
             weight, group = groups[unit.group.name]
-            variants.append(tap_variant(group, partial(_noisy, weight)))
+            variants.append(group_variant(group, partial(_noisy, weight)))
     for unit in units:
         if unit.table:
             weight, table = tables[unit.table.name]

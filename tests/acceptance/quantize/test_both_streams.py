@@ -161,7 +161,7 @@ def test_the_plan_counts_the_second_model(lm, lm_data):
             plans.append(found.memory)
     assert plans[1].solving > 1.3 * plans[0].solving
     assert plans[1].peak > plans[0].peak
-    one, two = (CalibrationMemory.of(model, groups, lm_data, streams=streams) for streams in (1, 2))
+    one, two = (CalibrationMemory.of(model, groups, lm_data, models=models) for models in (1, 2))
     assert two.least() >= 1.95 * one.least()
     assert (two.hidden, two.between) == (2 * one.hidden, 2 * one.between)
 
@@ -172,7 +172,7 @@ def test_statistics_are_the_same_whatever_the_budget(lm, lm_data):
         model = load(lm)
         groups = find_linear_groups(model, recipe())[0]
         for _, stats in collect_statistics(
-            model, groups, lm_data, memory_budget=budget, sequential="tap", both_streams=True
+            model, groups, lm_data, memory_budget=budget, sequential="tap", asymmetric_calibration=True
         ):
             np.testing.assert_allclose(stats.cross, stats.gram, rtol=1e-3, atol=1e-4 * np.abs(stats.gram).max())
 

@@ -352,7 +352,7 @@ def test_the_built_in_judge_of_a_language_model(lm, lm_data, tmp_path, monkeypat
 
     calibrated: list[bytes] = []
     judged: list[bytes] = []
-    walk, distances = calibrate.walk, evaluate.distances
+    walk, distances = calibrate.collect_statistics, evaluate.distances
 
     def watched_walk(model: object, groups: object, batches: list, **options: object) -> object:
         calibrated.extend(feed["input_ids"].tobytes() for feed in batches)
@@ -362,7 +362,7 @@ def test_the_built_in_judge_of_a_language_model(lm, lm_data, tmp_path, monkeypat
         judged.extend(feed["input_ids"].tobytes() for feed in feeds)
         return distances(model, reference, feeds)
 
-    monkeypatch.setattr(calibrate, "walk", watched_walk)
+    monkeypatch.setattr(calibrate, "collect_statistics", watched_walk)
     monkeypatch.setattr(evaluate, "distances", watched_distances)
     result = tune(
         lm, None, (feed for feed in lm_data), configs=["RTN_G32ASYM", "GPTQ_G32ASYM"], judge_limit=0.0, workdir=tmp_path

@@ -210,7 +210,7 @@ def test_an_edit_to_the_linear_before_costs_that_linear(chained, products):
 
 def test_large_hidden_states_go_to_disk_or_are_computed_again(monkeypatch):
     with ThreadPoolExecutor(1) as pool:
-        replay = replay_module.Replay(RAGGED, 5400, pool, lanes=1)
+        replay = replay_module.Replay(RAGGED, 5400, pool, workers=1)
     assert replay._mode(5400) == "memory"
     assert replay._mode(5401) == "disk"
     usage = type("Usage", (), {"free": 2 * 5401})

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from onnx_woq.runtime.calibration.hidden_states import HiddenStateStore, Stored, newest
+from onnx_woq.runtime.calibration.hidden_states import HiddenStateStore, Stored, load_newest
 
 KEYS = {"h": "key of h", "mask": "key of mask"}
 
@@ -25,11 +25,11 @@ def samples(seed=0):
 
 
 def kept(folder, seed=0):
-    shelf = HiddenStateStore(folder)
+    store = HiddenStateStore(folder)
     for sample in samples(seed):
-        shelf.add(sample)
-    shelf.close(KEYS)
-    return shelf
+        store.add(sample)
+    store.close(KEYS)
+    return store
 
 
 def equal(saved, expected):
@@ -45,27 +45,27 @@ def equal(saved, expected):
 @settings(max_examples=30, deadline=None)
 @given(arrays.arrays(st.sampled_from([np.float32, np.int64, np.bool_]), arrays.array_shapes(min_dims=0, min_side=0)))
 def test_round_trip(array):
-    shelf = HiddenStateStore(None)
-    first, second = shelf.add({"a": array}), shelf.add({"a": array.copy()})
+    store = HiddenStateStore(None)
+    first, second = store.add({"a": array}), store.add({"a": array.copy()})
     equal([first, second], [{"a": array}, {"a": array}])
 
 
 def test_an_array_that_two_samples_share_is_written_once(tmp_path):
-    shelf = kept(tmp_path)
+    store = kept(tmp_path)
     assert (tmp_path / "hidden-0.bin").stat().st_size == 3 * 7 * 16 * 4 + 49
-    del shelf
+    del store
 
 
 def test_what_a_full_disk_did_not_take_is_said_once(tmp_path, monkeypatch):
-    shelf, more = HiddenStateStore(tmp_path), []
+    store, more = HiddenStateStore(tmp_path), []
     monkeypatch.setattr(sys, "unraisablehook", more.append)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:
-        shelf.add({"h": np.ones(500, np.uint8)})
+        store.add({"h": np.ones(500, np.uint8)})
         with pytest.raises(OSError, match="File too large"):
-            shelf.close(KEYS)
-        del shelf
+            store.close(KEYS)
+        del store
         gc.collect()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -74,7 +74,7 @@ def test_what_a_full_disk_did_not_take_is_said_once(tmp_path, monkeypatch):
 
 def test_a_later_process_finds_it(tmp_path):
     kept(tmp_path)
-    keys, saved = newest(tmp_path, 3)
+    keys, saved = load_newest(tmp_path, 3)
     assert keys == KEYS
     equal(saved, samples())
 
@@ -85,7 +85,7 @@ def test_the_last_two_are_kept_and_the_last_one_wins(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "hidden-2.bin", "hidden-2.json", "hidden-3.bin", "hidden-3.json",
     ]  # fmt: skip
-    equal(newest(tmp_path, 3)[1], samples(3))
+    equal(load_newest(tmp_path, 3)[1], samples(3))
 
 
 def test_it_is_private(tmp_path):
@@ -109,7 +109,7 @@ def test_what_is_damaged_is_not_used(damage, tmp_path):
         listing.unlink()
     elif damage == "half a list":
         listing.write_text(listing.read_text()[:50])
-    assert newest(tmp_path, 4 if damage == "too few samples" else 3)[0] == {}
+    assert load_newest(tmp_path, 4 if damage == "too few samples" else 3)[0] == {}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_list_that_lies_allocates_nothing(field, content, tmp_path):
     entry = listing["samples"][0]["h"]
     entry[["dtype", "shape", "offset"].index(field)] = content
     (tmp_path / "hidden-0.json").write_text(json.dumps(listing))
-    assert newest(tmp_path, 3) == ({}, [{}, {}, {}])
+    assert load_newest(tmp_path, 3) == ({}, [{}, {}, {}])
 
 
 def test_a_link_is_not_followed(tmp_path):
@@ -137,6 +137,6 @@ def test_a_link_is_not_followed(tmp_path):
 
 
 def test_reading_beyond_the_end_is_an_error(tmp_path):
-    shelf = kept(tmp_path)
+    store = kept(tmp_path)
     with pytest.raises(OSError, match="ends before"):
-        Stored(shelf, 8, np.dtype(np.float32), (1000, 1000)).read()
+        Stored(store, 8, np.dtype(np.float32), (1000, 1000)).read()

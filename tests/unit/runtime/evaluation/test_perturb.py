@@ -17,7 +17,7 @@ from onnx_woq.graph.find.linears import LinearGroup, find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.evaluation.metrics import compare
-from onnx_woq.runtime.evaluation.perturb import Variant, distances, table_variant, tap_variant
+from onnx_woq.runtime.evaluation.perturb import Variant, distances, group_variant, table_variant
 from tests.zoo import small as zoo
 
 
@@ -29,7 +29,7 @@ def noisy(group: LinearGroup) -> np.ndarray:
 
 
 def variants(groups: list[LinearGroup]) -> list[Variant]:
-    return [tap_variant(group, noisy) for group in groups]
+    return [group_variant(group, noisy) for group in groups]
 
 
 def replaced_file(path: Path, out: Path, group: LinearGroup) -> Path:
@@ -117,7 +117,7 @@ def test_noise_beyond_what_an_exponential_holds_is_still_a_number(lm, lm_data):
     model = load(lm)
     head = find_linear_groups(model, Recipe())[0][-1]
     [found] = distances(
-        model, [tap_variant(head, lambda group: group.weight() * np.float32(1e4))], lm_data[:1]
+        model, [group_variant(head, lambda group: group.weight() * np.float32(1e4))], lm_data[:1]
     ).values()
     assert np.isfinite(found)
     assert found > 1
@@ -129,7 +129,7 @@ def test_broken_outputs_and_missing_samples_are_named_errors(lm, lm_data):
     with pytest.raises(DataError, match="sample"):
         distances(model, variants(groups), [])
     with pytest.raises(DataError, match="finite"):
-        distances(model, [tap_variant(groups[-1], lambda group: np.full((group.k, group.n), np.nan))], lm_data[:1])
+        distances(model, [group_variant(groups[-1], lambda group: np.full((group.k, group.n), np.nan))], lm_data[:1])
 
 
 def test_a_table_is_replaced_for_its_gathers_alone(tied_lm, lm_data, tmp_path):
