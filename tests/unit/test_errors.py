@@ -1,0 +1,61 @@
+"""Every error is one of a kind that callers can catch, and an unknown name is answered with the nearest known ones."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import pytest
+
+from onnx_woq import errors
+from onnx_woq.errors import nearest
+
+CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_whoever_catches_the_base_class_catches_all(kind):
+    assert issubclass(kind, errors.OnnxWoqError)
+    assert (kind.__doc__ or "").strip()
+
+
+@pytest.mark.parametrize(
+    ("narrow", "wide"),
+    [
+        (errors.DiskError, errors.OutputError),
+        (errors.RotationError, errors.ModelError),
+        (errors.NothingToQuantize, errors.ModelError),
+        (errors.AlreadyQuantized, errors.ModelError),
+    ],
+)
+def test_a_special_case_is_caught_as_what_it_is_a_case_of(narrow, wide):
+    assert issubclass(narrow, wide)
+
+
+def test_errors_import_nothing_of_the_package():
+    tree = ast.parse(Path(errors.__file__).read_text(encoding="utf-8"))
+    modules = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    modules += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+    assert not [module for module in modules if module.startswith("onnx_woq")]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "answer"),
+    [
+        ("gptk", ["awq", "gptq", "rtn"], "did you mean gptq?"),
+        ("GPTQ", ["awq", "gptq", "rtn"], "did you mean gptq?"),
+        ("rtn_g32sym", ["RTN_G32ASYM", "X"], "did you mean RTN_G32ASYM?"),
+        ("zzz", ["awq", "gptq"], "known: awq, gptq"),
+        ("", ["awq"], "known: awq"),
+        ("x", [], "known: "),
+    ],
+)
+def test_the_nearest_known_names_or_all_of_them(name, known, answer):
+    assert nearest(name, known) == answer
+
+
+def test_at_most_three_are_suggested_the_closest_first():
+    answer = nearest("bits", (name for name in ["bitz1", "bits2", "bits1x", "bitsy", "bit"]))
+    assert answer.count(" or ") == 2
+    assert answer.startswith(("did you mean bits2", "did you mean bitsy", "did you mean bit"))
