@@ -72,35 +72,51 @@ def random(*shape: int, seed: int = 0, dtype: type[np.floating] = np.float32) ->
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def rtn(group):
-    """The tap's weight rounded to nearest on its own grid, a QuantizedTensor."""
+def storage(model, group, *, half: bool = False):
+    """How a group of a loaded model is stored, with scales in float16 whatever it computes in if `half`."""
+    from onnx_woq.targets.base import Storage
+
+    return Storage(np.float16 if half else group.kernel_dtype, model.ir.opset_imports.get("") or 0)
+
+
+def rtn(group, *, half: bool = False):
+    """The group's weight rounded to nearest on its own grid, a QuantizedTensor."""
     from onnx_woq.core.grids import integer as grid
 
     weight = group.weight()
-    scales, zeros = grid.fit(weight, group.spec, scale_dtype=group.scale_dtype)
+    scale_dtype = np.float16 if half else group.kernel_dtype
+    scales, zeros = grid.fit(weight, group.spec, scale_dtype=scale_dtype)
     size = group.spec.resolved_group(group.k)
     codes = grid.encode(weight, scales, zeros, group.spec.bits, size)
     return grid.QuantizedTensor(codes, scales, zeros, group.spec.bits, size, group.spec.symmetric)
 
 
-def pack_tap(group, q):
-    """Each distinct weight of a tap packed from its columns of `q`, as `lower_tap` takes them."""
+def pack_group(model, group, q, *, half: bool = False):
+    """Each distinct weight of a group packed from its columns of `q`, as `lower_group` takes them."""
     from onnx_woq.targets.matmulnbits import pack
 
     columns = dict.fromkeys((part.start, part.stop) for _, part in group.slices())
-    return [pack(q.columns(slice(*place)), group.scale_dtype, dense=group.dense) for place in columns]
+    return [pack(q.columns(slice(*place)), storage(model, group, half=half)) for place in columns]
+
+
+def lower_group(model, group, q, *, accuracy_level: int = 0, bias=(), half: bool = False):
+    """Rewrites a group as MatMulNBits with the codes of `q`."""
+    from onnx_woq.targets import matmulnbits
+
+    packed = pack_group(model, group, q, half=half)
+    return matmulnbits.lower(model, group, packed, accuracy_level=accuracy_level, bias=bias)
 
 
 def lower(model, recipe=None, *, accuracy_level: int = 0):
-    """Quantizes every tap of a loaded model by rounding; returns taps, their QuantizedTensors and what was skipped."""
+    """Quantizes every group of a loaded model by rounding; returns groups, QuantizedTensors and what was skipped."""
     from onnx_woq.graph.find.linears import find_linear_groups
     from onnx_woq.recipe import Recipe
-    from onnx_woq.targets.matmulnbits import lower_group
 
-    groups, skipped = find_linear_groups(model, recipe or Recipe())
-    solved = [rtn(group) for group in groups]
+    recipe = recipe or Recipe()
+    groups, skipped = find_linear_groups(model, recipe)
+    solved = [rtn(group, half=recipe.half_scales) for group in groups]
     for group, q in zip(groups, solved, strict=True):
-        lower_group(model, group, pack_tap(group, q), accuracy_level=accuracy_level)
+        lower_group(model, group, q, accuracy_level=accuracy_level, half=recipe.half_scales)
     return groups, solved, skipped
 
 

@@ -23,7 +23,7 @@ from onnx_woq.recipe import Recipe
 from onnx_woq.targets.bitplanes import FORMS, codes_of, layout_of, planes_of
 from onnx_woq.targets.constant_fold import fold_constants
 from onnx_woq.targets.low_rank import group_bytes
-from onnx_woq.targets.matmulnbits import lower_group, pack, packed_bytes, required_runtime
+from onnx_woq.targets.matmulnbits import pack, packed_bytes, required_runtime
 from tests.support.runtimes import need_opset
 from tests.zoo.nodes import (
     BFLOAT16,
@@ -32,6 +32,7 @@ from tests.zoo.nodes import (
     FLOAT16,
     graph,
     linear,
+    lower_group,
     node,
     pack_tap,
     random,
@@ -54,7 +55,7 @@ def quantized(path, recipe, level, out, *, dense=True):
     assert groups, skipped
     for group in groups:
         group.densely &= dense
-        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=level)
+        lower_group(model, group, rtn(group), accuracy_level=level)
     save(model, out, metadata={})
     onnx.checker.check_model(out, full_check=True)
     return out
@@ -245,7 +246,7 @@ def test_opsets_without_bitwise_operators_keep_four_bits(tmp_path, opset, dense)
     (group,), _ = find_linear_groups(model, Recipe(spec=Spec(3, 64)))
     q = rtn(group)
     before = group_bytes(group)
-    lower_group(model, group, pack_tap(group, q), accuracy_level=0)
+    lower_group(model, group, q, accuracy_level=0)
     assert model.ir.opset_imports[""] == opset
     assert ("BitwiseAnd" in {n.op_type for n in model.ir.graph}) == dense
     stored = sum(v.const_value.nbytes for v in model.ir.graph.initializers.values() if "uint8" not in v.name)
@@ -266,7 +267,7 @@ def test_a_name_that_is_taken_is_left_alone(tmp_path):
     model = load(write(tmp_path / "m.onnx", main))
     (group,), _ = find_linear_groups(model, Recipe(spec=Spec(3, 32)))
     q = rtn(group)
-    lower_group(model, group, pack_tap(group, q), accuracy_level=0)
+    lower_group(model, group, q, accuracy_level=0)
     x = random(3, 64)
     assert close(run(model, {"x": x})[0], x @ q.dequantize() + 7, 1e-5)
 
@@ -278,7 +279,7 @@ def test_own_sessions_get_constants_and_nothing_else(tmp_path, spec, half):
     model = load(branches(tmp_path / "m.onnx"))
     recipe = Recipe(spec=spec, half_scales=half)
     for group in find_linear_groups(model, recipe)[0]:
-        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=4)
+        lower_group(model, group, rtn(group), accuracy_level=4)
     feeds = {"x": random(3, 64), "flag": np.array(True)}
     want = run(model, feeds)
     part = clone(model)
@@ -299,7 +300,7 @@ def test_dividing_what_a_quantized_layer_makes_keeps_its_scales_in_float16(tmp_p
     )
     model = load(write(tmp_path / "m.onnx", main))
     (first, second), _ = find_linear_groups(model, Recipe(spec=Spec(bits, 16), half_scales=True))
-    lower_group(model, first, pack_tap(first, rtn(first)), accuracy_level=0)
+    lower_group(model, first, rtn(first), accuracy_level=0)
     x = random(3, 64)
     (want,) = run(model, {"x": x})
     scale = np.exp2(np.arange(48) % 5 - 2).astype(np.float32)

@@ -19,9 +19,9 @@ from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
 from onnx_woq.targets.bitplanes import FORMS
 from onnx_woq.targets.gather_block_quantized import embedding_bytes, lower_embedding, share_codes
-from onnx_woq.targets.matmulnbits import lower_group, pack, required_runtime
+from onnx_woq.targets.matmulnbits import pack, required_runtime
 from tests.support.runtimes import need, need_opset
-from tests.zoo.nodes import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, node, random, run, value, write
+from tests.zoo.nodes import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, lower_group, node, random, run, value, write
 
 ROWS = 2100
 PROTO = {np.float32: FLOAT, np.float16: FLOAT16}

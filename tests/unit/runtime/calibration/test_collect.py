@@ -18,9 +18,8 @@ from onnx_woq.runtime.calibration import hidden_states as shelf_module
 from onnx_woq.runtime.calibration import replay as replay_module
 from onnx_woq.runtime.calibration.collect import collect_statistics
 from onnx_woq.runtime.calibration.windows import CalibrationMemory
-from onnx_woq.targets.matmulnbits import lower_group
 from tests.zoo.chains import WEIGHTS, K, chain, chain_inputs, language_model
-from tests.zoo.nodes import BOOL, graph, node, pack_tap, random, rtn, run, value, write
+from tests.zoo.nodes import BOOL, graph, lower_group, node, random, rtn, run, value, write
 
 RAGGED = [{"x": random(1, t, K, seed=t)} for t in (5, 9, 1, 12)]
 
@@ -236,7 +235,7 @@ def test_sequential_equals_a_computation_by_hand(chained):
         name = group.linears[0].weight_name
         same(stats, flat(chain_inputs(feed["x"], weights)[name] for feed in RAGGED))
         q = rtn(group)
-        lower_group(model, group, pack_tap(group, q), accuracy_level=0)
+        lower_group(model, group, q, accuracy_level=0)
         weights[name] = q.dequantize()
     assert np.abs(weights["D"] - WEIGHTS["D"]).max() > 0.01, "the edits were noticeable"
 
@@ -418,7 +417,7 @@ def test_progress_only_grows_and_ends_at_its_total(sequential, chained):
         model, groups, RAGGED, memory_budget=0, sequential=sequential, progress=lambda *step: seen.append(step)
     ):
         if sequential == "tap":
-            lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
+            lower_group(model, group, rtn(group), accuracy_level=0)
     assert len({total for _, total in seen}) == 1
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] == len(groups) * len(RAGGED)
@@ -453,7 +452,7 @@ def test_what_is_expanded_when_a_model_is_loaded_is_expanded_before_a_part_is_ru
         for group, stats in collect_statistics(model, groups, RAGGED, sequential="tap"):
             assert group.dense
             group.densely = dense
-            lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=4)
+            lower_group(model, group, rtn(group), accuracy_level=4)
             grams[-1].append(stats.gram)
     assert "MatMulNBits" in seen
     assert seen.isdisjoint({"BitShift", "BitwiseXor", "BitwiseAnd", "Concat", "Identity", "Cast"})
