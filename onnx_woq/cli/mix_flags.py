@@ -16,7 +16,7 @@ BUDGETS = ("target_bpw", "target_size", "max_kl", "max_loss")
 """Flags that bound the size or the loss of a mix; keywords of `tune` by the same names."""
 
 _OF_MIXES = ("frontier", "points")
-_DECIDED_BY_A_MIX = ("bits", "group_size", "scheme", "embedding_bits", "embedding_group")
+_DECIDED_BY_A_MIX = ("bits", "group_size", "group_dim", "scheme", "embedding_bits", "embedding_group")
 
 
 def wants_mix(tuning: TuneFlags, recipe: RecipeFlags) -> bool:

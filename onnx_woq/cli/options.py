@@ -41,6 +41,7 @@ class RecipeFlags:
     method: str | None = None
     bits: int | None = None
     group_size: int | None = None
+    group_dim: int | None = None
     scheme: str | None = None
     embedding_bits: int | None = None
     embedding_group: int | None = None
@@ -97,6 +98,9 @@ NUMBER_FORMAT = (
     click.option("--method", "--algorithm", "method", metavar="NAME", help="RTN, GPTQ, AWQ, TEQ or HQQ."),
     click.option("--bits", type=int, help="Bits per weight, 1 to 8 (2, 4 and 8 are native)."),
     click.option("--group-size", type=int, help="Input channels per scale; -1 for one scale per output channel."),
+    click.option(
+        "--group-dim", type=int, metavar="0|1", help="Group input channels (1, default) or output channels (0)."
+    ),
     click.option("--scheme", metavar="sym|asym", help="Symmetric grid, or one zero point per group."),
     click.option("--embedding-bits", type=int, metavar="N", help="Quantize embeddings too: 2, 4 or 8 bits are native."),
     click.option("--embedding-group", type=int, metavar="N", help="Columns of an embedding per scale."),
@@ -107,7 +111,7 @@ NUMBER_FORMAT = (
     click.option(
         "--target",
         metavar="NAME",
-        help="The operator that multiplies by the weights: matmulnbits (default), qdq, ... or auto.",
+        help="Operators to write: matmulnbits (default), qdq (ONNX's own), or auto for the first that fits.",
     ),
 )
 DATA = (

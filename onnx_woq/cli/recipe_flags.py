@@ -107,7 +107,7 @@ def _grid(flags: RecipeFlags) -> dict[str, Any]:
     if flags.scheme is not None and flags.scheme not in _SCHEMES:
         raise RecipeError(f"unknown scheme {flags.scheme!r}: {nearest(flags.scheme, _SCHEMES)}")
     symmetric = None if flags.scheme is None else _SCHEMES[flags.scheme]
-    return _given(bits=flags.bits, group_size=flags.group_size, symmetric=symmetric)
+    return _given(bits=flags.bits, group_size=flags.group_size, symmetric=symmetric, group_dim=flags.group_dim)
 
 
 def build_embedding_grid(flags: RecipeFlags, base: Recipe, grid: dict[str, Any]) -> dict[str, Any] | None:

@@ -43,9 +43,7 @@ def layers_json(reports: Iterable[WeightReport]) -> str:
         {
             "name": report.name,
             "sites": report.nodes,
-            "bits": report.spec.bits,
-            "group_size": report.spec.group_size,
-            "symmetric": report.spec.symmetric,
+            **report.spec.to_dict(),
             "k": report.k,
             "n": report.n,
             "bytes": report.bytes_after,

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_woq.core.refine.low_rank import GRID
 from onnx_woq.core.spec import Spec
 from onnx_woq.engine.results import WeightReport
-from onnx_woq.errors import AlreadyQuantized, NothingToQuantize
+from onnx_woq.errors import AlreadyQuantized, ModelError, NothingToQuantize
 from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import Linear, LinearGroup, Skipped, WeightSource, find_linear_groups
@@ -27,13 +27,18 @@ from onnx_woq.graph.io.model import Model, clone, file_bytes
 from onnx_woq.graph.rewrite.raise_opset import raise_opset
 from onnx_woq.graph.rewrite.rotate import rotate
 from onnx_woq.recipe import RANKS, Recipe
-from onnx_woq.targets.base import EmbeddingOperator, LinearOperator, Packed, Shapes, Storage, stored_bytes
+from onnx_woq.targets.base import EmbeddingOperator, LinearOperator, Packed, Shapes, Speed, Storage, stored_bytes
 from onnx_woq.targets.low_rank import factor_dims
 from onnx_woq.targets.registry import TARGETS, choose, operator_of
 
 logger = logging.getLogger(__name__)
 
 Kind = Literal["linear", "embedding"]
+
+_SPEEDS: Mapping[Speed, str] = {
+    "slow": "decoded at every inference, which is slower than float",
+    "decoded at load": "float in memory, decoded when a session loads the model",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +175,7 @@ class PlannedWeight:
             rank=self.rank,
             weight_name=table.weight_name if table else "",
             shared_with=self.lender.name if self.lender else "",
+            target=self.target,
         )
 
 
@@ -216,7 +222,22 @@ class Plan:
         if self.opset == before:
             return self
         logger.warning("the opset is raised from %d to %d for %s", before, self.opset, self.recipe.target)
-        return make_plan(raise_opset(self.model, self.opset), self.recipe)
+        raised = raise_opset(self.model, self.opset)
+        _require_session(raised, self.opset)
+        return make_plan(raised, self.recipe)
+
+    @property
+    def notes(self) -> list[str]:
+        """Returns what people should know of the speed of the result before the work begins, a line each."""
+        speeds: dict[tuple[str, Speed], int] = {}
+        for weight in self.solved:
+            speed = weight.operator.speed(weight.spec)
+            speeds[weight.target, speed] = speeds.get((weight.target, speed), 0) + 1
+        return [
+            f"{count} of {len(self.solved)} weights will be {_SPEEDS[speed]} ({target} with these groups)"
+            for (target, speed), count in speeds.items()
+            if speed in _SPEEDS
+        ]
 
     @property
     def linear_groups(self) -> list[LinearGroup]:
@@ -311,6 +332,23 @@ def prepare(model: Model, plans: Sequence[Plan]) -> None:
         for node in table.source.nodes
     }
     rotate(model, linears | gathers, _sharing(tables))
+
+
+def _require_session(model: Model, opset: int) -> None:
+    """Opens a model whose opset was raised, before any work: a newer operator may have no kernel.
+
+    Raises:
+        ModelError: the installed onnxruntime cannot run it.
+    """
+    from onnx_woq.runtime.session import make_session  # brings onnxruntime
+
+    try:
+        make_session(model, for_calibration=True)
+    except ModelError as error:
+        raise ModelError(
+            f"{model.path} does not run at opset {opset}, which its codes need ({error}): upgrade onnxruntime, "
+            "or choose --target matmulnbits"
+        ) from error
 
 
 def opset_of(model: Model) -> int:

@@ -64,5 +64,6 @@ def open_resources(
             give_back_at_once()
         memory = plan_memory(plan, batches, max_memory, workers_of(chosen))
         if announce:
-            announce(memory.text)
+            for line in (memory.text, *plan.notes):
+                announce(line)
         yield Resources(chosen, memory, max_memory is not None, progress)

@@ -32,6 +32,7 @@ class WeightReport:
         scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
         rank: of the factors that make up for rounding errors; 0 for none.
         weight_name: initializer name, of a table.
+        target: name of the target it is written with.
         shared_with: the linear layer that lends a table its codes, by its output value; "" for none.
     """
 
@@ -48,6 +49,7 @@ class WeightReport:
     rank: int = 0
     weight_name: str = ""
     shared_with: str = ""
+    target: str = "matmulnbits"
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -71,12 +73,13 @@ class WeightReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the row as JSON has it, with the keys that files of version 0.1 have."""
+        target = {} if self.target == "matmulnbits" else {"target": self.target}  # which came after version 0.1
         size = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         if self.kind == "linear":
             row = {"name": self.name, "sites": self.nodes, "spec": self.spec.to_dict(), "k": self.k, "n": self.n}
-            return row | size | {"error": self.error, "scaling": self.scaling, "rank": self.rank}
+            return row | size | {"error": self.error, "scaling": self.scaling, "rank": self.rank} | target
         row = {"name": self.name, "gathers": self.nodes, "weight_name": self.weight_name, "spec": self.spec.to_dict()}
-        return row | {"rows": self.n, "columns": self.k} | size | {"shared_with": self.shared_with}
+        return row | {"rows": self.n, "columns": self.k} | size | {"shared_with": self.shared_with} | target
 
 
 class _Weights:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from onnx_woq.tuning.results import TuneResult
 
 SUFFIXES = (".html", ".json")
+SPEC_FIELDS = ("bits", "group_size", "symmetric", "group_dim")
 
 WORST = 10
 """Weights with the largest errors that are listed before all others."""
@@ -323,7 +324,8 @@ def _layer_table(caption: str, name: str, key: str, layers: Sequence[dict[str, A
     rows = []
     for row in layers:
         more = f" +{len(row['sites']) - 1}" if len(row["sites"]) > 1 else ""
-        grid = "float" if row["bits"] is None else spec_name(Spec(row["bits"], row["group_size"], row["symmetric"]))
+        spec = None if row["bits"] is None else Spec(*(row.get(name, 1) for name in SPEC_FIELDS))
+        grid = spec_name(spec) if spec else "float"
         error = f"{100 * row[key] ** 0.5:.2f} %" if key and row[key] is not None else ""
         cells = [f"{row['k']} × {row['n']}", size(row["bytes"]), error]
         rows.append(("", [f"<code>{_text(row['name'] + more)}</code>", _text(grid), *map(_text, cells)]))

@@ -41,7 +41,8 @@ def size(count: float) -> str:
 def spec_name(spec: Spec) -> str:
     """A grid in short: `4 bit g32 asym`."""
     group = "per channel" if spec.group_size == -1 else f"g{spec.group_size}"
-    return f"{spec.bits} bit {group} {'sym' if spec.symmetric else 'asym'}"
+    dim = "" if spec.group_dim == 1 else " of outputs"
+    return f"{spec.bits} bit {group}{dim} {'sym' if spec.symmetric else 'asym'}"
 
 
 def _grid(group: WeightReport) -> str:
