@@ -223,7 +223,7 @@ class Plan:
             return self
         logger.warning("the opset is raised from %d to %d for %s", before, self.opset, self.recipe.target)
         raised = raise_opset(self.model, self.opset)
-        _require_session(raised, self.opset)
+        _require_session(self.model, raised, self.opset)
         return make_plan(raised, self.recipe)
 
     @property
@@ -334,19 +334,23 @@ def prepare(model: Model, plans: Sequence[Plan]) -> None:
     rotate(model, linears | gathers, _sharing(tables))
 
 
-def _require_session(model: Model, opset: int) -> None:
+def _require_session(source: Model, raised: Model, opset: int) -> None:
     """Opens a model whose opset was raised, before any work: a newer operator may have no kernel.
 
     Raises:
-        ModelError: the installed onnxruntime cannot run it.
+        ModelError: the installed onnxruntime runs the model as it was and not as it is now.
     """
     from onnx_woq.runtime.session import make_session  # brings onnxruntime
 
     try:
-        make_session(model, for_calibration=True)
+        make_session(raised, for_calibration=True)
     except ModelError as error:
+        try:
+            make_session(source, for_calibration=True)
+        except ModelError:  # nor does the model as it was: bfloat16 has too few kernels without optimizations
+            return
         raise ModelError(
-            f"{model.path} does not run at opset {opset}, which its codes need ({error}): upgrade onnxruntime, "
+            f"{source.path} does not run at opset {opset}, which its codes need ({error}): upgrade onnxruntime, "
             "or choose --target matmulnbits"
         ) from error
 
