@@ -1,4 +1,7 @@
-"""The charts of a report, as plotly figures without colours of their own for text and ground: the page sets these."""
+"""Charts of a report as plotly figures. The page sets the colours of text and background.
+
+Arguments named `found` are what `summary.summary` returns, `layers` its rows of weights, `tuning` its tuning run.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,11 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from onnx_woq.report.layer_names import labels
+from onnx_woq.report.labels import METRICS, error_measure, outcome
+from onnx_woq.report.layer_names import short_names
 
 BLUE, ORANGE, GREEN, GREY = "#3b76c4", "#e07b1a", "#2a9d68", "#8a96a6"
-FLOAT = "#aab4c1"  # of weights that stay float
-
-METRICS = {"kl": "mean KL divergence", "sqnr_db": "output SQNR", "eval_fn": "your metric"}
+FLOAT = "#aab4c1"  # the colour of weights that stay float
 
 _VERDICTS = {
     "within": ("circle", GREEN),
@@ -25,21 +27,19 @@ _VERDICTS = {
     "": ("circle", BLUE),
 }
 _LOGARITHMIC = {"type": "log", "dtick": "D2", "tickformat": ".2~g"}
-_APART = 12  # weights outside any repetition that get a row each; more are laid out in rows together
-_ABREAST = 16
+_APART = 12  # weights outside any layer up to which each gets a row of its own; more of them share rows
+_ABREAST = 16  # cells of such a shared row, at least
 
 
-def verdict(trial: dict[str, Any]) -> str:
-    """What became of a trial, in a word or two."""
-    if trial["status"] != "ok":
-        return "failed" if trial["status"] == "failed" else "no number"
-    return "dropped out" if trial["dropped"] else str(trial["verdict"])
+def _outcome(trial: dict[str, Any]) -> str:
+    """Returns a word or two for the outcome of a trial."""
+    return outcome(trial["status"], trial["dropped"], str(trial["verdict"]))
 
 
 def frontier(found: dict[str, Any]) -> go.Figure:
-    """What was measured against bytes; the predicted frontier of a mix where there is one, and what was chosen."""
+    """Draws the metric of configurations against its bytes, the chosen one, and the predicted frontier of mixes"""
     tuning = found["tuning"]
-    figure = _figure(f"{METRICS[tuning['metric']]} against size of every configuration", 430)
+    figure = _figure(f"{METRICS[tuning['metric']].name} against size of every configuration", 430)
     points = (tuning.get("frontier") or []) if tuning["metric"] == "kl" else []  # predictions are losses
     if predicted := [point for point in points if point["predicted"] is not None and point["kind"] == "mix"]:
         figure.add_scatter(
@@ -52,7 +52,7 @@ def frontier(found: dict[str, Any]) -> go.Figure:
     numbered = [(number, trial) for number, trial in enumerate(tuning["trials"], 1) if trial["bytes"]]
     numbered = [(number, trial) for number, trial in numbered if trial["metric"] is not None]
     for kind, (symbol, colour) in _VERDICTS.items():
-        if some := [(number, trial) for number, trial in numbered if verdict(trial) == kind]:
+        if some := [(number, trial) for number, trial in numbered if _outcome(trial) == kind]:
             figure.add_scatter(**_measured(some, tuning), name=kind or "measured", marker=_marker(symbol, colour))
     if chosen := [trial for _, trial in numbered if trial["name"] == tuning["best"]]:
         figure.add_scatter(
@@ -66,11 +66,12 @@ def frontier(found: dict[str, Any]) -> go.Figure:
     _view(figure, found, [trial for _, trial in numbered])
     _limit(figure, tuning)
     figure.update_xaxes(title="MB on disk")
-    figure.update_yaxes(title=f"{METRICS[tuning['metric']]}, {tuning['unit']}")
+    figure.update_yaxes(title=f"{METRICS[tuning['metric']].name}, {tuning['unit']}")
     return figure
 
 
 def _measured(numbered: Sequence[tuple[int, dict[str, Any]]], tuning: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a scatter plot of some numbered trials."""
     trials = [trial for _, trial in numbered]
     spread = [trial["standard_error"] or 0 for trial in trials] if tuning["metric"] == "kl" else None
     return {
@@ -87,7 +88,7 @@ def _measured(numbered: Sequence[tuple[int, dict[str, Any]]], tuning: dict[str, 
 
 
 def _view(figure: go.Figure, found: dict[str, Any], trials: Sequence[dict[str, Any]]) -> None:
-    """Axes around what was measured; the float model is drawn too, mostly far outside."""
+    """Sets the axes around the measured trials, and draws the float model, which mostly lies far outside."""
     tuning, size = found["tuning"], found["bytes_before"] / 1e6
     baseline = tuning["baseline"]
     if not trials:
@@ -120,7 +121,7 @@ def _view(figure: go.Figure, found: dict[str, Any], trials: Sequence[dict[str, A
 
 
 def history(found: dict[str, Any]) -> go.Figure:
-    """Trial by trial: metric, bytes and seconds, one below the other."""
+    """Draws metric, bytes and seconds of each trial, one below the other."""
     tuning = found["tuning"]
     trials = tuning["trials"]
     numbers = list(range(1, len(trials) + 1))
@@ -134,10 +135,10 @@ def history(found: dict[str, Any]) -> go.Figure:
         line={"color": GREY, "width": 1},
         marker={
             "size": 11,
-            "symbol": [_VERDICTS.get(verdict(trial), _VERDICTS[""])[0] for trial in trials],
-            "color": [_VERDICTS.get(verdict(trial), _VERDICTS[""])[1] for trial in trials],
+            "symbol": [_VERDICTS.get(_outcome(trial), _VERDICTS[""])[0] for trial in trials],
+            "color": [_VERDICTS.get(_outcome(trial), _VERDICTS[""])[1] for trial in trials],
         },
-        customdata=[f"{name}<br>{html.escape(verdict(trial))}" for name, trial in zip(names, trials, strict=True)],
+        customdata=[f"{name}<br>{html.escape(_outcome(trial))}" for name, trial in zip(names, trials, strict=True)],
         hovertemplate="%{customdata}<br>%{y:.4~g}<extra></extra>",
         showlegend=False,
         row=1,
@@ -174,21 +175,47 @@ def history(found: dict[str, Any]) -> go.Figure:
 
 
 def network(layers: Sequence[dict[str, Any]]) -> go.Figure:
-    """Layers from left to right, kinds of weights from top to bottom: colour is error, the number bits."""
+    """Draws layers from left to right and kinds of weights from top to bottom; colours are errors, numbers are bits."""
     kinds, columns, at = _grid(layers)
     cells = [[at.get((row, column)) for column in range(len(columns))] for row in range(len(kinds))]
-    name, key = measure_of(layers)
+    name, key = error_measure(layers)
     tall = 34 if len(kinds) <= 16 else 24 if len(kinds) <= 40 else 15
     figure = _figure(f"bits and {name} of every weight", 150 + tall * len(kinds))
+    _quantized_cells(figure, cells, name, key)
+    _float_cells(figure, cells)
+    _network_axes(figure, kinds, columns)
+    return figure
+
+
+_Cells = list[list[dict[str, Any] | None]]
+"""Rows of layers, by kind and column of the picture of a network; None for an empty cell."""
+
+
+def _heat_map(figure: go.Figure, cells: _Cells, **style: Any) -> None:
+    """Adds a heat map of some cells; `style` are the arguments that are its own."""
+    figure.add_heatmap(
+        customdata=[["" if cell is None else _hover(cell) for cell in line] for line in cells],
+        x=list(range(len(cells[0]) if cells else 0)),
+        y=list(range(len(cells))),
+        xgap=2,
+        ygap=2,
+        texttemplate="%{text}",
+        hoverongaps=False,
+        hovertemplate="%{customdata}<extra></extra>",
+        **style,
+    )
+
+
+def _quantized_cells(figure: go.Figure, cells: _Cells, name: str, key: str) -> None:
+    """Adds the cells of quantized weights, coloured by their errors, or by their bits if no error is known."""
     quantized = [[None if cell is None or cell["bits"] is None else cell for cell in line] for line in cells]
     values = [[None if cell is None else _value(cell, key) for cell in line] for line in quantized]
     known = [value for line in values for value in line if value is not None]
-    common = {"x": list(range(len(columns))), "y": list(range(len(kinds))), "xgap": 2, "ygap": 2}
-    common |= {"texttemplate": "%{text}", "hoverongaps": False, "hovertemplate": "%{customdata}<extra></extra>"}
-    figure.add_heatmap(
+    _heat_map(
+        figure,
+        quantized,
         z=values,
         text=[["" if cell is None else str(cell["bits"]) for cell in line] for line in quantized],
-        customdata=[["" if cell is None else _hover(cell) for cell in line] for line in quantized],
         colorscale="YlOrRd" if key else "Blues",
         zmin=min(known, default=0) / 2,
         zmax=max(known, default=1) or 1,
@@ -203,18 +230,25 @@ def network(layers: Sequence[dict[str, Any]]) -> go.Figure:
             "x": 0,
             "xanchor": "left",
         },
-        **common,
     )
+
+
+def _float_cells(figure: go.Figure, cells: _Cells) -> None:
+    """Adds the cells of weights that stay float, if there are any."""
     left = [[cell if cell is not None and cell["bits"] is None else None for cell in line] for line in cells]
     if any(cell for line in left for cell in line):
-        figure.add_heatmap(
+        _heat_map(
+            figure,
+            left,
             z=[[None if cell is None else 1 for cell in line] for line in left],
             text=[["" if cell is None else "float" for cell in line] for line in left],
-            customdata=[["" if cell is None else _hover(cell) for cell in line] for line in left],
             colorscale=[[0, FLOAT], [1, FLOAT]],
             showscale=False,
-            **common,
         )
+
+
+def _network_axes(figure: go.Figure, kinds: Sequence[str], columns: Sequence[str]) -> None:
+    """Labels the axes of the picture of a network, at most 40 columns of it."""
     step = -(-len(columns) // 40)
     ticks = [place for place, column in enumerate(columns) if place % step == 0 or column == "other"]
     numbered = any(column not in ("", "other") for column in columns)
@@ -234,26 +268,17 @@ def network(layers: Sequence[dict[str, Any]]) -> go.Figure:
         zeroline=False,
     )
     figure.update_layout(margin={"t": 70})
-    return figure
 
 
 def network_width(layers: Sequence[dict[str, Any]]) -> int:
-    """Pixels that the picture of the network needs to be legible."""
+    """Returns the pixels that the picture of the network needs to be legible."""
     return 210 + 24 * len(_grid(layers)[1])
-
-
-def measure_of(layers: Sequence[dict[str, Any]]) -> tuple[str, str]:
-    """What is known of the weights' errors, for people and as a key; without either it is their bits, ""."""
-    for key, name in (("error", "output error"), ("weight_error", "weight error")):
-        if any(row[key] is not None for row in layers):
-            return name, key
-    return "bits per weight", ""
 
 
 def _grid(
     layers: Sequence[dict[str, Any]],
 ) -> tuple[list[str], list[str], dict[tuple[int, int], dict[str, Any]]]:
-    """Labels of rows and columns, and what is where."""
+    """Returns the labels of the rows, the labels of the columns, and the weight in each (row, column)."""
     alone = [row for row in layers if row["layer"] is None]
     numbers = sorted({row["layer"] for row in layers if row["layer"] is not None})
     kinds = list(dict.fromkeys(row["kind"] for row in layers if row["layer"] is not None))
@@ -262,7 +287,7 @@ def _grid(
     if len(alone) > _APART:
         abreast = max(len(columns), _ABREAST)
         columns += [""] * (abreast - len(columns))
-        names = labels(kinds)
+        names = short_names(kinds)
         for start in range(0, len(alone), abreast):
             some = alone[start : start + abreast]
             at |= {(len(names), place): row for place, row in enumerate(some)}
@@ -272,17 +297,22 @@ def _grid(
         at |= {(len(kinds) + place, len(columns)): row for place, row in enumerate(alone)}
         kinds += [row["kind"] for row in alone]
         columns.append("other" if columns else "")
-    return labels(kinds), columns, at
+    return short_names(kinds), columns, at
 
 
 def _value(row: dict[str, Any], key: str) -> float | None:
+    """Returns the error of a weight in percent, or its bits per weight if `key` is ""."""
     if not key:
         return float(8 * row["bytes"] / (row["k"] * row["n"]))
     return None if row[key] is None else 100 * float(row[key]) ** 0.5
 
 
 def histogram(entry: dict[str, Any]) -> go.Figure:
-    """A weight, and what rounding adds to it."""
+    """Draws the histogram of a weight, and of its rounding errors.
+
+    Args:
+        entry: one of `weight_errors.histograms`.
+    """
     figure = _figure(f"histogram of {entry['name']}", 240)
     for name, part, colour in (("weight", entry["weight"], GREY), ("rounding", entry["rounding"], ORANGE)):
         if part is None:
@@ -300,6 +330,7 @@ def histogram(entry: dict[str, Any]) -> go.Figure:
 
 
 def _limit(figure: go.Figure, tuning: dict[str, Any]) -> None:
+    """Draws the limit of the metric as a line, where there is one."""
     limit = tuning["limit"]
     if limit is None or (figure.layout.yaxis.type == "log" and limit <= 0):
         return
@@ -311,21 +342,30 @@ def _limit(figure: go.Figure, tuning: dict[str, Any]) -> None:
 
 
 def _is_wide(metrics: Sequence[float]) -> bool:
-    """Whether numbers are told apart by their logarithms only."""
+    """Tells whether numbers differ so much that only a logarithmic axis tells them apart."""
     return bool(metrics) and min(metrics) > 0 and max(metrics) > 8 * min(metrics)
 
 
 def _marker(symbol: str, colour: str) -> dict[str, Any]:
+    """Returns the style of a marker."""
     return {"size": 11, "symbol": symbol, "color": colour}
 
 
 def _figure(meaning: str, height: int) -> go.Figure:
+    """Returns an empty figure, see `_plain`."""
     figure = go.Figure()
     _plain(figure, meaning, height)
     return figure
 
 
 def _plain(figure: go.Figure, meaning: str, height: int) -> None:
+    """Sets the common layout of all charts.
+
+    Args:
+        figure: the figure.
+        meaning: the content of the chart in words, for people who cannot see it.
+        height: pixels.
+    """
     figure.update_layout(
         template="none",
         meta=meaning,
@@ -343,11 +383,12 @@ def _plain(figure: go.Figure, meaning: str, height: int) -> None:
 
 
 def _label(name: str) -> str:
-    """A name for a chart: plotly reads text as HTML of its own."""
+    """Shortens and escapes a name for a chart, because plotly reads text as HTML."""
     return html.escape(name if len(name) <= 40 else f"{name[:38]}…", quote=True)
 
 
 def _hover(row: dict[str, Any]) -> str:
+    """Returns the text that is shown when the mouse is over a weight."""
     more = f" and {len(row['sites']) - 1} more" if len(row["sites"]) > 1 else ""
     name = f"{_label(row['name'])}{more}<br>{row['k']} × {row['n']}"
     if row["bits"] is None:

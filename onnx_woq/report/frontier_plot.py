@@ -1,4 +1,4 @@
-"""The frontier as a picture: what was predicted, what was measured, and which model was taken."""
+"""The frontier of a mixed-precision run as a picture: predicted and measured losses, and the model that was chosen."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnx_woq.errors import OutputError, RecipeError
+from onnx_woq.report.labels import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,19 +19,13 @@ if TYPE_CHECKING:
 MIX, UNIFORM, CHOSEN, INK = "#1f6fb4", "#8a5a1a", "#c8312b", "#333333"
 MARKERS = "Ds^vPX<>ph"
 
-_LOSSES = {
-    "kl": "mean KL divergence from the float model, nats per token",
-    "sqnr_db": "noise in the outputs, share of their energy",
-    "eval_fn": "how much worse the metric is than the float model's",
-}
-
 
 def check_picture(path: str | Path) -> Path:
-    """`path`, if a picture can be drawn there; worth asking before the work.
+    """Checks that a picture can be drawn to `path`, so that a mistake is found before the work begins; returns it.
 
     Raises:
         RecipeError: matplotlib is not installed, or does not know this kind of file.
-        OutputError: there is no such folder.
+        OutputError: the folder does not exist.
     """
     path = Path(path)
     try:
@@ -46,10 +41,11 @@ def check_picture(path: str | Path) -> Path:
 
 
 def draw_frontier(result: TuneResult, path: str | Path) -> None:
-    """Writes the frontier of a mixed-precision run to a picture, PNG or what the ending of `path` says.
+    """Draws the frontier of a mixed-precision run to a file of the kind that its ending names, such as .png or .svg.
 
     Raises:
-        RecipeError, OutputError: see `check_picture`.
+        RecipeError: matplotlib is not installed, or does not know this kind of file.
+        OutputError: the folder does not exist, or the file cannot be written.
     """
     path = check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,9 +66,10 @@ def draw_frontier(result: TuneResult, path: str | Path) -> None:
 
 
 def _decorate(axes: Axes, result: TuneResult) -> None:
+    """Sets scales, titles and grid."""
     axes.set_yscale("log")
     axes.set_xlabel("size of the files, MB")
-    axes.set_ylabel(_LOSSES[result.metric_name])
+    axes.set_ylabel(METRICS[result.metric_name].loss_axis)
     axes.set_title(f"Mixed precision: {result.target}", loc="left", fontsize=12, color=INK)
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.8)
     axes.grid(visible=True, which="minor", axis="y", color="#f0f0f0", linewidth=0.6)
@@ -82,13 +79,17 @@ def _decorate(axes: Axes, result: TuneResult) -> None:
 
 
 def _curve(axes: Axes, points: Sequence[FrontierPoint]) -> None:
+    """Draws the predicted losses of mixes as a line."""
     line = [(p.bytes / 1e6, p.predicted) for p in points if not p.name and p.predicted]
     if line:
         axes.plot(*zip(*line, strict=True), color=MIX, linewidth=1.4, alpha=0.75, label="mixes, predicted", zorder=2)
 
 
 def _measured(axes: Axes, points: Sequence[FrontierPoint]) -> None:
-    """What was measured. Names stand in the legend: configurations of one size would write over each other."""
+    """Draws the measured losses with their standard errors, and marks the chosen model.
+
+    Names stand in the legend, because those of configurations of the same size would overlap in the picture.
+    """
     some = [p for p in points if p.measured is not None and p.measured > 0]
     series = [("mixes, measured ± standard error", [p for p in some if p.kind == "mix"], MIX, "o")]
     uniform = sorted((p for p in some if p.kind == "uniform"), key=lambda p: -(p.measured or 0.0))
@@ -112,7 +113,7 @@ def _measured(axes: Axes, points: Sequence[FrontierPoint]) -> None:
 
 
 def _limits(axes: Axes, result: TuneResult) -> None:
-    """The range that holds what was measured, with the predictions around it; and the loss that was asked for."""
+    """Limits the axes to the measured losses and the predictions around them; draws the accepted loss as a line."""
     measured = [p for p in result.frontier if p.measured is not None]
     sizes = [p.bytes / 1e6 for p in measured]
     losses = [p.measured for p in measured if p.measured and p.measured > 0]

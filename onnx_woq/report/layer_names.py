@@ -1,4 +1,4 @@
-"""Where a weight belongs in a picture of its network: the layer it is in, and which of the layer's weights it is."""
+"""Layer names: the place of a weight in a picture of its network, worked out from the names of nodes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+# Parts of a name that say nothing about the weight: operators, counters, the word model.
 _DULL = re.compile(r"(MatMul|Gemm|FusedMatMul)?(_?output)?(_\d+)?|model|#", re.IGNORECASE)
 
 
-def places(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()) -> list[tuple[int | None, str]]:
-    """Layer and kind of each name: the number that tells the repetitions of a pattern apart, and the pattern.
+def layer_positions(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()) -> list[tuple[int | None, str]]:
+    """Returns layer and kind of each weight: the number that tells repetitions of a pattern apart, and the pattern.
 
-    `/layers.3/mlp/down_proj/MatMul` is layer 3 of `/layers.#/mlp/down_proj/MatMul`. A name that repeats nowhere has no
-    layer. Names that are all alike, as in `MatMul_17`, say nothing: what has their pattern is told apart by shape, and
-    the layer is a count.
+    `/layers.3/mlp/down_proj/MatMul` is layer 3 of the kind `/layers.#/mlp/down_proj/MatMul`. The layer is None for a
+    name whose pattern does not repeat. If most names have one pattern, such as `MatMul_17`, it says nothing. Weights
+    are then told apart by their shapes, and the layer is a count.
 
     Args:
-        names: in graph order.
-        shapes: of the weights, [K, N].
+        names: names of nodes in graph order.
+        shapes: shapes (K, N) of their weights, if known.
     """
     patterns = defaultdict(list)
     for index, name in enumerate(names):
@@ -42,8 +43,8 @@ def places(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()) -> list
     return found
 
 
-def labels(kinds: Sequence[str]) -> list[str]:
-    """A short name for each kind, no two alike: the end of it, without what it shares with all and with operators."""
+def short_names(kinds: Sequence[str]) -> list[str]:
+    """Returns a short name for each kind, no two alike: as much of its end as tells it apart, without operators."""
     parts = [[part for part in re.split(r"[/.]", kind) if not _DULL.fullmatch(part)] or [kind] for kind in kinds]
     found = []
     for index, own in enumerate(parts):
@@ -60,6 +61,6 @@ def labels(kinds: Sequence[str]) -> list[str]:
 
 
 def _kind(name: str, slot: int) -> str:
-    """The name with its layer's number left open."""
+    """Returns the name with the number in place `slot`, that of its layer, replaced by #."""
     count = iter(range(len(name)))
     return re.sub(r"\d+", lambda match: "#" if next(count) == slot else match[0], name)

@@ -1,9 +1,8 @@
-"""All that a run can tell of itself, as plain data: what a report shows as a page, and what it saves as JSON."""
+"""Summaries: everything a run can tell about itself, as plain data for the page and the JSON of a report."""
 
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,27 +18,29 @@ from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import Model, load
 from onnx_woq.recipe import Recipe
-from onnx_woq.report.layer_names import places
+from onnx_woq.report.labels import METRICS
+from onnx_woq.report.layer_names import layer_positions
+from onnx_woq.report.plain_json import to_plain
 from onnx_woq.report.weight_errors import histograms, weight_errors
 from onnx_woq.tuning.results import TuneResult
 from onnx_woq.version import version
 
 LAYERS = "onnx_woq.layers"
-"""Key of a written model's metadata that says what became of each tap."""
+"""Metadata key of a written model that holds a row for each linear group."""
 
 _PACKAGES = ("numpy", "onnx", "onnx-ir", "onnxruntime", "scipy")
 
 
 def summary(result: QuantizeReport | TuneResult, model: str | Path | None = None, command: str = "") -> dict[str, Any]:
-    """What a report holds; JSON-ready, numbers that are not finite being None.
+    """Returns the content of a report as plain JSON values; numbers that are not finite are None.
 
     Args:
-        result: of `quantize` or `tune`; the model it speaks of must still be on the disk.
-        model: the float model, or its folder, where it is no longer where it was.
-        command: how the run was started.
+        result: the result of `quantize` or `tune`; the models it names must still be on the disk.
+        model: the float model, or its folder, if it is no longer where it was.
+        command: the command that started the run.
 
     Raises:
-        OutputError: the result does not say which model it is of, and neither does `model`.
+        OutputError: neither the result nor `model` names the float model.
     """
     tuned = result if isinstance(result, TuneResult) else None
     named = result.model if model is None else model
@@ -75,24 +76,25 @@ def summary(result: QuantizeReport | TuneResult, model: str | Path | None = None
         "skipped": skipped,
         "worst": histograms(named, written, layers) if written else [],
     }
-    plain: dict[str, Any] = json.loads(json.dumps(_finite(found)))
+    plain: dict[str, Any] = json.loads(json.dumps(to_plain(found)))
     return plain
 
 
 def layers_of(path: Path) -> list[dict[str, Any]]:
-    """What became of each tap of a written model, and where it belongs in a picture of the network."""
+    """Returns a row for each linear group of a written model, with its place in a picture of the network."""
     text = load(path).ir.metadata_props.get(LAYERS, "")
     rows: list[dict[str, Any]] = json.loads(text) if text else []
     return _placed([row | {"weight_error": None} for row in rows])
 
 
 def _placed(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    found = places([row["name"] for row in rows], [(row["k"], row["n"]) for row in rows])
+    """Adds layer and kind of its weight to each row."""
+    found = layer_positions([row["name"] for row in rows], [(row["k"], row["n"]) for row in rows])
     return [row | {"layer": layer, "kind": kind} for row, (layer, kind) in zip(rows, found, strict=True)]
 
 
 def _with_float(source: Model, layers: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The taps in graph order, those that stay float too: what the written model does not speak of."""
+    """Returns the rows of all linear groups in graph order, also of those that stay float in the written model."""
     everything = make_plan(source, Recipe("rtn")).linear_groups
     done = {linear for row in layers for linear in row["sites"]}
     order = {linear.name: number for number, group in enumerate(everything) for linear in group.linears}
@@ -104,6 +106,7 @@ def _with_float(source: Model, layers: Sequence[dict[str, Any]]) -> list[dict[st
 
 
 def _float_row(group: LinearGroup) -> dict[str, Any]:
+    """Returns the row of a linear group that stays float."""
     unknown = dict.fromkeys(("bits", "group_size", "symmetric", "error", "weight_error"))
     linears = [linear.name for linear in group.linears]
     shape = {"k": group.k, "n": group.n, "bytes": group.weight_bytes}
@@ -111,7 +114,7 @@ def _float_row(group: LinearGroup) -> dict[str, Any]:
 
 
 def _beside(source: Model, recipe: Recipe | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Nodes that stay float, with reasons, and what becomes of embeddings."""
+    """Returns the rows of the nodes that stay float, with reasons, and those of the quantized embeddings."""
     if recipe is None:
         return [], []
     plan = make_plan(source, recipe)
@@ -119,7 +122,7 @@ def _beside(source: Model, recipe: Recipe | None) -> tuple[list[dict[str, Any]],
 
 
 def _versions() -> dict[str, str]:
-    """Of what did the work; a package under another name is left out."""
+    """Returns the versions of Python and of the packages that did the work; one under another name is left out."""
     found = {"python": platform.python_version(), "platform": platform.platform(terse=True), "onnx-woq": version()}
     for name in _PACKAGES:
         try:
@@ -130,23 +133,12 @@ def _versions() -> dict[str, str]:
 
 
 def _tuning(result: TuneResult) -> dict[str, Any]:
-    """Trials and frontier, with the unit of the metric."""
-    found = result.to_dict()
-    unit = {"kl": "nats per token", "sqnr_db": "dB", "eval_fn": "your metric"}[result.metric_name]
-    return found | {"unit": unit}
+    """Returns trials and frontier, with the unit of the metric."""
+    return result.to_dict() | {"unit": METRICS[result.metric_name].unit}
 
 
 def _bytes_after(result: QuantizeReport | TuneResult) -> int | None:
+    """Returns the bytes of the written model, None if there is none."""
     if isinstance(result, QuantizeReport):
         return result.bytes_after
     return result.best.bytes if result.best else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -1,4 +1,4 @@
-"""What people see: tables on standard output."""
+"""Tables on standard output: the results of a quantization, a tuning run, an inspection, an evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from onnx_woq.core.spec import Spec
+from onnx_woq.report.labels import METRICS, outcome, size, spec_name
 
 if TYPE_CHECKING:
     from onnx_woq.engine.results import Inspection, QuantizeReport, WeightReport
@@ -20,41 +20,24 @@ if TYPE_CHECKING:
     from onnx_woq.tuning.results import Trial, TuneResult
 
 PLAIN_WIDTH = 10_000
-"""Columns at most when standard output is no terminal: rows stay whole for grep."""
+"""Columns at most when standard output is not a terminal, so that rows stay whole for grep."""
 
 WORST = 10
-"""How many of the taps with the largest error a quantization report lists."""
-
-_LOSSES = {"kl": "KL, nats/token", "sqnr_db": "noise in the outputs", "eval_fn": "loss of the metric"}
-_UNITS = {"kl": "KL, nats/token", "sqnr_db": "SQNR, dB", "eval_fn": "metric"}
-
-
-def size(count: float) -> str:
-    """Bytes for people: `12.3 MB`, decimal as disks are sold."""
-    for unit in ("B", "kB", "MB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
-def spec_name(spec: Spec) -> str:
-    """A grid in short: `4 bit g32 asym`."""
-    group = "per channel" if spec.group_size == -1 else f"g{spec.group_size}"
-    dim = "" if spec.group_dim == 1 else " of outputs"
-    return f"{spec.bits} bit {group}{dim} {'sym' if spec.symmetric else 'asym'}"
+"""Linear groups with the largest errors that a quantization report lists."""
 
 
 def _grid(group: WeightReport) -> str:
+    """Formats the number format of a weight, and the rank of its low-rank factors if it has any."""
     return spec_name(group.spec) + (f" + rank {group.rank}" if group.rank else "")
 
 
 def tuning(result: TuneResult) -> None:
-    """The table of a tuning run: what each configuration cost in accuracy and what it saved in bytes."""
+    """Prints the table of a tuning run: the accuracy and the size of each configuration."""
     if result.target:
         mixing(result)
         return
-    table = _table("config", f">{_UNITS[result.metric_name]}", "verdict", ">size", ">of float", ">seconds", "note")
+    metric = f">{METRICS[result.metric_name].column}"
+    table = _table("config", metric, "verdict", ">size", ">of float", ">seconds", "note")
     table.add_row("float", _number(result.baseline), "", size(result.float_bytes), "100.0 %", "", "")
     for trial in result.trials:
         best = result.best is not None and trial.name == result.best.name
@@ -81,7 +64,7 @@ def tuning(result: TuneResult) -> None:
 
 
 def mixing(result: TuneResult) -> None:
-    """The tables of a mixed-precision run: what each layer became, and what was measured on the way to it."""
+    """Prints the tables of a mixed-precision run: the grid of each layer, and the configurations that were measured."""
     if result.layers:
         total = sum(layer.predicted or 0.0 for layer in result.layers)
         table = _table("MatMuls of one input", "grid", ">bits", ">size", ">of the loss")
@@ -91,7 +74,8 @@ def mixing(result: TuneResult) -> None:
             grid = "float" if layer.spec is None else spec_name(layer.spec)
             table.add_row(escape(layer.name + more), grid, f"{layer.bits:.2f}", size(layer.bytes), share)
         _show(table)
-    table = _table("config", ">size", ">of float", ">bits", f">{_LOSSES[result.metric_name]}", ">predicted", "note")
+    loss = f">{METRICS[result.metric_name].loss_column}"
+    table = _table("config", ">size", ">of float", ">bits", loss, ">predicted", "note")
     for point in [point for point in result.frontier if point.name]:
         error = "" if point.standard_error is None else f" ± {point.standard_error:.2g}"
         trial = next(trial for trial in result.trials if trial.name == point.name)
@@ -114,7 +98,7 @@ def mixing(result: TuneResult) -> None:
 
 
 def quantization(report: QuantizeReport) -> None:
-    """The table of one quantization: the taps with the largest error, what stayed float, bytes."""
+    """Prints the table of one quantization: the linear groups with the largest errors, nodes left float, bytes."""
     known = [group for group in report.groups if group.error is not None]
     rows = sorted(known, key=lambda group: -(group.error or 0.0))[:WORST] if known else report.groups[:WORST]
     table = _table("MatMuls", "grid", ">K", ">N", ">before", ">after", ">output error", "input scale")
@@ -136,7 +120,7 @@ def quantization(report: QuantizeReport) -> None:
 
 
 def inspection(found: Inspection) -> None:
-    """What would be quantized, what not and why."""
+    """Prints what would be quantized, and what would be left float for which reason."""
     table = _table("MatMuls of one input", "grid", ">K", ">N", ">before", ">after")
     for group in found.groups:
         before, after = size(group.bytes_before), size(group.bytes_after)
@@ -150,7 +134,7 @@ def inspection(found: Inspection) -> None:
 
 
 def evaluation(metrics: Metrics) -> None:
-    """A quantized model against its float original."""
+    """Prints the metrics of a quantized model against its float original."""
     table = _table("measure", ">value")
     for name, value in _measures(metrics):
         table.add_row(name, value)
@@ -158,32 +142,35 @@ def evaluation(metrics: Metrics) -> None:
 
 
 def _measures(metrics: Metrics) -> Iterable[tuple[str, str]]:
+    """Yields name and value of each metric."""
     if metrics.kind == "lm":
         error = "" if metrics.kl_se is None else f" ± {metrics.kl_se:.4f}"
-        yield "mean KL divergence, nats/token", f"{metrics.kl:.4f}{error}"
+        yield f"{METRICS['kl'].name}, nats/token", f"{metrics.kl:.4f}{error}"
         yield "same top-1 token", f"{100 * _or_nan(metrics.top1):.2f} %"
         yield "perplexity, float", f"{_or_nan(metrics.ppl_ref):.3f}"
         yield "perplexity, quantized", f"{_or_nan(metrics.ppl):.3f}"
     else:
-        yield "output SQNR", f"{_or_nan(metrics.sqnr_db):.2f} dB"
+        yield METRICS["sqnr_db"].name, f"{_or_nan(metrics.sqnr_db):.2f} dB"
         yield "cosine to the float output", f"{_or_nan(metrics.cosine):.5f}"
     yield "tokens" if metrics.kind == "lm" else "rows", str(metrics.tokens)
 
 
 def _or_nan(value: float | None) -> float:
+    """Returns the number, NaN for None."""
     return float("nan") if value is None else value
 
 
 def _verdict(trial: Trial) -> str:
-    if trial.status != "ok":
-        return "[red]failed[/red]" if trial.status == "failed" else "[red]no number[/red]"
-    if trial.dropped:
-        return "dropped out"
-    colour = "green" if trial.met else "yellow"
-    return f"[{colour}]{trial.verdict}[/{colour}]"
+    """Formats the outcome of a trial in colour."""
+    text = outcome(trial.status, trial.dropped, trial.verdict)
+    if trial.status == "ok" and trial.dropped:
+        return text
+    colour = "red" if trial.status != "ok" else "green" if trial.met else "yellow"
+    return f"[{colour}]{text}[/{colour}]"
 
 
 def _show_embeddings(embeddings: Sequence[WeightReport]) -> None:
+    """Prints the table of embeddings, if there are any."""
     if not embeddings:
         return
     table = _table("embeddings", "grid", ">rows", ">columns", ">before", ">after", "codes")
@@ -196,6 +183,7 @@ def _show_embeddings(embeddings: Sequence[WeightReport]) -> None:
 
 
 def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:
+    """Prints the nodes left float: each with its reason if `every`, otherwise how many for which reason."""
     if not skipped:
         return
     if every:
@@ -210,16 +198,19 @@ def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:
 
 
 def _show_bytes(before: int, after: int, copies: Any) -> None:
+    """Prints the bytes of a model before and after, and of the float weights that have to stay beside the codes."""
     for name, count in copies.items():
         _show(f"{size(count)} of {name} stay float as well: something else in the model reads them")
     _show(f"{size(before)} → {size(after)} ({100 * after / before:.1f} %)")
 
 
 def _number(value: float) -> str:
+    """Formats a metric with four significant digits."""
     return f"{value:.4g}"
 
 
 def _table(*columns: str) -> Table:
+    """Returns an empty table; columns whose names begin with ">" are right-aligned."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
@@ -228,6 +219,7 @@ def _table(*columns: str) -> Table:
 
 
 def _show(*things: Any) -> None:
+    """Prints tables, and texts as they are."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=False)
     for thing in things:
         console.print(thing, markup=not isinstance(thing, str), soft_wrap=isinstance(thing, str))

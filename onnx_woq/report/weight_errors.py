@@ -1,4 +1,8 @@
-"""How the weights of a written model differ from the float ones: read back from both files, some rows at a time."""
+"""Errors of the weights in a written model: both files are read back and compared, some rows at a time.
+
+Arguments named `layers` are rows of `summary.layers_of`, one for each linear group (the MatMul and Gemm nodes that read
+one activation). A weight is compared by the matrix that the written nodes multiply by, whatever they store.
+"""
 
 from __future__ import annotations
 
@@ -19,34 +23,35 @@ from onnx_woq.runtime.calibration.structure import Structure
 from onnx_woq.runtime.evaluation.effective_weight import Rows, acting_rows
 
 WORST = 6
-"""Taps whose histograms are shown."""
+"""Linear groups whose histograms are shown."""
 
-BINS = 80
-TILE = 1 << 19  # numbers compared at a time
-SAMPLED = 128  # rows of each weight, evenly spread, where an estimate is enough
+BINS = 80  # of a histogram
+TILE = 1 << 19  # weights compared at a time
+SAMPLED = 128  # rows of each weight, evenly spread, that an estimate is made of
 
-_KEPT = 1 << 16  # numbers of a tile that the range of a histogram is taken from
-_TAIL = 0.0005  # share of the numbers on either side that a histogram need not show
+_KEPT = 1 << 16  # numbers of a tile, about, that decide the range of a histogram
+_TAIL = 0.0005  # share of the numbers on either side that may lie outside of it
 
 
 def histograms(model: str | Path, written: str | Path, layers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Weights and rounding errors of the worst taps: those of the largest error on outputs, else on the weights.
+    """Returns histograms of the weights and rounding errors of the linear groups with the largest errors.
 
-    Both are counted in bins of one width over all but the outermost numbers, which are counted beside them. The error
-    is None where an input scale went into an operation: the weight is then that of another input.
+    Groups are ranked by the error of their outputs, or of their weights where that is unknown. Both histograms
+    cover all but the outermost numbers, which are counted beside them. There is none of the rounding errors where an
+    input scale was folded into another operation, because the written weight is then that of another input.
 
     Args:
         model: the float model.
-        written: what was made of it.
-        layers: its taps as `summary.layers_of` gives them, with a `weight_error` where `error` is unknown.
+        written: the quantized model made of it.
+        layers: rows with a `weight_error` where `error` is unknown.
     """
-    both = _Both.of(model, written)
-    hidden = both.hidden(layers)
+    models = _ModelPair.of(model, written)
+    rescaled = models.rescaled(layers)
     ranked = sorted(layers, key=lambda row: -(row["error"] or row["weight_error"] or 0.0))
     found = []
     for row in ranked[:WORST]:
-        compared = [both.pair(name) for name in row["sites"] if name in both.linears]
-        known = bool(compared) and row["name"] not in hidden and all(rows is not None for _, rows in compared)
+        compared = [models.pair(name) for name in row["sites"] if name in models.linears]
+        known = bool(compared) and row["name"] not in rescaled and all(rows is not None for _, rows in compared)
         weights = _counted([(linear, None) for linear, _ in compared])
         errors = _counted(compared) if known else None
         kept = {key: row[key] for key in ("name", "sites", "layer", "kind", "bits", "error", "weight_error")}
@@ -55,13 +60,22 @@ def histograms(model: str | Path, written: str | Path, layers: Sequence[Mapping[
 
 
 def weight_errors(model: str | Path, written: str | Path, layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`‖ΔW‖² / ‖W‖²` of each tap by its name, over at most `SAMPLED` rows of each weight; what is unknown left out."""
-    both = _Both.of(model, written)
-    hidden = both.hidden(layers)
+    """Estimates the relative error `‖ΔW‖² / ‖W‖²` of linear groups from at most `SAMPLED` rows of each weight.
+
+    Args:
+        model: the float model.
+        written: the quantized model made of it.
+        layers: rows of the linear groups.
+
+    Returns:
+        Errors by the name of the group; groups whose weights cannot be compared are left out.
+    """
+    models = _ModelPair.of(model, written)
+    rescaled = models.rescaled(layers)
     found = {}
     for row in layers:
-        compared = [both.pair(name) for name in row["sites"] if name in both.linears]
-        if row["name"] in hidden or not compared or any(rows is None for _, rows in compared):
+        compared = [models.pair(name) for name in row["sites"] if name in models.linears]
+        if row["name"] in rescaled or not compared or any(rows is None for _, rows in compared):
             continue
         error = energy = 0.0
         for linear, rows in compared:
@@ -73,13 +87,13 @@ def weight_errors(model: str | Path, written: str | Path, layers: Sequence[Mappi
 
 
 @dataclass(frozen=True)
-class _Both:
-    """A float model, changed as its recipe changes it before calibration, and what was made of it.
+class _ModelPair:
+    """A float model, prepared for calibration as its recipe says, and the quantized model made of it.
 
     Attributes:
-        sites: of the float model, by name.
+        linears: the MatMul and Gemm nodes of the float model with a constant weight, by name.
         written: the quantized model.
-        structure: of it.
+        structure: its structure.
     """
 
     linears: Mapping[str, Linear]
@@ -87,7 +101,8 @@ class _Both:
     structure: Structure
 
     @classmethod
-    def of(cls, model: str | Path, written: str | Path) -> _Both:
+    def of(cls, model: str | Path, written: str | Path) -> _ModelPair:
+        """Loads both models; the recipe is that in the metadata of the written one."""
         source, quantized = load(find_model(model)), load(find_model(written))
         recipe = Recipe.from_dict(json.loads(quantized.ir.metadata_props["onnx_woq.recipe"]))
         plan = make_plan(source, recipe)
@@ -96,12 +111,15 @@ class _Both:
         return cls(linears, quantized, Structure(quantized))
 
     def pair(self, name: str) -> tuple[Linear, Rows | None]:
-        """A site, and the rows of what takes its place in the written model."""
+        """Returns a linear of the float model, and the rows of the matrix in its place in the written model."""
         linear = self.linears[name]
         return linear, acting_rows(self.written, self.structure, _entry(linear), name, linear.k)
 
-    def hidden(self, layers: Sequence[Mapping[str, Any]]) -> set[str]:
-        """Taps that carry an input scale: their own, in what comes before, or that of a later tap, in their weights."""
+    def rescaled(self, layers: Sequence[Mapping[str, Any]]) -> set[str]:
+        """Returns the names of linear groups whose weights cannot be compared because of an input scale.
+
+        It is their own, folded into an operation before them, or that of a later group, folded into their weights.
+        """
         homes = {linear: row["name"] for row in layers for linear in row["sites"]}
         found = set()
         for row in layers:
@@ -112,7 +130,7 @@ class _Both:
         return found
 
     def _before(self, entry: str, known: Mapping[str, str]) -> Iterator[str]:
-        """The quantized products that a value is computed from with none in between."""
+        """Yields the linears in `known` that a value is computed from without another one in between."""
         pending, seen = [entry], {entry}
         while pending:
             name = pending.pop()
@@ -127,16 +145,17 @@ class _Both:
 
 
 def _entry(linear: Linear) -> str:
+    """Returns the name of the activation that a linear reads."""
     value = linear.node.inputs[0]
     return "" if value is None else value.name or ""
 
 
 def _counted(compared: Sequence[tuple[Linear, Rows | None]]) -> dict[str, Any]:
-    """The histogram of weights, or of what acts less the weights where rows of it are given.
+    """Returns the histogram of weights or, where written rows are given, of their differences from these.
 
-    A sample says where its bins lie, then everything is counted.
+    A sample decides the range of the bins, then all numbers are counted.
     """
-    step = lambda part: part.size // _KEPT | 1  # noqa: E731  # odd, so that all columns have their turn
+    step = lambda part: part.size // _KEPT | 1  # noqa: E731  # odd, so that all columns are sampled
     sample = [part.ravel()[:: step(part)].copy() for part in _numbers(compared, sampled=True)]
     low, high = np.quantile(np.concatenate(sample), (_TAIL, 1 - _TAIL)) if sample else (0.0, 0.0)
     room = 0.02 * (high - low) or 1e-9
@@ -157,13 +176,14 @@ def _counted(compared: Sequence[tuple[Linear, Rows | None]]) -> dict[str, Any]:
 
 
 def _numbers(compared: Sequence[tuple[Linear, Rows | None]], sampled: bool) -> Iterator[np.ndarray]:
+    """Yields tiles of the weights or, where written rows are given, of the differences."""
     for linear, rows in compared:
         for weight, acting in _tiles(linear, rows, sampled):
             yield weight if acting is None else acting - weight
 
 
 def _tiles(linear: Linear, rows: Rows | None, sampled: bool) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Rows of the float weight in float32, and of what acts in its place where that is asked for."""
+    """Yields tiles of rows of the float weight in float32, and of the written one if its rows are given."""
     view = linear.view()
     step = max(1, TILE // max(linear.k, linear.n))
     wanted = range(0, linear.k, -(-linear.k // SAMPLED)) if sampled else range(linear.k)

@@ -20,7 +20,7 @@ from onnx_woq.cli import main
 from onnx_woq.errors import OutputError
 from onnx_woq.report import charts
 from onnx_woq.report.html_page import page
-from onnx_woq.report.layer_names import labels, places
+from onnx_woq.report.layer_names import layer_positions, short_names
 from onnx_woq.report.summary import layers_of, summary
 from tests.zoo import architectures as arch
 
@@ -96,19 +96,19 @@ def test_what_stays_float_and_embeddings_are_those_of_the_result(data, tmp_path)
 
 def test_a_layer_is_the_number_that_repeats():
     names = [f"/layers.{i}/mlp/fc{j}/MatMul" for i in range(4) for j in (1, 2)] + ["lm_head", "pooler.0"]
-    assert places(names)[:4] == [
+    assert layer_positions(names)[:4] == [
         (0, "/layers.#/mlp/fc1/MatMul"),
         (0, "/layers.#/mlp/fc2/MatMul"),
         (1, "/layers.#/mlp/fc1/MatMul"),
         (1, "/layers.#/mlp/fc2/MatMul"),
     ]
-    assert places(names)[-2:] == [(None, "lm_head"), (None, "pooler.0")]
-    assert places([]) == []
+    assert layer_positions(names)[-2:] == [(None, "lm_head"), (None, "pooler.0")]
+    assert layer_positions([]) == []
 
 
 def test_names_that_say_nothing_are_told_apart_by_shape():
     shapes = [(64, 192), (64, 64), (64, 256), (256, 64)] * 5
-    found = places([f"MatMul_{7 * i}" for i in range(20)], shapes)
+    found = layer_positions([f"MatMul_{7 * i}" for i in range(20)], shapes)
     assert [layer for layer, _ in found] == [i // 4 for i in range(20)]
     assert [kind for _, kind in found[:4]] == [kind for _, kind in found[-4:]]
     assert len({kind for _, kind in found}) == 4
@@ -116,10 +116,10 @@ def test_names_that_say_nothing_are_told_apart_by_shape():
 
 def test_labels_are_short_and_no_two_alike():
     kinds = [f"/{side}/layers.#/{block}/fc/MatMul" for side in ("enc", "dec") for block in ("attn", "mlp")]
-    assert labels(["/model/layers.#/mlp/up/MatMul_output_0", "logits"]) == ["mlp/up", "logits"]
+    assert short_names(["/model/layers.#/mlp/up/MatMul_output_0", "logits"]) == ["mlp/up", "logits"]
     odd = [*kinds, "/", "", "#", *("x" * 90 + end for end in "ab"), "a/b", "a.b"]
-    assert len(set(labels(odd))) == len(odd)
-    assert max(map(len, labels(odd))) < 40
+    assert len(set(short_names(odd))) == len(odd)
+    assert max(map(len, short_names(odd))) < 40
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_every_weight_has_a_cell_of_its_own(names):
     rows = [
         {"name": n, "sites": [n], "k": 8, "n": 8, "bytes": 8, "bits": 4, "group_size": 32, "symmetric": False}
         | {"error": (i + 1) / 1000, "weight_error": None, "layer": layer, "kind": kind}
-        for i, (n, (layer, kind)) in enumerate(zip(names, places(names), strict=True))
+        for i, (n, (layer, kind)) in enumerate(zip(names, layer_positions(names), strict=True))
     ]
     (heat,) = charts.network(rows).data
     shown = [value for line in heat.z for value in line if value is not None]
