@@ -25,9 +25,9 @@ RULES = (  # (file, function, phase), the first that fits the innermost frame it
     (r"onnx_woq/core/(stats|gram)", "", "gram"),
     (r"onnx_woq/core/methods", "", "solve"),
     (r"onnx_woq/core", "", "grid"),
-    (r"onnx_woq/graph/lower", "", "pack"),
-    (r"onnx_woq/(graph/save|partial)", "", "save"),
-    (r"onnx_woq/graph/(constants|taps)", "weight|read|numpy|release", "read weights"),
+    (r"onnx_woq/targets", "", "pack"),
+    (r"onnx_woq/(graph/io/save|engine/resume)", "", "save"),
+    (r"onnx_woq/graph/find/(constants|linears)", "weight|read|numpy|release", "read weights"),
     (r"onnx_woq/graph", "", "graph"),
     (r"onnx_woq/runtime", "", "walk"),
 )
