@@ -99,3 +99,16 @@ def test_every_kind_of_import_is_seen(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     monkeypatch.setitem(globals(), "MODULES", dict.fromkeys(names))
     assert imported(package / "m.py") == set(names)
+
+
+FINDERS = {"find_linear_groups": "graph/find/linears.py", "find_embeddings": "graph/find/embeddings.py"}
+
+
+@pytest.mark.parametrize("finder", FINDERS)
+def test_one_module_looks_for_weights(finder):
+    readers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if any(isinstance(one, ast.Name) and one.id == finder for one in ast.walk(ast.parse(path.read_text())))
+    }
+    assert readers == {"engine/plan.py"}
