@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,15 +10,17 @@ import pytest
 
 from onnx_woq.core.grids import integer as grid
 from onnx_woq.core.spec import Spec
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.graph.find.embeddings import FLOAT_BY_DEFAULT, SMALLEST_TABLE, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
+from onnx_woq.targets.base import Storage
 from onnx_woq.targets.bitplanes import FORMS
-from onnx_woq.targets.gather_block_quantized import embedding_bytes, lower_embedding, share_codes
-from onnx_woq.targets.matmulnbits import pack, required_runtime
+from onnx_woq.targets.gather_block_quantized import lower, pack, share
+from onnx_woq.targets.registry import required_runtime
 from tests.support.runtimes import need, need_opset
 from tests.zoo.nodes import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, lower_group, node, random, run, value, write
 
@@ -50,30 +51,32 @@ def rounded(weight, spec, dtype):
 
 
 def lowered(path, recipe, *, input_scale=None):
-    """The model written with everything quantized, and for each table what its codes stand for, [V, D] float32."""
+    """The plan of the model, written with everything quantized, and for each table what its codes stand for."""
     model = load(path)
-    groups, _ = find_linear_groups(model, recipe)
-    found, skipped = find_embeddings(model, recipe, groups)
-    meant = {}
-    for group in groups:
+    plan = make_plan(model, recipe)
+    meant = {}  # [V, D] float32
+    for group in plan.groups:
         scale = 1 if input_scale is None else input_scale[:, None]
-        q = rounded(group.weight() * scale, group.spec, group.scale_dtype)
-        (columns,) = {(part.start, part.stop) for _, part in group.slices()}
-        packed = pack(q.columns(slice(*columns)), group.scale_dtype, dense=group.dense)
-        lower_group(model, group, [packed], accuracy_level=0)
-        for one in found:
-            if one.shared:
-                share_codes(model, one, input_scale)
-                meant[one.name] = q.dequantize().T
-    for one in found:
-        if not one.shared:
-            q = rounded(one.weight_sources()[0].read(), one.spec, one.scale_dtype)
-            lower_embedding(model, one, pack(q, one.scale_dtype, dense=one.dense))
+        q = rounded(group.source.weight() * scale, group.spec, group.storage.scale_dtype)
+        lower_group(model, group.source, q, accuracy_level=0, half=recipe.half_scales)
+        for one in plan.borrowers(group):
+            share(model, one, input_scale)
+            meant[one.name] = q.dequantize().T
+    for one in plan.embeddings:
+        if one.lender is None:
+            q = rounded(one.weight_sources()[0].read(), one.spec, one.storage.scale_dtype)
+            lower(model, one.source, pack(q, one.storage))
             meant[one.name] = q.dequantize().T
     out = path.with_name("q.onnx")
     save(model, out, metadata={})
     onnx.checker.check_model(out)
-    return out, meant, found, skipped
+    return out, meant, plan
+
+
+def table_of(plan):
+    """The only table of a plan."""
+    (one,) = plan.embeddings
+    return one.source
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -87,13 +90,14 @@ def test_rows_are_those_of_the_codes_bit_for_bit(tmp_path, dtype, columns, half_
     rows = SMALLEST_TABLE // columns // np.dtype(dtype).itemsize + 1
     ids = np.array([[0, 5, rows - 1], [7, 7, -1]], np.int64)
     path = tables(tmp_path / "m.onnx", columns, dtype, count=len(specs), rows=rows)
-    out, meant, found, skipped = lowered(path, recipe)
-    assert not skipped
+    out, meant, plan = lowered(path, recipe)
+    found = plan.embeddings
+    assert not plan.skipped
     assert [one.spec for one in found] == specs
     for i, (spec, got) in enumerate(zip(specs, run(out, {"ids": ids}), strict=True)):
         assert got.dtype == dtype
         # Symmetric dense codes have their scales divided by `2**gap`: float16 ends at 2**-24.
-        divided = found[i].dense and spec.symmetric and found[i].scale_dtype == np.float16
+        divided = spec.bits in FORMS and spec.symmetric and found[i].storage.scale_dtype == np.float16
         close = 2.0 ** (FORMS[spec.bits].gap + spec.bits - 26) if divided else 0.0
         np.testing.assert_allclose(got, meant[f"y{i}"][ids].astype(dtype), rtol=0, atol=close, err_msg=str(spec))
         assert relative(got, table(path, i)[ids]) < 2.0 ** (2 - spec.bits)  # and near the float
@@ -117,7 +121,8 @@ def test_a_tied_head_and_its_table_are_one_set_of_codes(tmp_path, dtype, columns
     need("1.27", "2-bit tables, and zero points of rows that do not fill bytes")
     spec = Spec(bits, 32, symmetric)
     path = tables(tmp_path / "m.onnx", columns, dtype, tied=True, opset=opset)
-    out, meant, (found,), _ = lowered(path, Recipe(spec=spec, embedding=spec, half_scales=half_scales))
+    out, meant, plan = lowered(path, Recipe(spec=spec, embedding=spec, half_scales=half_scales))
+    found = table_of(plan)
     assert (found.shared, found.head.name) == (True, "logits")
     x = random(4, columns, seed=9, dtype=dtype)
     rows, logits = run(out, {"ids": IDS, "x": x})
@@ -140,19 +145,21 @@ def padding(out):
 def test_what_a_table_takes_is_what_is_written(tmp_path):
     path = tables(tmp_path / "m.onnx", 200, tied=True)
     for own, half in itertools.product((Spec(4, 32), Spec(8, 64, True), Spec(4, 128), Spec(3, 32)), (False, True)):
-        out, _, (found,), _ = lowered(path, Recipe(embedding=own, half_scales=half))
-        head = embedding_bytes(replace(found, head=None), Spec(), None)  # the same numbers from the other side
-        assert (found.shared, found.counted) == (own == Spec(), True)
+        out, _, plan = lowered(path, Recipe(embedding=own, half_scales=half))
+        (group,), (one,) = plan.groups, plan.embeddings
+        assert group.bytes == one.on(Spec()).own_bytes, "the same numbers from the other side"
+        assert (one.source.shared, one.source.counted) == (own == Spec(), True)
         written = out.with_name("q.onnx.data").stat().st_size - padding(out)
-        assert written == head + embedding_bytes(found, own, Spec())
-    assert embedding_bytes(found, None, Spec()) == found.weight_bytes
-    assert embedding_bytes(found, None, None) == 0
+        assert written == group.bytes + one.bytes
+        assert one.code_bytes == (0 if own == Spec() else one.own_bytes)
+    # A linear group counts the float table among its own.
+    assert (one.weight_bytes, one.report().bytes_before, group.report().bytes_before) == (ROWS * 800, 0, ROWS * 800)
 
 
 def test_a_scaled_head_lends_its_codes_too(tmp_path):
     path = tables(tmp_path / "m.onnx", 64, tied=True)
     scale = np.linspace(0.5, 4, 64).astype(np.float32)
-    out, meant, _, _ = lowered(path, FOUR, input_scale=scale)
+    out, meant, _ = lowered(path, FOUR, input_scale=scale)
     rows, _ = run(out, {"ids": IDS, "x": random(1, 64)})
     np.testing.assert_allclose(rows, meant["y0"][IDS] / scale, rtol=1e-6)
     assert relative(rows, table(path)[IDS]) < 0.15
@@ -176,7 +183,8 @@ def test_other_ways_of_being_tied(tmp_path, way):
         nodes += [node("MatMul", ["x", "T"], ["logits"])]
     outputs = [value("rows", [2, 3, 64]), value("logits", ["m", ROWS])]
     path = write(tmp_path / "m.onnx", graph(nodes, [ids, x], outputs, weights))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     assert found.shared
     want = next(iter(meant.values()))[IDS]
     rows, _ = run(out, {"ids": IDS, "x": random(1, 64)})
@@ -188,7 +196,8 @@ def test_a_square_table_read_the_same_way_round_is_no_head_of_it(tmp_path):
     nodes = [node("Gather", ["T", "ids"], ["rows"]), node("MatMul", ["x", "T"], ["y"])]
     inputs, outputs = [value("ids", [2], INT64), value("x", [1, 128])], [value("rows", [2, 128]), value("y", [1, 128])]
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(128, 128)}))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     assert (found.head, found.shared, found.counted) == (None, False, True)
     np.testing.assert_array_equal(run(out, {"ids": IDS[0, :2], "x": random(1, 128)})[0], meant["rows"][IDS[0, :2]])
     assert "T" not in load(out).ir.graph.initializers
@@ -214,7 +223,8 @@ def test_a_head_that_rounds_the_table_has_codes_of_its_own(tmp_path):
     inputs, outputs = [value("ids", [2, 3], INT64), value("x", ["m", 64], FLOAT16)], [value("rows", [2, 3, 64])]
     outputs.append(value("logits", ["m", ROWS], FLOAT16))
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     assert (found.head, found.shared, found.counted) == (None, False, True)
     rows, _ = run(out, {"ids": IDS, "x": random(1, 64, dtype=np.float16)})
     np.testing.assert_array_equal(rows, meant["rows"][IDS])
@@ -225,7 +235,7 @@ def test_brain_floats_are_read_in_float32_and_rounded(tmp_path):
     stored = onnx.helper.make_tensor("T", BFLOAT16, [ROWS, 64], random(ROWS, 64).ravel().tolist())
     nodes = [node("Gather", ["T", "ids"], ["brain"]), node("Cast", ["brain"], ["rows"], to=FLOAT)]
     main = graph(nodes, [value("ids", [2, 3], INT64)], [value("rows", [2, 3, 64])], {"T": stored})
-    out, meant, _, _ = lowered(write(tmp_path / "m.onnx", main), FOUR)
+    out, meant, _ = lowered(write(tmp_path / "m.onnx", main), FOUR)
     np.testing.assert_allclose(run(out, {"ids": IDS})[0], meant["brain"][IDS], rtol=2**-8)
     assert [n.op_type for n in load(out).ir.graph] == ["GatherBlockQuantized", "Cast", "Cast"]
 
@@ -245,7 +255,8 @@ def test_a_table_in_both_branches_is_stored_once(tmp_path, tied):
     choice = node("If", ["flag"], ["y"], then_branch=bodies[0], else_branch=bodies[1])
     inputs = [value("ids", [2, 3], INT64), value("flag", [], BOOL)]
     main = graph([choice], inputs, [value("y", [2, 3, None])], {"T": random(ROWS, 64)})
-    out, meant, (found,), _ = lowered(write(tmp_path / "m.onnx", main), FOUR)
+    out, meant, plan = lowered(write(tmp_path / "m.onnx", main), FOUR)
+    found = table_of(plan)
     assert (len(found.nodes), found.shared) == (2, tied)
     rows = meant[found.name]
     for flag, sign in ((True, np.negative), (False, np.abs)):
@@ -362,7 +373,7 @@ def test_expressions_choose_among_tables(tmp_path):
 @pytest.mark.parametrize("index", [INT64, onnx.TensorProto.INT32])
 def test_every_opset_and_both_kinds_of_index(tmp_path, opset, index):
     need_opset(opset)
-    out, meant, _, _ = lowered(tables(tmp_path / "m.onnx", 72, opset=opset, index=index), FOUR)
+    out, meant, _ = lowered(tables(tmp_path / "m.onnx", 72, opset=opset, index=index), FOUR)
     ids = IDS.astype(np.int32 if index != INT64 else np.int64)
     np.testing.assert_array_equal(run(out, {"ids": ids})[0], meant["y0"][IDS])
 
@@ -372,7 +383,8 @@ def test_several_gathers_read_one_table(tmp_path):
     inputs = [value("a", [2], INT64), value("b", [3, 1], INT64)]
     outputs = [value("y_a", [2, 64]), value("y_b", [3, 1, 64])]
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     a, b = np.array([3, 4]), np.array([[5], [6], [0]])
     for got, ids in zip(run(out, {"a": a, "b": b}), (a, b), strict=True):
         np.testing.assert_array_equal(got, meant[found.name][ids])
@@ -393,5 +405,5 @@ def test_the_oldest_runtime(tmp_path, spec, columns, oldest):
     assert required_runtime(model) == ""
     (found,), _ = find_embeddings(model, Recipe(embedding=spec), [])
     q = rounded(found.weight_sources()[0].read(), spec, np.float32)
-    lower_embedding(model, found, pack(q, np.float32))
+    lower(model, found, pack(q, Storage(np.float32, 21)))
     assert required_runtime(model) == oldest
