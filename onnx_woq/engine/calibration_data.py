@@ -41,7 +41,7 @@ def read_data(
     if data is None:
         needing = [recipe.method.upper() if METHODS[recipe.method].needs_data else ""]
         needing += ["bias_correction" if recipe.bias_correction else "", "lowrank" if recipe.lowrank else ""]
-        needing += ["both_streams" if recipe.asymmetric_calibration else ""]
+        needing += ["asymmetric_calibration" if recipe.asymmetric_calibration else ""]
         raise DataError(
             f"{' and '.join(filter(None, needing)) or 'the built-in judge'} needs calibration data: give --calib FILE "
             "(text, JSONL, .npz, .npy or a folder of arrays), in Python the `data` argument; plain RTN works without"
