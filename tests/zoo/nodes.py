@@ -72,35 +72,40 @@ def random(*shape: int, seed: int = 0, dtype: type[np.floating] = np.float32) ->
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def rtn(group):
-    """The tap's weight rounded to nearest on its own grid, a QuantizedTensor."""
+def rtn(group, scale_dtype=None):
+    """The weight of a linear group rounded to nearest on its own grid, a QuantizedTensor."""
     from onnx_woq.core.grids import integer as grid
 
     weight = group.weight()
-    scales, zeros = grid.fit(weight, group.spec, scale_dtype=group.scale_dtype)
+    scales, zeros = grid.fit(weight, group.spec, scale_dtype=scale_dtype or group.kernel_dtype)
     size = group.spec.resolved_group(group.k)
     codes = grid.encode(weight, scales, zeros, group.spec.bits, size)
     return grid.QuantizedTensor(codes, scales, zeros, group.spec.bits, size, group.spec.symmetric)
 
 
-def pack_tap(group, q):
-    """Each distinct weight of a tap packed from its columns of `q`, as `lower_tap` takes them."""
-    from onnx_woq.targets.matmulnbits import pack
+def pack_group(group, q, scale_dtype=None, *, opset: int = 21):
+    """Each distinct weight of a linear group packed from its columns of `q`, as `matmulnbits.lower` takes them."""
+    from onnx_woq.targets import matmulnbits
+    from onnx_woq.targets.base import Storage
 
+    storage = Storage(scale_dtype or group.kernel_dtype, opset)
     columns = dict.fromkeys((part.start, part.stop) for _, part in group.slices())
-    return [pack(q.columns(slice(*place)), group.scale_dtype, dense=group.dense) for place in columns]
+    return [matmulnbits.pack(q.columns(slice(*place)), storage) for place in columns]
 
 
 def lower(model, recipe=None, *, accuracy_level: int = 0):
-    """Quantizes every tap of a loaded model by rounding; returns taps, their QuantizedTensors and what was skipped."""
+    """Quantizes every linear of a loaded model by rounding; returns groups, what they became, what was skipped."""
     from onnx_woq.graph.find.linears import find_linear_groups
     from onnx_woq.recipe import Recipe
-    from onnx_woq.targets.matmulnbits import lower_group
+    from onnx_woq.targets import matmulnbits
 
-    groups, skipped = find_linear_groups(model, recipe or Recipe())
-    solved = [rtn(group) for group in groups]
-    for group, q in zip(groups, solved, strict=True):
-        lower_group(model, group, pack_tap(group, q), accuracy_level=accuracy_level)
+    recipe = recipe or Recipe()
+    groups, skipped = find_linear_groups(model, recipe)
+    dtypes = [np.float16 if recipe.half_scales else group.kernel_dtype for group in groups]
+    solved = [rtn(group, dtype) for group, dtype in zip(groups, dtypes, strict=True)]
+    opset = model.ir.opset_imports[""]
+    for group, q, dtype in zip(groups, solved, dtypes, strict=True):
+        matmulnbits.lower(model, group, pack_group(group, q, dtype, opset=opset), accuracy_level=accuracy_level)
     return groups, solved, skipped
 
 

@@ -19,9 +19,9 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime import session as module
 from onnx_woq.runtime.session import make_session
-from onnx_woq.targets.matmulnbits import lower_group
+from onnx_woq.targets import matmulnbits
 from tests.zoo.chains import K, chain
-from tests.zoo.nodes import BOOL, graph, lower, node, pack_tap, random, rtn, run, value, write
+from tests.zoo.nodes import BOOL, graph, lower, node, pack_group, random, rtn, run, value, write
 
 FEED = {"x": random(2, 7, K)}
 
@@ -60,7 +60,7 @@ def test_changed_tensors_and_low_bit_weights(tmp_path):
     gamma.const_value = ir.Tensor(gamma.const_value.numpy() * 2, name="g2")
     groups, _ = find_linear_groups(model, Recipe())
     for group in groups[:2]:
-        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
+        matmulnbits.lower(model, group, pack_group(group, rtn(group)), accuracy_level=0)
     assert not np.allclose(outputs(model)[0], run(path, FEED)[0], rtol=1e-3)
     assert np.array_equal(outputs(model)[0], run(model, FEED)[0])
     assert np.allclose(outputs(model, for_calibration=True)[0], outputs(model)[0], rtol=1e-4, atol=1e-4)

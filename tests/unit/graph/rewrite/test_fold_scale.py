@@ -12,8 +12,8 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.graph.io.save import save
 from onnx_woq.graph.rewrite.fold_scale import can_fold, divide_input
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets.matmulnbits import lower_group
-from tests.zoo.nodes import BOOL, FLOAT, FLOAT16, graph, lower, node, pack_tap, random, rtn, run, value, write
+from onnx_woq.targets import matmulnbits
+from tests.zoo.nodes import BOOL, FLOAT, FLOAT16, graph, lower, node, pack_group, random, rtn, run, value, write
 
 K, N = 32, 12
 SCALE = np.exp(random(K, seed=7) * 0.7)
@@ -190,7 +190,7 @@ LINEAR = {
 
 def lower_all_but_the_tap(model):
     for group in find_linear_groups(model, Recipe(exclude=("^site",)))[0]:
-        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
+        matmulnbits.lower(model, group, pack_group(group, rtn(group)), accuracy_level=0)
 
 
 @pytest.mark.parametrize("lowered", [False, True])
@@ -295,7 +295,7 @@ def test_folding_and_lowering_a_whole_gated_block(tmp_path):
     for group in find_linear_groups(model, Recipe().with_spec(bits=8, group_size=16))[0]:
         kinds.append(divide_input(group, SCALE, allow_mul=False))
         multiply_weights(group, SCALE)
-        lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
+        matmulnbits.lower(model, group, pack_group(group, rtn(group)), accuracy_level=0)
     assert kinds == ["norm", "linear"]
     want, got = run(path, feeds)[0], run(model, feeds)[0]
     assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)

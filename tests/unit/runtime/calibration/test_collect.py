@@ -18,9 +18,9 @@ from onnx_woq.runtime.calibration import hidden_states as shelf_module
 from onnx_woq.runtime.calibration import replay as replay_module
 from onnx_woq.runtime.calibration.collect import collect_statistics
 from onnx_woq.runtime.calibration.windows import CalibrationMemory
-from onnx_woq.targets.matmulnbits import lower_group
+from onnx_woq.targets import matmulnbits
 from tests.zoo.chains import WEIGHTS, K, chain, chain_inputs, language_model
-from tests.zoo.nodes import BOOL, graph, node, pack_tap, random, rtn, run, value, write
+from tests.zoo.nodes import BOOL, graph, node, pack_group, random, rtn, run, value, write
 
 RAGGED = [{"x": random(1, t, K, seed=t)} for t in (5, 9, 1, 12)]
 
@@ -236,7 +236,7 @@ def test_sequential_equals_a_computation_by_hand(chained):
         name = group.linears[0].weight_name
         same(stats, flat(chain_inputs(feed["x"], weights)[name] for feed in RAGGED))
         q = rtn(group)
-        lower_group(model, group, pack_tap(group, q), accuracy_level=0)
+        matmulnbits.lower(model, group, pack_group(group, q), accuracy_level=0)
         weights[name] = q.dequantize()
     assert np.abs(weights["D"] - WEIGHTS["D"]).max() > 0.01, "the edits were noticeable"
 
@@ -418,7 +418,7 @@ def test_progress_only_grows_and_ends_at_its_total(sequential, chained):
         model, groups, RAGGED, memory_budget=0, sequential=sequential, progress=lambda *step: seen.append(step)
     ):
         if sequential == "tap":
-            lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=0)
+            matmulnbits.lower(model, group, pack_group(group, rtn(group)), accuracy_level=0)
     assert len({total for _, total in seen}) == 1
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1] == len(groups) * len(RAGGED)
@@ -451,9 +451,10 @@ def test_what_is_expanded_when_a_model_is_loaded_is_expanded_before_a_part_is_ru
         groups, _ = find_linear_groups(model, Recipe(spec=Spec(3, 16), half_scales=half))
         grams.append([])
         for group, stats in collect_statistics(model, groups, RAGGED, sequential="tap"):
-            assert group.dense
-            group.densely = dense
-            lower_group(model, group, pack_tap(group, rtn(group)), accuracy_level=4)
+            dtype = np.float16 if half else np.float32
+            packed = pack_group(group, rtn(group, dtype), dtype, opset=21 if dense else 17)
+            assert packed[0].dense == dense
+            matmulnbits.lower(model, group, packed, accuracy_level=4)
             grams[-1].append(stats.gram)
     assert "MatMulNBits" in seen
     assert seen.isdisjoint({"BitShift", "BitwiseXor", "BitwiseAnd", "Concat", "Identity", "Cast"})
