@@ -32,8 +32,8 @@ def test_a_name_is_given_once(loaded, model):
     if not loaded:
         for one in model.ir.graphs():
             one.meta.clear()
-    assert [edit.fresh_name(main, name) for name in ("new", "new", "W", "x", "new_2")] == [
-        "new", "new_2", "W_2", "x_2", "new_2_2"
+    assert [edit.fresh_name(main, name) for name in ("new", "new", "new", "W", "x", "new_2")] == [
+        "new", "new_2", "new_3", "W_2", "x_2", "new_2_2"
     ]  # fmt: skip
 
 

@@ -35,8 +35,9 @@ def heads(tmp_path, nodes, outputs, extra=()):
     ids=lambda tail: "-".join(n.op_type for n in tail) or "nothing",
 )
 def test_what_stands_behind_the_head_is_seen_through(tail, tmp_path):
-    out = "y" if tail else "p"
-    assert heads(tmp_path, [*PRODUCTS, *tail], [value(out)]) == ["last"]
+    later = node("MatMul", ["x", "A"], ["side"], name="later")  # the head of a model in which none is found
+    outputs = [value("y" if tail else "p"), value("side")]
+    assert heads(tmp_path, [*PRODUCTS, *tail, later], outputs) == ["last"]
 
 
 def test_the_first_float_output_counts(tmp_path):
