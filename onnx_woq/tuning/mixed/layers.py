@@ -24,7 +24,7 @@ class MixedLayer:
     """A layer of a mix, on one grid: a linear group, an embedding, or a group with the table that it is tied to.
 
     Attributes:
-        linear group: in the float model; None for a table by itself.
+        group: in the float model; None for a table by itself.
         table: in the float model, or None.
         specs: its choices; None leaves it float. A single one where the recipe has settled it.
         stored: bytes of each; of a weight that stays float those it is stored in.
