@@ -29,7 +29,7 @@ class MixedLayer:
         specs: its choices; None leaves it float. A single one where the recipe has settled it.
         stored: bytes of each; of a weight that stays float those it is stored in.
         written: likewise, but without float weights that stay in the file whatever becomes of this layer, because
-            something else reads them (the table of a tied head, if tables stay float): leaving them float takes nothing.
+            something else reads them (the table of a tied head, if tables stay float): they cost nothing.
         losses: predicted for the whole model, of each; empty while nothing has been measured.
         alpha: what local loss of the linear group (of the table, if there is none) does to the outputs.
     """
