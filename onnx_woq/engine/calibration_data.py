@@ -15,7 +15,7 @@ from onnx_woq.runtime.data.inputs import model_inputs
 
 
 def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:
-    """The same recipe with another amount of calibration data, where one is given."""
+    """Returns a recipe with another amount of calibration data, if one is given."""
     if samples is not None:
         recipe = replace(recipe, nsamples=samples)
     return recipe if seqlen is None else replace(recipe, pad_max_length=seqlen)
@@ -24,7 +24,7 @@ def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Re
 def read_data(
     model: Model, named: Path, data: Any, recipe: Recipe, samples: int, tokenizer: str | Path | None, *, at_most: bool
 ) -> list[Feed]:
-    """Up to `samples` calibration samples of the length the recipe says; exactly as many unless `at_most`.
+    """Reads up to `samples` calibration samples of the recipe's length; exactly as many unless `at_most`.
 
     Args:
         model: tells what inputs it takes.
@@ -59,5 +59,5 @@ def read_data(
 
 
 def feeds_hash(batches: list[Feed]) -> str:
-    """A short hash of the calibration data, "" for none."""
+    """Returns a short hash of the calibration data, "" for none."""
     return data_hash(batches) if batches else ""

@@ -1,7 +1,7 @@
-"""How a tuning trial is judged: by the user's own evaluation, or by divergence from the float model.
+"""The judge of tuning trials: the user's own evaluation, or the divergence from the float model.
 
-The built-in judge is a race (`onnx_woq.tuning.bootstrap`): every model is seen on the same samples, few where that is clear,
-more where it is close; what stays too close to call is called undecided.
+The built-in judge is a race (`onnx_woq.tuning.bootstrap`): every model is seen on the same samples,
+few where that is clear, more where it is close; what stays too close to call is called undecided.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the built-in judge gives: the metric, the samples it is from, and the leader's, which may be more by now."""
+    """The measurement of the built-in judge: metric, samples, and those of the leader, which may be more."""
 
     metric: float
     pairs: tuple[Pair, ...]
@@ -87,28 +87,28 @@ class Judge:
     races: bool = False
 
     def met(self, metric: float) -> bool:
-        """Whether a metric is within the limit."""
+        """Tells whether a metric is within the limit."""
         return metric >= self.limit if self.higher_is_better else metric <= self.limit
 
     def metric(self, pairs: Sequence[Pair]) -> float:
-        """The metric that samples of a race add up to."""
+        """Returns the metric that the samples of a race add up to."""
         return _metric(self.name, pairs)
 
     def outcome(self, metric: float, pairs: Sequence[Pair] = ()) -> Outcome:
-        """Whether a model is within the limit, as far as the samples `pairs` can tell."""
+        """Tells on which side of the limit a model is, as far as the samples `pairs` can tell."""
         if not pairs:
             return "within" if self.met(metric) else "outside"
         side = racing.side(np.array(pairs), _ratio(self.name, self.limit))
         return {"below": "within", "above": "outside", "undecided": "undecided"}[side]  # type: ignore[return-value]
 
     def rank(self, metric: float) -> float:
-        """A sort key: smaller is better."""
+        """Returns a sort key: smaller is better."""
         return -metric if self.higher_is_better else metric
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of judging a model: a metric, or NaN and the error; and the seconds that it took.
+    """The verdict on a model: a metric, or NaN and the error; and the seconds that it took.
 
     `measured` holds what a race gave.
     """
@@ -120,7 +120,7 @@ class Verdict:
 
 
 def judge_model(path: Path, score: Score, report: Report | None, leader: Runner | None = None) -> Verdict:
-    """The verdict on the model at `path`, an error being one too."""
+    """Returns the verdict on the model at `path`; an error is a verdict too."""
     start = time.monotonic()
     try:
         found = score(path, report) if leader is None else score(path, report, leader)
@@ -136,13 +136,13 @@ FileStamps = dict[Path, tuple[int, int]]
 
 
 def stamp_files(files: Iterable[Path]) -> FileStamps:
-    """What `judged_there` goes by to tell whether a worker sees the same files as this process."""
+    """Returns size and time of files, by which `judge_remotely` tells whether a worker sees the same ones."""
     found = {file: file.stat() for file in files}
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
 
 
 def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner | None = None) -> Verdict:
-    """`judged` in a worker, of a pickled score. Whatever goes wrong comes back as an error: what is raised is printed.
+    """Judges a model in a worker, by a pickled score. An error there comes back as a verdict, with its message.
 
     Args:
         path: of the model, absolute.
@@ -166,7 +166,7 @@ def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner |
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Where nobody has set up logging, warnings go to standard error: that is the terminal of another process."""
+    """Keeps a worker from writing warnings to standard error where nobody set up logging: it is another's terminal."""
     package, nowhere = logging.getLogger("onnx_woq"), logging.NullHandler()
     package.addHandler(nowhere)
     try:
@@ -185,7 +185,7 @@ def user_judge(
     criterion: str,
     higher_is_better: bool,
 ) -> Judge:
-    """A judge by `eval_fn`; the float model is evaluated once, an earlier run's value in the journal counts.
+    """Makes a judge of `eval_fn`; the float model is evaluated once, or its value is in the journal.
 
     Raises:
         DataError: `eval_fn` raises, or gives no finite number, on the float model.
@@ -207,7 +207,7 @@ def built_in_judge(
     held_out: list[dict[str, np.ndarray]],
     limit: float | None,
 ) -> Judge:
-    """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration.
+    """Makes a judge by mean KL divergence (language models) or output SQNR (others) on held-out samples.
 
     An infinite `limit` accepts everything.
     """
@@ -279,7 +279,7 @@ def _metric(name: str, pairs: Sequence[Pair]) -> float:
 
 
 def _ratio(name: str, limit: float) -> float:
-    """The limit as `racing` sums samples up: noise per signal instead of decibels."""
+    """Returns the limit in the unit that samples are summed up in: noise per signal instead of decibels."""
     return float(10 ** (-limit / 10)) if name == "sqnr_db" else limit
 
 
