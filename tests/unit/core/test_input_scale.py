@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,9 +38,14 @@ def test_the_share_of_a_row_is_its_part_of_the_largest_in_its_group(k, n, group,
         for column in range(n):
             largest = np.abs(weight[row // g * g : row // g * g + g, column]).max()
             naive[row] += abs(weight[row, column]) / largest / n if largest else 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(integer, "TILE_COLUMNS", 8)
-        np.testing.assert_allclose(input_scale.weight_share(weight, Spec(4, group)), naive, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(input_scale.weight_share(weight, Spec(4, group)), naive, rtol=1e-5, atol=1e-7)
+
+
+def test_the_share_of_a_wide_weight_adds_up_over_tiles(monkeypatch):
+    weight = problem(40, 200)[0]
+    whole = input_scale.weight_share(weight, Spec(4, 16))
+    monkeypatch.setattr(input_scale, "tiles", partial(integer.tiles, rows=1, columns=64))
+    np.testing.assert_allclose(input_scale.weight_share(weight, Spec(4, 16)), whole, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("n", "most", "kept"), [(10, 10, 10), (10, 4, 4), (11, 10, 6), (1, 512, 1), (1000, 128, 125)])
