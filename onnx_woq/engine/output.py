@@ -17,7 +17,7 @@ from onnx_woq.graph.io.model import Model, file_bytes
 from onnx_woq.graph.io.save import data_path, failure, save
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-"""What a tokenizer or `optimum` needs beside a model: copied into an output folder."""
+"""Files that a tokenizer or `optimum` needs beside a model: they are copied into an output folder."""
 
 MAX_COMPANION_BYTES = 64 << 20
 

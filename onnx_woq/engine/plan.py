@@ -181,7 +181,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a recipe does to a model.
+    """A recipe resolved on a model: every weight that becomes codes, and everything that stays float.
 
     Attributes:
         model: the float model; executing the plan rewrites it.

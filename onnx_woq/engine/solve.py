@@ -39,7 +39,7 @@ UNSCALED: Mapping[str, Mapping[str, Any]] = {
     "teq": {"enable_auto_scale": False},
     "gptq": {"scaling": "none"},
 }
-"""What keeps a method from scaling the rows of a weight."""
+"""Options that keep a method from scaling the rows of a weight."""
 
 ERROR_CHANNELS = 256
 """Output channels, evenly spread, on which the reported error of a weight is measured: on all of them it would take

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Sources = tuple[tuple[str, str], ...]
-"""Of a tap: what its statistics are taken of."""
+"""The activations that the statistics of a linear group are taken of, each with what weights its tokens."""
 
 
 def collect(

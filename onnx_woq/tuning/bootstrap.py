@@ -21,10 +21,10 @@ STAGES = (8, 32, 128)
 
 RESAMPLES = 2000
 SURE = 0.95
-"""How sure a statement must be, of a model against a limit."""
+"""Confidence that a statement about a model against a limit must have."""
 
 CLEARLY = 0.99
-"""How sure a model must be worse than another for it to drop out: there are many comparisons, and no way back."""
+"""Confidence that a model is worse than another, for it to drop out: comparisons are many, and there is no way back."""
 
 SEED = 2026
 

@@ -22,8 +22,7 @@ import numpy as np
 
 from onnx_woq.errors import DataError, OnnxWoqError
 from onnx_woq.graph.io.model import Model
-from onnx_woq.tuning import bootstrap as racing
-from onnx_woq.tuning import journal
+from onnx_woq.tuning import bootstrap, journal
 
 KL_LIMIT = 0.05
 """Mean KL divergence to the float model, nats per token, that the built-in judge accepts for language models."""
@@ -36,7 +35,7 @@ Report = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
 Pair = tuple[float, float]
-"""Of one sample: what is summed up over samples and divided to give a metric, see `racing.estimate`."""
+"""The numerator and denominator of one sample, summed up over samples to give a metric, see `bootstrap.estimate`."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class Judge:
         """Tells on which side of the limit a model is, as far as the samples `pairs` can tell."""
         if not pairs:
             return "within" if self.met(metric) else "outside"
-        side = racing.side(np.array(pairs), _ratio(self.name, self.limit))
+        side = bootstrap.side(np.array(pairs), _ratio(self.name, self.limit))
         return {"below": "within", "above": "outside", "undecided": "undecided"}[side]  # type: ignore[return-value]
 
     def rank(self, metric: float) -> float:
@@ -256,17 +255,17 @@ def _race(
         else distances(leader.path, float_model, held_out[len(best) :])
     )
     dropped = False
-    for stage in [*(stage for stage in racing.STAGES if stage < len(held_out)), len(held_out)]:
+    for stage in [*(stage for stage in bootstrap.STAGES if stage < len(held_out)), len(held_out)]:
         for number, pair in enumerate(islice(each_own, stage - len(own)), len(own) + 1):
             own.append(pair)
             if report:
                 report(number, stage)
         best += islice(each_best, max(0, stage - len(best)))
-        if not math.isfinite(racing.estimate(np.array(own))):
+        if not math.isfinite(bootstrap.estimate(np.array(own))):
             break
-        beside = racing.worse(np.array(own), np.array(best)) if leader else "below"
+        beside = bootstrap.worse(np.array(own), np.array(best)) if leader else "below"
         dropped = beside == "above"
-        if dropped or (beside == "below" and racing.side(np.array(own), _ratio(name, limit)) != "undecided"):
+        if dropped or (beside == "below" and bootstrap.side(np.array(own), _ratio(name, limit)) != "undecided"):
             break
     return Measured(_metric(name, own), tuple(own), tuple(best), dropped)
 
@@ -275,7 +274,7 @@ def _metric(name: str, pairs: Sequence[Pair]) -> float:
     from onnx_woq.runtime.evaluation.metrics import decibels
 
     num, den = (sum(column) for column in zip(*pairs, strict=True))
-    return decibels(num, den) if name == "sqnr_db" else racing.estimate(np.array(pairs))
+    return decibels(num, den) if name == "sqnr_db" else bootstrap.estimate(np.array(pairs))
 
 
 def _ratio(name: str, limit: float) -> float:

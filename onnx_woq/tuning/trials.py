@@ -27,8 +27,7 @@ from onnx_woq.errors import DiskError
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone, load
 from onnx_woq.recipe import Recipe
-from onnx_woq.tuning import bootstrap as racing
-from onnx_woq.tuning import journal
+from onnx_woq.tuning import bootstrap, journal
 from onnx_woq.tuning.judge import FileStamps, Judge, Runner, Verdict, judge_model, judge_remotely, stamp_files
 from onnx_woq.tuning.results import Trial
 
@@ -297,7 +296,7 @@ def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> T
         metric=verdict.metric if ok else None,
         met=outcome == "within",
         verdict=outcome,
-        standard_error=racing.standard_error(np.array(pairs)) if ok and pairs else None,
+        standard_error=bootstrap.standard_error(np.array(pairs)) if ok and pairs else None,
         dropped=ok and bool(measured and measured.dropped),
         pairs=pairs if ok else (),
         bytes=sum(size for size, _ in candidate.files.values()),
@@ -312,7 +311,7 @@ def measured_further(judge: Judge, trial: Trial, pairs: tuple[tuple[float, float
     """Returns a trial that has been seen on more samples."""
     metric = judge.metric(pairs)
     outcome = judge.outcome(metric, pairs)
-    error = racing.standard_error(np.array(pairs))
+    error = bootstrap.standard_error(np.array(pairs))
     return replace(trial, metric=metric, pairs=pairs, verdict=outcome, met=outcome == "within", standard_error=error)
 
 
@@ -328,7 +327,7 @@ def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mappin
         metric=metric,
         met=outcome == "within",
         verdict=outcome,
-        standard_error=racing.standard_error(np.array(pairs)) if pairs else None,
+        standard_error=bootstrap.standard_error(np.array(pairs)) if pairs else None,
         dropped=bool(entry.get("dropped", False)),
         pairs=pairs,
         bytes=entry.get("bytes"),

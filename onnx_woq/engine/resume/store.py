@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0  # between two waits for the disk, or ten times what the last one took
 MAPS = sys.platform != "win32"
-"""Whether memory need not hold what the data file does: Windows neither renames nor removes a file that is mapped."""
+"""True if the data file can be mapped, so that memory need not hold it: Windows never renames a file that is mapped."""
 
 _JOURNAL = "journal"
 _KEPT = (KeyboardInterrupt, SystemExit, DiskError)  # ends after which the same run may go on

@@ -25,7 +25,7 @@ from onnx_woq.tuning.mixed.layers import MixedLayer, bytes_of, freed
 from onnx_woq.tuning.results import LayerChoice
 
 Count = Literal["stored", "written"]
-"""What a layer takes, see `Unit`."""
+"""The bytes that are counted, see `MixedLayer`."""
 
 
 @dataclass(frozen=True)

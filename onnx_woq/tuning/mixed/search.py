@@ -21,7 +21,7 @@ from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
-from onnx_woq.tuning import bootstrap as racing
+from onnx_woq.tuning import bootstrap
 from onnx_woq.tuning.budget import Budget
 from onnx_woq.tuning.judge import Judge
 from onnx_woq.tuning.mixed.candidates import MixCandidates
@@ -51,7 +51,7 @@ AIM = 0.97
 """Share of a loss limit that is aimed at first."""
 
 AGAIN = 0.93
-"""What the aim is multiplied by after a miss."""
+"""Factor that the aim is multiplied by after a miss."""
 
 ENOUGH = 0.9
 """Share of a loss limit from which on a mix that keeps it is small enough."""
@@ -66,7 +66,7 @@ MIX = replace(
     embedding=preset("BEST_4BIT").spec,
     half_scales=True,
 )
-"""What mixes are made with where nobody says otherwise."""
+"""The recipe that mixes are made with unless somebody says otherwise."""
 
 
 def limit_of(target: Budget, judge_limit: float | None) -> float | None:
@@ -193,7 +193,7 @@ class _MixSearch:
         if trial.metric is None:
             return None
         if trial.pairs:
-            return racing.estimate(np.array(trial.pairs))
+            return bootstrap.estimate(np.array(trial.pairs))
         return self.judge.rank(trial.metric) - self.judge.rank(self.judge.baseline)
 
     def line(self) -> tuple[float, float]:

@@ -56,7 +56,7 @@ POLISH = ("descent_passes",)
 """Options left out in local losses: what takes a few percent off every choice and costs as much as all the rest."""
 
 NOISE = Spec(3, 32, symmetric=False)
-"""What a layer is rounded to, to nearest, to see what its errors do to the outputs."""
+"""The grid that a layer is rounded to, to nearest, to see what its errors do to the outputs."""
 
 PROBES, PROBE_TOKENS = 3, 96
 """Calibration samples that this is seen on, and how much of each: its first tokens, where it has tokens."""
