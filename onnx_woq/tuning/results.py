@@ -93,6 +93,11 @@ class LayerChoice:
     predicted: float | None
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """Returns `nodes`, by the name that version 0.1 gave them."""
+        return self.nodes
+
+    @property
     def bits(self) -> float:
         """Returns the bits per weight, scales and zero points included."""
         return 8 * self.bytes / (self.k * self.n)
