@@ -1,4 +1,8 @@
-"""onnx-woq: float ONNX models to low-bit weights that ONNX Runtime runs natively."""
+"""onnx-woq: float ONNX models to low-bit weights that ONNX Runtime runs natively.
+
+The public names are imported from here, and each is loaded when it is first used: `import onnx_woq` never loads NumPy,
+ONNX or ONNX Runtime by itself. docs/design.md says what lives in which room.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import pytest
 import onnx_woq
 
 PACKAGE = Path(onnx_woq.__file__).parent
-ROOMS = ("core", "runtime", "report", "graph", "cli")
+ROOMS = ("core", "graph", "targets", "runtime", "engine", "tuning", "report", "cli")
 """Folders of the package whose docstrings are held to the rules."""
 
 RIDDLES = ("What", "Whether", "Where", "How", "When", "Who", "As", "Of", "The same")

@@ -179,7 +179,7 @@ def test_statistics_are_the_same_whatever_the_budget(lm, lm_data):
 
 def test_it_is_refused_without_data_and_out_of_range(lm, tmp_path):
     assert recipe().true_sequential
-    with pytest.raises(RecipeError, match="stream_share"):
+    with pytest.raises(RecipeError, match="asymmetric_strength"):
         recipe(stream_share=1.5)
-    with pytest.raises(DataError, match="both_streams"):
+    with pytest.raises(DataError, match="asymmetric_calibration"):
         quantize(lm, tmp_path / "q.onnx", recipe("rtn"))
