@@ -1,4 +1,10 @@
-"""onnx-woq: float ONNX models to low-bit weights that ONNX Runtime runs natively."""
+"""Weight-only quantization of ONNX models: float weights become low-bit ones that ONNX Runtime runs natively.
+
+`quantize` carries out one recipe, `inspect` tells what it would do, `tune` tries several, `evaluate` compares a result
+with the float model and `write_report` draws it. Each room of the package may import only rooms that lie below it, in
+the order cli, report, tuning, engine, runtime, targets, graph and presets, recipe, core, errors; the rooms never import
+anything from above them.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +24,12 @@ if TYPE_CHECKING:
     from onnx_woq.tuning.results import TuneResult
     from onnx_woq.tuning.tune import tune
 
-# Whatever of us imports onnxruntime comes through here first, in worker processes too. From 1.32 on it would write a
-# device id and an event database under the home folder and call its vendor; what is set already is the user's word.
+# From 1.32 on, onnxruntime writes a device id and an event database under the home folder and calls its vendor. This
+# turns that off before any module of the package imports it, in worker processes too; a value that the user has set
+# stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
+# Imported at first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
 _HOMES = {
     "PRESETS": "presets",
     "OnnxWoqError": "errors",
