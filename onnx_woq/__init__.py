@@ -1,9 +1,7 @@
 """Weight-only quantization of ONNX models: float weights become low-bit ones that ONNX Runtime runs natively.
 
-`quantize` carries out one recipe, `inspect` tells what it would do, `tune` tries several, `evaluate` compares a result
-with the float model and `write_report` draws it. Each room of the package may import only rooms that lie below it, in
-the order cli, report, tuning, engine, runtime, targets, graph and presets, recipe, core, errors; the rooms never import
-anything from above them.
+The public names are imported from here, and each is loaded when it is first used: `import onnx_woq` never loads NumPy,
+ONNX or ONNX Runtime by itself. docs/design.md says what lives in which room.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Operator(Protocol):
     """The part of the protocol that is the same for linears and tables."""
 
     BY_CHANNEL: bool
-    """True if output channels are the first axis of every stored array, so that a few can be packed at a time."""
+    """True if output channels are the first axis of every stored array: a few of them can then be packed at a time."""
 
     def refusal(self, spec: Spec) -> str:
         """Returns the reason why the operator cannot hold weights of a number format, "" if it can."""

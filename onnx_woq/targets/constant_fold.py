@@ -51,15 +51,16 @@ def _replace(main: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None
 def _decoded(node: ir.Node) -> ir.TensorProtocol | None:
     """Returns the float weight that a DequantizeLinear makes of constant codes, None if its codes are computed."""
     codes, value = node.inputs[0], node.outputs[0]
-    constants = [resolve(one) for one in node.inputs[1:] if one is not None]
-    if codes is None or codes.const_value is None or codes.is_graph_input() or not all(constants):
+    others = [one for one in node.inputs[1:] if one is not None]
+    constants = [constant for one in others if (constant := resolve(one))]
+    if codes is None or codes.const_value is None or codes.is_graph_input() or len(constants) < len(others):
         return None
-    stored, dtype = codes.const_value, value.dtype or ir.DataType.FLOAT
+    stored, dtype = codes.const_value, value.dtype or constants[0].dtype
     shape = tuple(int(size) for size in stored.shape.numpy())
     axis, block = (node.attributes.get_int(name, default) for name, default in (("axis", 1), ("block_size", 0)))
 
     def decode() -> np.ndarray:
-        scale, *zero = (_spread(one.array(), shape, axis or 0, block or 0) for one in constants if one is not None)
+        scale, *zero = (_spread(one.array(), shape, axis or 0, block or 0) for one in constants)
         out = stored.numpy().astype(np.float32)
         if zero:
             out -= zero[0]

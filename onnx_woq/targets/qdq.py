@@ -87,7 +87,7 @@ def refusal(spec: Spec) -> str:  # noqa: ARG001  (the signature is that of the p
 
 
 def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:
-    """Returns the lowest opset whose DequantizeLinear has the types of codes and scales, and blocks if needed."""
+    """Returns the lowest opset whose DequantizeLinear has the types of codes and scales, and blocks if need be."""
     whole = _HALF_SCALES if scale_dtype is np.float16 else _PER_CHANNEL
     return _OPSETS.get(container(spec.bits), whole if spec.group_size == -1 else _BLOCKED)
 

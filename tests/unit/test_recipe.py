@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -110,3 +111,21 @@ def test_expressions_are_searched_in_every_name_and_the_last_override_wins():
 @given(SPECS, st.integers(1, 300))
 def test_a_group_is_never_longer_than_the_weight(spec, k):
     assert 1 <= spec.resolved_group(k) <= k
+
+
+def test_names_of_version_0_1_are_read_and_written():
+    """Hashes of recipes, and with them journals, follow from what is written."""
+    old = {"method": "gptq", "both_streams": True, "stream_share": 0.5}
+    new = {"method": "gptq", "asymmetric_calibration": True, "asymmetric_strength": 0.5}
+    assert Recipe.from_dict(old) == Recipe.from_dict(new) == Recipe(**old) == Recipe(**new)
+    written = Recipe.from_dict(new).to_dict()
+    assert {name: written[name] for name in old} == old
+    assert not {"asymmetric_calibration", "asymmetric_strength", "target"} & set(written)
+    assert "group_dim" not in written["spec"]
+    assert replace(Recipe(**old), nsamples=3) == Recipe(**old, nsamples=3)
+
+
+def test_fingerprints_of_version_0_1_stand():
+    """Of the first version, as its journals have them."""
+    assert Recipe("gptq").fingerprint() == "ce98c2867c776211"
+    assert Recipe("awq", Spec(3, 64, symmetric=True), both_streams=True).fingerprint() == "b7037200a47ac93a"
