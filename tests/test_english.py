@@ -13,12 +13,12 @@ import onnx_woq
 
 PACKAGE = Path(onnx_woq.__file__).parent
 ROOMS = ("core", "graph", "targets", "runtime", "engine", "tuning", "report", "cli")
-"""Folders of the package whose docstrings are held to the rules."""
+"""Folders of the package whose docstrings are held to the rules, as are the modules beside them."""
 
 RIDDLES = ("What", "Whether", "Where", "How", "When", "Who", "As", "Of", "The same")
 """Words that leave the reader to guess the subject when a docstring begins with them."""
 
-FILES = [path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))]
+FILES = sorted(PACKAGE.glob("*.py")) + [path for room in ROOMS for path in sorted((PACKAGE / room).rglob("*.py"))]
 
 
 def docstrings(tree: ast.Module) -> Iterator[tuple[ast.AST | None, int, str]]:
