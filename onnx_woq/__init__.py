@@ -1,4 +1,8 @@
-"""onnx-woq: float ONNX models to low-bit weights that ONNX Runtime runs natively."""
+"""Weight-only quantization of ONNX models: float weights become low-bit ones that ONNX Runtime runs natively.
+
+The public names are imported from here, and each is loaded when it is first used: `import onnx_woq` never loads NumPy,
+ONNX or ONNX Runtime by itself. docs/design.md says what lives in which room.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,12 @@ if TYPE_CHECKING:
     from onnx_woq.tuning.results import TuneResult
     from onnx_woq.tuning.tune import tune
 
-# Whatever of us imports onnxruntime comes through here first, in worker processes too. From 1.32 on it would write a
-# device id and an event database under the home folder and call its vendor; what is set already is the user's word.
+# From 1.32 on, onnxruntime writes a device id and an event database under the home folder and calls its vendor. This
+# turns that off before any module of the package imports it, in worker processes too; a value that the user has set
+# stays.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-# Resolved on first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
+# Imported at first use, so that `import onnx_woq` and `onnx-woq --help` stay instant.
 _HOMES = {
     "PRESETS": "presets",
     "OnnxWoqError": "errors",

@@ -1,11 +1,15 @@
-"""What to do to a model: `Spec` says what the numbers look like, `Recipe` which method makes them and where."""
+"""Recipes: everything that `quantize` is asked to do to a model.
+
+`Spec` (in `onnx_woq.core.spec`) is the number format of one weight. A `Recipe` says which weights get which format, by
+which method their codes are found, and what calibrates them.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,58 +20,61 @@ from onnx_woq.errors import RecipeError, nearest
 
 ACCURACY_LEVELS = (0, 1, 2, 3, 4)
 SEQUENTIAL_UNITS = ("tap", "block")
-_SWITCHES = (
-    "lm_head", "half_scales", "attention_weighted", "bias_correction", "rotation", "true_sequential",
-    "asymmetric_calibration",
-    "use_max_length",
-)  # fmt: skip
 _WRITTEN = {"asymmetric_calibration": "both_streams", "asymmetric_strength": "stream_share"}
-"""What fields are called in files, where that is another name: files of the first version are read as they are."""
+"""Fields that files call by another name: the names of version 0.1, so that its files keep their meaning."""
 
-RANKS, MOST_RANK = 16, 1024  # of low-rank factors: the smallest block a kernel knows
+RANKS, MOST_RANK = 16, 1024  # ranks of low-rank factors are multiples of 16, the smallest block of a kernel
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides what `quantize` does to a model, apart from the calibration data.
 
+    A **linear** is a MatMul or Gemm with a constant weight; a **linear group** is the linears that read one activation,
+    such as q/k/v.
+
     Attributes:
         method: "rtn", "gptq", "awq", "teq" or "hqq" (`onnx_woq.core.methods.registry.METHODS`).
-        spec: the grid of every weight that no override names.
-        options: keyword arguments of the method's solver; unknown ones are refused before any work.
-        include: regular expressions; when given, only sites where one is found are quantized.
-        exclude: regular expressions; sites where one is found stay float.
-            All expressions are searched in the node name, output value name and weight name of a site.
-        overrides: expression -> Spec for the sites it finds, or None to leave them float; the last match wins.
-        embedding: grid of the tables that Gather reads rows of (see `onnx_woq.graph.find.embeddings`), along their columns;
-            None leaves them float. `include`, `exclude` and `overrides` hold for them as well. A head that is the same
-            table on the same grid shares its codes.
-        target: the operators that the written model multiplies with, a name in `onnx_woq.targets.registry` or "auto" for
-            the first of them that holds the number format of a weight.
+        spec: the number format of every weight that no override names.
+        options: keyword arguments of the method's solver.
+        include: regular expressions; if any are given, only linears and tables that one of them finds are quantized.
+        exclude: regular expressions; linears and tables that one of them finds stay float. Every expression is searched
+            in the node name, the output value name and the weight name.
+        overrides: regular expression -> Spec for the linears and tables that it finds, or None to leave them float; the
+            last match wins.
+        embedding: the number format of embedding tables `[V, D]`, grouped along D (see
+            `onnx_woq.graph.find.embeddings`); None leaves them float. `include`, `exclude` and `overrides` hold for
+            them as well. A head that is the same table in the same format shares its codes.
+        target: the operators that the written model multiplies with, a name in `onnx_woq.targets.registry`, or "auto"
+            for the first of them that holds the number format of a weight.
         lm_head: quantize the MatMul that makes the model's first output (the "last MatMul").
-        accuracy_level: MatMulNBits attribute; 4 computes with int8 activations (fast), 0 in float.
-        half_scales: store scales in float16 also where the model computes in float32, which is what they are cast to
-            when the model is loaded: 16 bits less for each group. They are rounded before codes are chosen. The int8
-            kernel runs only in sessions that optimize their graph (docs/storage.md).
-        attention_weighted: what makes keys and values is calibrated with each token weighted by the attention it
+        accuracy_level: attribute of MatMulNBits; 4 computes with int8 activations (fast), 0 in float.
+        half_scales: store scales in float16 also where the model computes in float32, and cast them to float32 when the
+            model is loaded: 16 bits less for each group. They are rounded before codes are chosen. The int8 kernel runs
+            only in sessions that optimize their graph (docs/storage.md).
+        attention_weighted: calibrate the linears that make keys and values with each token weighted by the attention it
             receives (see `onnx_woq.graph.find.attention`); needs a method with data.
-        bias_correction: add to each output what rounding has taken off its mean on the calibration data (see
+        bias_correction: add to each output what rounding takes off its mean on the calibration data (see
             `onnx_woq.core.refine.bias`); every method then needs data.
-        lowrank: rank of the factors that make up for rounding errors (see `onnx_woq.core.refine.low_rank`), a multiple of 16
-            or 0 for none; every method then needs data.
-        rotation: first rotate the residual stream of a model with RMSNorm, which leaves what it computes as it is and
-            spreads channels that stick out (see `onnx_woq.graph.rewrite.rotate`).
-        true_sequential: collect each tap's statistics with what comes before it already quantized.
-        sequential_unit: what that is: "tap", every earlier tap, or "block", every earlier block of the graph (see
-            `onnx_woq.graph.find.blocks`).
-        asymmetric_calibration: make up for the errors of what is quantized already (see `onnx_woq.core.refine.asymmetric`): each tap is
-            solved for the outputs that the float model has, given the inputs of the quantized one. Every method then
-            needs data, and `true_sequential` is implied.
-        asymmetric_strength: how far, from above 0 to 1. All the way is the least error on the calibration data; on tens of
-            thousands of tokens a good part of it is chance, which adds up from layer to layer (docs/experiments.md).
-        nsamples: calibration samples used at most.
-        pad_max_length: longest calibration sample, in tokens.
+        lowrank: the rank of factors that make up for rounding errors (see `onnx_woq.core.refine.low_rank`), a multiple
+            of 16 or 0 for none; every method then needs data.
+        rotation: rotate the residual stream of a model with RMSNorm first, which spreads outlying channels and does not
+            change what the model computes (see `onnx_woq.graph.rewrite.rotate`).
+        true_sequential: collect the statistics of each linear group while what comes before it is already quantized.
+        sequential_unit: what comes before it: "tap", every earlier linear group, or "block", every earlier block of the
+            graph (see `onnx_woq.graph.find.blocks`).
+        asymmetric_calibration: solve each linear group for the outputs of the float model, given the inputs of the
+            quantized one, so that it makes up for earlier errors (see `onnx_woq.core.refine.asymmetric`). Every method
+            then needs data, and `true_sequential` is implied.
+        asymmetric_strength: how much of those errors to make up for, above 0 and at most 1. 1 is the least error on the
+            calibration data; on tens of thousands of tokens a good part of that is chance, which adds up from layer to
+            layer (docs/experiments.md).
+        nsamples: the most calibration samples to use.
+        pad_max_length: the longest calibration sample, in tokens.
         use_max_length: use only samples of exactly `pad_max_length` tokens.
+
+    Raises:
+        RecipeError: a field is unknown to its method, has the wrong type or is out of range.
     """
 
     method: str = "rtn"
@@ -96,58 +103,68 @@ class Recipe:
     stream_share: InitVar[float | None] = None
 
     def __post_init__(self, both_streams: bool | None, stream_share: float | None) -> None:
-        if both_streams is not None:
-            object.__setattr__(self, "asymmetric_calibration", both_streams)
-        if stream_share is not None:
-            object.__setattr__(self, "asymmetric_strength", stream_share)
+        old_names = {"asymmetric_calibration": both_streams, "asymmetric_strength": stream_share}
+        for name, value in old_names.items():
+            if value is not None:
+                object.__setattr__(self, name, value)
         if self.method not in METHODS:
             raise RecipeError(f"unknown method {self.method!r}: {nearest(str(self.method), METHODS)}")
         check_options(METHODS[self.method], self.options)
-        if not isinstance(self.embedding, Spec | None):
-            raise RecipeError(f"embedding={self.embedding!r} must be a Spec, or None to leave embeddings float")
-        if self.accuracy_level not in ACCURACY_LEVELS:
-            raise RecipeError(f"accuracy_level={self.accuracy_level!r} is out of range: choose 0 to 4")
-        for name in ("nsamples", "pad_max_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise RecipeError(f"{name}={value!r} must be a whole number of at least 1")
-        for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"{name}={getattr(self, name)!r} must be true or false")
-        rank = self.lowrank
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank % RANKS or not 0 <= rank <= MOST_RANK:
-            raise RecipeError(f"lowrank={rank!r} must be 0 or a multiple of {RANKS} up to {MOST_RANK}: 16 is a start")
-        share = self.asymmetric_strength
-        if not isinstance(share, int | float) or isinstance(share, bool) or not 0 < share <= 1:
-            raise RecipeError(f"asymmetric_strength={share!r} must be above 0 and at most 1")
+        self._check_values()
         if self.asymmetric_calibration:
             object.__setattr__(self, "true_sequential", True)
+        self._check_groups()
+        self._check_names()
+        self._freeze()
+
+    def _check_values(self) -> None:
+        for name, (is_valid, wanted) in _VALUES.items():
+            value = getattr(self, name)
+            if not is_valid(value):
+                raise RecipeError(f"{name}={value!r} {wanted}")
+
+    def _check_groups(self) -> None:
+        """Refuses groups of output channels under a method that needs data: its statistics are of input channels."""
         specs = [self.spec, self.embedding, *self.overrides.values()]
         if self.needs_data and any(spec is not None and spec.group_dim == 0 for spec in specs):
             raise RecipeError(
                 f"group_dim=0 is not for {self.method} or for compensation, which need data: choose rtn or hqq alone"
             )
+
+    def _check_names(self) -> None:
         if not isinstance(self.target, str) or not self.target:
             raise RecipeError(f"target={self.target!r} must be the name of a target, such as matmulnbits or qdq")
-        object.__setattr__(self, "target", self.target.lower())
         if self.sequential_unit not in SEQUENTIAL_UNITS:
             raise RecipeError(f"unknown sequential_unit: {nearest(str(self.sequential_unit), SEQUENTIAL_UNITS)}")
-        object.__setattr__(self, "include", _expressions("include", self.include))
-        object.__setattr__(self, "exclude", _expressions("exclude", self.exclude))
-        _expressions("overrides", tuple(self.overrides))
+
+    def _freeze(self) -> None:
+        """Makes equal recipes have equal fields, and no field one that a caller can change."""
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in sorted(self.options.items())}
-        object.__setattr__(self, "options", MappingProxyType(options))
-        object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+        include, exclude = _expressions("include", self.include), _expressions("exclude", self.exclude)
+        _expressions("overrides", tuple(self.overrides))
+        frozen = {
+            "target": self.target.lower(),
+            "include": include,
+            "exclude": exclude,
+            "options": MappingProxyType(options),
+            "overrides": MappingProxyType(dict(self.overrides)),
+        }
+        for name, value in frozen.items():
+            object.__setattr__(self, name, value)
 
     @property
     def needs_data(self) -> bool:
-        """Tells whether carrying it out takes calibration data: for its method, or for what is added to the weights."""
+        """Tells whether the recipe takes calibration data, for its method or for what it adds to the weights."""
         added = self.bias_correction or self.lowrank > 0 or self.asymmetric_calibration
         return METHODS[self.method].needs_data or added
 
     def spec_for(self, *names: str, default: Spec | None = None) -> tuple[Spec | None, str]:
-        """The spec of what is known by `names` (`default`, or `spec`, where no override names it), or None with the
-        reason why it stays float."""
+        """Returns the number format of a linear or table, or None and the reason why it stays float.
+
+        Args:
+            names: the names that it is known by: of its node, its output value and its weight.
+            default: its format if no override names it; None for `spec`.
+        """
         found = lambda expression: any(re.search(expression, name) for name in names if name)  # noqa: E731
         if self.include and not any(map(found, self.include)):
             return None, "not named by --include"
@@ -160,11 +177,9 @@ class Recipe:
         return spec, "" if spec else "left float by an override"
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` gives the same recipe back."""
+        """Returns a JSON-ready dictionary, from which `from_dict` builds an equal recipe."""
         out = {_WRITTEN.get(f.name, f.name): getattr(self, f.name) for f in fields(self)}
-        if (
-            self.target == "matmulnbits"
-        ):  # as files of version 0.1 have it, so that hashes of recipes stay what they were
+        if self.target == "matmulnbits":  # files of version 0.1 have no target: hashes of their recipes must not change
             del out["target"]
         return out | {
             "spec": self.spec.to_dict(),
@@ -180,7 +195,7 @@ class Recipe:
         """Builds a recipe from JSON or TOML; recipe fields written among the options are lifted out of them.
 
         Raises:
-            RecipeError: an unknown field or option, naming the nearest known one.
+            RecipeError: a field or option is unknown (the message names the nearest), or a value is out of range.
         """
         data = dict(_table("recipe", data))
         options = dict(_table("options", data.pop("options", {})))
@@ -197,13 +212,51 @@ class Recipe:
         return cls(**data, options=options)
 
     def fingerprint(self) -> str:
-        """A short hash of everything in the recipe, for journals and metadata."""
+        """Returns a hash of everything in the recipe, 16 hexadecimal digits, for journals and metadata."""
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def with_spec(self, **changes: Any) -> Recipe:
-        """The same recipe on another grid: `with_spec(bits=8)`."""
+        """Returns the recipe with some fields of `spec` replaced, such as `with_spec(bits=8)`."""
         return replace(self, spec=replace(self.spec, **changes))
+
+
+def _is_whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_whole(value, 0) and value % RANKS == 0 and value <= MOST_RANK
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+
+
+_SWITCH = (lambda value: isinstance(value, bool), "must be true or false")
+_COUNT = (lambda value: _is_whole(value, 1), "must be a whole number of at least 1")
+_VALUES: Mapping[str, tuple[Callable[[Any], bool], str]] = MappingProxyType(
+    {
+        "embedding": (
+            lambda value: isinstance(value, Spec | None),
+            "must be a Spec, or None to leave embeddings float",
+        ),
+        "accuracy_level": (lambda value: value in ACCURACY_LEVELS, "is out of range: choose 0 to 4"),
+        "nsamples": _COUNT,
+        "pad_max_length": _COUNT,
+        "lm_head": _SWITCH,
+        "half_scales": _SWITCH,
+        "attention_weighted": _SWITCH,
+        "bias_correction": _SWITCH,
+        "rotation": _SWITCH,
+        "true_sequential": _SWITCH,
+        "asymmetric_calibration": _SWITCH,
+        "use_max_length": _SWITCH,
+        "lowrank": (_is_rank, f"must be 0 or a multiple of {RANKS} up to {MOST_RANK}: 16 is a start"),
+        "asymmetric_strength": (_is_fraction, "must be above 0 and at most 1"),
+    }
+)
+"""The test that each field of a recipe must pass, and the end of the message if it does not."""
 
 
 def _spec(data: Any, name: str = "spec") -> Spec:

@@ -15,7 +15,7 @@ from onnx_woq.runtime.data.inputs import model_inputs
 
 
 def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:
-    """The same recipe with another amount of calibration data, where one is given."""
+    """Returns a recipe with another amount of calibration data, if one is given."""
     if samples is not None:
         recipe = replace(recipe, nsamples=samples)
     return recipe if seqlen is None else replace(recipe, pad_max_length=seqlen)
@@ -24,7 +24,7 @@ def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Re
 def read_data(
     model: Model, named: Path, data: Any, recipe: Recipe, samples: int, tokenizer: str | Path | None, *, at_most: bool
 ) -> list[Feed]:
-    """Up to `samples` calibration samples of the length the recipe says; exactly as many unless `at_most`.
+    """Reads up to `samples` calibration samples of the recipe's length; exactly as many unless `at_most`.
 
     Args:
         model: tells what inputs it takes.
@@ -41,7 +41,7 @@ def read_data(
     if data is None:
         needing = [recipe.method.upper() if METHODS[recipe.method].needs_data else ""]
         needing += ["bias_correction" if recipe.bias_correction else "", "lowrank" if recipe.lowrank else ""]
-        needing += ["both_streams" if recipe.asymmetric_calibration else ""]
+        needing += ["asymmetric_calibration" if recipe.asymmetric_calibration else ""]
         raise DataError(
             f"{' and '.join(filter(None, needing)) or 'the built-in judge'} needs calibration data: give --calib FILE "
             "(text, JSONL, .npz, .npy or a folder of arrays), in Python the `data` argument; plain RTN works without"
@@ -59,5 +59,5 @@ def read_data(
 
 
 def feeds_hash(batches: list[Feed]) -> str:
-    """A short hash of the calibration data, "" for none."""
+    """Returns a short hash of the calibration data, "" for none."""
     return data_hash(batches) if batches else ""

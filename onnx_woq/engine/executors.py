@@ -1,4 +1,4 @@
-"""Where tasks run: the executors that are built in, Dask clusters, and what they have in common.
+"""Executors that solve weights: the built-in ones, Dask clusters, and what all of them have in common.
 
 An executor is anything with the protocol of `concurrent.futures.Executor`.
 """
@@ -43,7 +43,7 @@ class Serial(Executor):
     """Runs each task at once, in the thread that submits it."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        """The finished future of `fn(*args, **kwargs)`."""
+        """Runs `fn(*args, **kwargs)` here; returns its finished future."""
         future: Future[T] = Future()
         try:
             future.set_result(fn(*args, **kwargs))
@@ -54,7 +54,7 @@ class Serial(Executor):
 
 @contextmanager
 def built_in(name: str = "threads") -> Iterator[Executor]:
-    """One of `EXECUTORS`, as wide as the machine has cores; shut down at the end.
+    """Opens one of `EXECUTORS`, as wide as the machine has cores; it is shut down at the end.
 
     Raises:
         RecipeError: there is none of that name.
@@ -82,7 +82,7 @@ def _processes() -> Executor:
 
 
 def _begin_process() -> None:
-    """A worker ends with its parent, however that ends, and leaves an interrupt to it."""
+    """Prepares a worker: it ends with its parent, however that ends, and leaves an interrupt to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -95,7 +95,7 @@ def _end_with_parent() -> None:
 
 
 def _end_processes(executor: Executor) -> None:
-    """Nobody waits any more for what they do, which may be a long evaluation."""
+    """Ends workers for whose work nobody waits any more, which may be a long evaluation."""
     if not isinstance(executor, ProcessPoolExecutor):
         return
     for process in list((executor._processes or {}).values()):
@@ -106,7 +106,7 @@ def _end_processes(executor: Executor) -> None:
 
 @contextmanager
 def dask_cluster(address: str) -> Iterator[Executor]:
-    """The workers of the Dask scheduler at `address`; they need this package, of this version.
+    """Opens the workers of the Dask scheduler at `address`; they need this package, of this version.
 
     Raises:
         RecipeError: `distributed` is not installed, or there is no scheduler there.
@@ -124,7 +124,7 @@ def dask_cluster(address: str) -> Iterator[Executor]:
 
 
 def workers_of(executor: Executor) -> int:
-    """How many tasks an executor works on at a time."""
+    """Returns the number of tasks that an executor works on at a time."""
     if isinstance(executor, Serial):
         return 1
     client = getattr(executor, "_client", None)
@@ -134,7 +134,7 @@ def workers_of(executor: Executor) -> int:
 
 
 def pool_map(pool: ThreadPoolExecutor) -> ParallelMap:
-    """Like `map`, called in a thread of `pool`; the threads that have nothing to do help it.
+    """Returns a `map` for a task in a thread of `pool`, in which threads with nothing to do help.
 
     Such a thread may never come: the caller goes through the pieces itself and only waits for those that are begun.
     """
@@ -169,7 +169,7 @@ def pool_map(pool: ThreadPoolExecutor) -> ParallelMap:
 
 
 def leaves_process(executor: Executor) -> bool:
-    """Whether its tasks run in other processes, as far as can be told."""
+    """Tells whether the tasks of an executor run in other processes, as far as that is known."""
     return not isinstance(executor, Serial | ThreadPoolExecutor)
 
 
@@ -186,12 +186,12 @@ def pickled(thing: object, executor: Executor) -> bytes:
 
 @lru_cache
 def keep_blas_to_one_thread() -> object:
-    """For the rest of this process, which is not ours but an executor's."""
+    """Limits BLAS to one thread for the rest of this process, which is not ours but an executor's."""
     return one_blas_thread()
 
 
 def submitted(executor: Executor, function: Callable[..., T], /, *args: Any) -> Future[T]:
-    """The future of `function(*args)`; a failed one where the executor takes nothing any more."""
+    """Submits `function(*args)`; returns a failed future if the executor takes nothing any more."""
     try:
         if _is_gone(executor):
             raise BrokenExecutor("the connection to the scheduler is lost")
@@ -227,5 +227,5 @@ def wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
 
 
 def _is_gone(executor: Executor) -> bool:
-    """Whether it is a cluster whose scheduler is lost: its futures never end."""
+    """Tells whether an executor is a cluster whose scheduler is lost: its futures never end."""
     return getattr(getattr(executor, "_client", None), "status", "running") in ("closing", "closed", "failed")

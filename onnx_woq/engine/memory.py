@@ -1,4 +1,4 @@
-"""How much memory a quantization takes, said before it starts; and how to make do with less."""
+"""The memory plan of a quantization, said before it starts, and how to make do with less."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SESSIONS = 112 << 20
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What will be taken, in bytes.
+    """The memory that a run will take, in bytes.
 
     Attributes:
         window: for calibration at once: weights being multiplied, activations, Gram matrices, hidden states.
@@ -141,7 +141,7 @@ def _table_bytes(table: PlannedWeight, workers: int) -> int:
 
 
 def give_back_at_once() -> None:
-    """From now on, what this process frees goes back to the system rather than wait to be used again.
+    """Makes this process give freed memory back to the system rather than keep it for later.
 
     Each thread of glibc keeps what it has freed, up to 64 MB: under a limit of 3 GB a run took 3.2. Anything of 1 MB
     and more is now mapped by itself; that costs up to 8 % of time. Other systems are left as they are.

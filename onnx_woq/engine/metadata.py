@@ -82,5 +82,5 @@ def warn_of_old_runtime(needed: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Major and minor."""
+    """Returns major and minor version."""
     return tuple(int(part) for part in version.split(".")[:2])

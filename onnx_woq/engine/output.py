@@ -1,4 +1,4 @@
-"""Where a model is read from and where its result goes: files, folders, work folders, the files beside a model."""
+"""The place of a result: output files and folders, the files beside a model, and the space that is needed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from onnx_woq.graph.io.model import Model, file_bytes
 from onnx_woq.graph.io.save import data_path, failure, save
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-"""What a tokenizer or `optimum` needs beside a model: copied into an output folder."""
+"""Files that a tokenizer or `optimum` needs beside a model: they are copied into an output folder."""
 
 MAX_COMPANION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a result goes: `onnx` is the file; `folder` is set when the companions go along."""
+    """The place of a result: `onnx` is the file; `folder` is set if the companions go along."""
 
     onnx: Path
     folder: Path | None
@@ -54,7 +54,7 @@ def destination(output: str | Path, source: Path) -> Destination:
 
 
 def companions(folder: Path) -> list[Path]:
-    """The tokenizer and config files in `folder`, weights left out."""
+    """Returns the tokenizer and config files in `folder`, weights left out."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES)
 

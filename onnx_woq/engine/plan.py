@@ -181,7 +181,7 @@ class PlannedWeight:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a recipe does to a model.
+    """A recipe resolved on a model: every weight that becomes codes, and everything that stays float.
 
     Attributes:
         model: the float model; executing the plan rewrites it.
@@ -280,8 +280,12 @@ class Plan:
 
     @property
     def preparation(self) -> tuple[str, ...]:
-        """Returns a key that is equal for plans of one model which `prepare` alike: groups have the same statistics."""
-        return ("rotated", *_sharing(self.embeddings).values()) if self.recipe.rotation else ()
+        """Returns a key that is equal for plans of one model which `prepare` alike: groups have the same statistics.
+
+        It stays the same when the model is prepared, which renames outputs of nodes.
+        """
+        shared = (name for table in self.embeddings if table.lender for name in (table.lender.name, table.name))
+        return ("rotated", *shared) if self.recipe.rotation else ()
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
@@ -373,8 +377,8 @@ def _planned_table(model: Model, recipe: Recipe, table: Embedding) -> PlannedWei
     return PlannedWeight(table, target, Storage(np.float16 if half else np.float32, opset_of(model)))
 
 
-def _sharing(tables: Sequence[PlannedWeight]) -> dict[ir.Node, str]:
-    """Returns the nodes that will read the codes of one table, heads and Gathers, with their names."""
-    heads = {table.lender.node: table.lender.name for table in tables if table.lender}
+def _sharing(tables: Sequence[PlannedWeight]) -> set[ir.Node]:
+    """Returns the nodes that will read the codes of one table, heads and Gathers."""
+    heads = {table.lender.node for table in tables if table.lender}
     shared = [table.source for table in tables if table.lender and isinstance(table.source, Embedding)]
-    return heads | {node: node.outputs[0].name or "" for table in shared for node in table.nodes}
+    return heads | {node for table in shared for node in table.nodes}

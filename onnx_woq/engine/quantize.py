@@ -56,8 +56,8 @@ def quantize(
         seqlen: tokens per sample, replaces the recipe's `pad_max_length`.
         tokenizer: folder of the tokenizer for text data, when it is not beside the model.
         max_memory: bytes that the whole process may take; by default it takes what makes it fast.
-        executor: where taps are solved, anything with the protocol of `concurrent.futures`; threads by default. It is
-            not shut down.
+        executor: solves weights, anything with the protocol of `concurrent.futures`; threads by default. It is not shut
+            down.
         resume: continue what an earlier run has left of the same model, recipe, data and package version, if there is
             anything.
         progress: called with (stage, done, total).

@@ -1,4 +1,4 @@
-"""What the corridors give back: reports of a quantization, an inspection, a tuning run."""
+"""Results of the engine: reports of a quantization and of an inspection."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class WeightReport:
         return self.k
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the row as JSON has it, with the keys that files of version 0.1 have."""
+        """Returns a JSON-ready dictionary."""
         target = {} if self.target == "matmulnbits" else {"target": self.target}  # which came after version 0.1
         size = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         if self.kind == "linear":
@@ -89,23 +89,23 @@ class _Weights:
 
     @property
     def groups(self) -> tuple[WeightReport, ...]:
-        """The rows of linear groups, in graph order."""
+        """Returns the rows of linear groups, in graph order."""
         return tuple(row for row in self.weights if row.kind == "linear")
 
     @property
     def embeddings(self) -> tuple[WeightReport, ...]:
-        """The rows of embeddings, in graph order."""
+        """Returns the rows of embeddings, in graph order."""
         return tuple(row for row in self.weights if row.kind == "embedding")
 
     @property
     def taps(self) -> tuple[WeightReport, ...]:
-        """The rows of linear groups, by the name that version 0.1 gave them."""
+        """Returns the rows of linear groups, by the name that version 0.1 gave them."""
         return self.groups
 
 
 @dataclass(frozen=True)
 class QuantizeReport(_Weights):
-    """What `quantize` did. Bytes are of files on disk; `copies` are float weights that others still read."""
+    """The report of a quantization. Bytes are of files on disk; `copies` are float weights that others still read."""
 
     model: Path
     output: Path
@@ -119,7 +119,7 @@ class QuantizeReport(_Weights):
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         return {
             **_plan(self),
             "output": str(self.output),
@@ -131,7 +131,7 @@ class QuantizeReport(_Weights):
 
 @dataclass(frozen=True)
 class Inspection(_Weights):
-    """What `quantize` would do: what becomes of each tap, and how a calibration cuts the graph."""
+    """The report of a plan: what becomes of each weight, and how a calibration cuts the graph."""
 
     model: Path
     recipe: Recipe
@@ -143,18 +143,18 @@ class Inspection(_Weights):
     cuts: tuple[Cut, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         return _plan(self) | {"cuts": [_cut(cut) for cut in self.cuts]}
 
 
 def _cut(cut: Cut) -> dict[str, Any]:
-    """The blocks of a graph, without the names of everything in them."""
+    """Returns the blocks of a graph, without the names of everything in them."""
     blocks = [{"outputs": b.outputs, "weight_bytes": b.weight_bytes} for b in cut.blocks]
     return {"graph": cut.graph, "kind": cut.kind, "reason": cut.reason, "blocks": blocks}
 
 
 def _plan(result: QuantizeReport | Inspection) -> dict[str, Any]:
-    """What a quantization and the look at one before it have in common."""
+    """Returns what the reports of a quantization and of an inspection have in common."""
     return {
         "model": str(result.model),
         "taps": [group.to_dict() for group in result.groups],

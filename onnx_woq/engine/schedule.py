@@ -36,7 +36,7 @@ class _Job(Generic[T]):
     future: Future[_Outcome]
 
     def is_done(self) -> bool:
-        """Whether nothing runs for it any more; what a finished task was made of is let go."""
+        """Tells whether nothing runs for it any more; lets go of what a finished task was made of."""
         if not self.future.done():
             return False
         if not self.future.cancelled() and self.future.exception() is None:

@@ -39,10 +39,10 @@ UNSCALED: Mapping[str, Mapping[str, Any]] = {
     "teq": {"enable_auto_scale": False},
     "gptq": {"scaling": "none"},
 }
-"""What keeps a method from scaling the rows of a weight."""
+"""Options that keep a method from scaling the rows of a weight."""
 
 ERROR_CHANNELS = 256
-"""Output channels, evenly spread, on which the reported error of a tap is measured: on all of them it would take
+"""Output channels, evenly spread, on which the reported error of a weight is measured: on all of them it would take
 several times as long as solving."""
 
 PERCDAMP = 0.01
@@ -94,7 +94,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Solved:
-    """What becomes of a tap.
+    """The solution of a weight.
 
     Attributes:
         packed: its distinct weights, in order.
@@ -145,7 +145,7 @@ def task_of(recipe: Recipe, weight: PlannedWeight, stats: Stats | None) -> Task:
 
 
 def solves_alike(one: Recipe, other: Recipe) -> bool:
-    """Whether a tap that both choose becomes the same by both, given the same statistics and no override."""
+    """Tells whether two recipes solve a weight that both choose alike, given equal statistics and no override."""
     made_of = ("method", "spec", "options", "lowrank", "bias_correction", "rotation", "half_scales", "target")
     return all(getattr(one, name) == getattr(other, name) for name in made_of)
 
@@ -164,7 +164,7 @@ def cache_key(recipe: Recipe, weight: PlannedWeight) -> tuple[object, ...] | Non
 
 
 def folding(recipe: Recipe) -> bool:
-    """Whether an input scale that cannot be folded exactly is left out, rather than multiplied by in a new node."""
+    """Tells whether an input scale that folds nowhere exactly is left out, rather than multiplied by in a new node."""
     return bool(recipe.options.get("folding", False))
 
 
@@ -187,7 +187,7 @@ def solve_task(task: Task, parallel_map: ParallelMap = map) -> Solved:
 
 
 def _alone(task: Task, parallel_map: ParallelMap) -> Solved:
-    """Each weight by itself, as it is stored: nothing is widened or put side by side."""
+    """Solves each weight by itself, as it is stored: nothing is widened or put side by side."""
     return Solved(tuple(_in_pieces(task, weight, parallel_map) for weight in task.weights))
 
 
@@ -214,7 +214,7 @@ def _in_pieces(task: Task, weight: WeightSource, parallel_map: ParallelMap) -> P
 
 
 def _together(task: Task, stats: Stats, parallel_map: ParallelMap) -> Solved:
-    """All weights side by side, for they share their input, its statistics and its scale.
+    """Solves all weights side by side, for they share their input, its statistics and its scale.
 
     Where a constant is going to take the mean of the error, all else is for what deviates from it.
     """
@@ -242,7 +242,7 @@ def _together(task: Task, stats: Stats, parallel_map: ParallelMap) -> Solved:
 
 
 def _factors(task: Task, weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> Factors:
-    """What makes up for the error of `q`."""
+    """Returns the low-rank factors that make up for the error of `q`."""
     delta = q.effective()
     np.subtract(weight, delta, out=delta)
     return compensate(delta, stats.gram, task.rank, input_scale=q.input_scale, scale_dtype=task.storage.scale_dtype)
@@ -277,7 +277,7 @@ def _solved(
 
 
 def _side_by_side(task: Task) -> np.ndarray:
-    """The weights as one float32 matrix `[K, n]`."""
+    """Returns the weights as one float32 matrix `[K, n]`."""
     out = np.empty((task.weights[0].k, sum(weight.n for weight in task.weights)), np.float32)
     start = 0
     for weight in task.weights:
@@ -300,7 +300,7 @@ def _relative_error(
 
 
 def not_finite(task: Task, weight: str) -> ModelError:
-    """What to raise where a weight of a task holds NaN or infinite numbers."""
+    """Returns the error to raise for a weight of a task that holds NaN or infinite numbers."""
     return ModelError(
         f"weight {weight!r} of {task.name!r} has NaN or infinite values: export the model again, or exclude this node"
     )

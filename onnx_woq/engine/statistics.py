@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 Sources = tuple[tuple[str, str], ...]
-"""Of a tap: what its statistics are taken of."""
+"""The activations that the statistics of a linear group are taken of, each with what weights its tokens."""
 
 
 def collect(
@@ -64,7 +64,7 @@ def collect(
 
 
 class SharedStatistics:
-    """The statistics of every tap of every recipe, collected once, when the first of them is asked for.
+    """Statistics of every linear group of every recipe, collected once, when the first is asked for.
 
     A resumed run with nothing left to do therefore calibrates nothing. Gram matrices beyond what calibration may take,
     and all of them where memory is limited, live in private temporary files, removed at the end of the `with` block.

@@ -21,11 +21,11 @@ def layer_positions(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()
         names: names of nodes in graph order.
         shapes: shapes (K, N) of their weights, if known.
     """
-    patterns = defaultdict(list)
+    patterns = defaultdict(list)  # by what is between the numbers: a name may hold a # of its own
     for index, name in enumerate(names):
-        patterns[re.sub(r"\d+", "#", name)].append(index)
+        patterns[tuple(re.split(r"\d+", name))].append(index)
     found: list[tuple[int | None, str]] = [(None, name) for name in names]
-    for pattern, members in patterns.items():
+    for between, members in patterns.items():
         numbers = [[int(number) for number in re.findall(r"\d+", names[index])] for index in members]
         if len(members) < 2 or not numbers[0]:
             continue
@@ -33,7 +33,7 @@ def layer_positions(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()
             counts: dict[tuple[int, int], int] = defaultdict(int)
             for index in members:
                 k, n = shapes[index]
-                found[index] = counts[k, n], f"{pattern}/{k} × {n}"
+                found[index] = counts[k, n], f"{'#'.join(between)}/{k} × {n}"
                 counts[k, n] += 1
             continue
         distinct = [len(set(column)) for column in zip(*numbers, strict=True)]

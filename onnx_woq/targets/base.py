@@ -1,8 +1,8 @@
 """The protocol of a low-bit operator: everything the rest of the package asks of the nodes it writes.
 
-An **operator** is a module with the functions of a protocol below. A **target** is a pair of them, one for linear
-layers (MatMul, Gemm) and one for embeddings (Gather); `onnx_woq.targets.registry` lists the targets. A new target is one file
-here and one line there.
+An **operator** is a module with the functions of a protocol below. A **target** is a pair of them, one for linears
+(MatMul, Gemm) and one for embedding tables (Gather); `onnx_woq.targets.registry` lists the targets. A new target is one
+file here and one line there.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ if TYPE_CHECKING:
     from onnx_woq.core.grids.integer import QuantizedTensor
 
 Speed = Literal["native", "slow", "decoded at load"]
-"""How a session runs an operator: by a low-bit kernel, by a slow one, or as float weights decoded when it is made."""
+"""The way a session runs an operator: by a low-bit kernel ("native"), by one that is slower than float ("slow"), or as
+float weights that it decodes when it is made ("decoded at load")."""
 
 Shapes = tuple[tuple[tuple[int, ...], np.dtype], ...]
-"""Shape and type of each array that is stored of a weight."""
+"""The shape and type of each array that is stored of one weight, in the order of `Packed.arrays`."""
 
 Version = tuple[int, int]
-"""Major and minor version of onnxruntime."""
+"""The major and minor version of an onnxruntime, such as `(1, 22)`."""
 
 P = TypeVar("P", bound="Packed")
 
 
 @dataclass(frozen=True)
 class Storage:
-    """What decides, beside its number format, how a weight is stored.
+    """The circumstances that decide, beside its number format, how a weight is stored.
 
     Attributes:
-        scale_dtype: the type of scales.
-        opset: version of the ONNX operators that the written model uses.
+        scale_dtype: the type of the scales.
+        opset: the version of the ONNX operators that the written model uses.
     """
 
     scale_dtype: type[np.float32] | type[np.float16]
@@ -49,7 +50,7 @@ class Storage:
 
 
 class Packed(Protocol):
-    """A weight `[K, N]` as an operator stores it: arrays and numbers only, so that it can be sent and kept."""
+    """A weight `[K, N]` as an operator stores it: only arrays and numbers, so that it can be pickled and resumed."""
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
@@ -60,34 +61,34 @@ class Packed(Protocol):
 
 
 class Operator(Protocol):
-    """What every low-bit operator says of itself."""
+    """The part of the protocol that is the same for linears and tables."""
 
     BY_CHANNEL: bool
-    """Whether output channels are the first axis of every array: a few of them can then be packed at a time."""
+    """True if output channels are the first axis of every stored array: a few of them can then be packed at a time."""
 
     def refusal(self, spec: Spec) -> str:
-        """Returns why the operator cannot hold weights of a number format, "" if it can."""
+        """Returns the reason why the operator cannot hold weights of a number format, "" if it can."""
 
     def minimum_opset(self, spec: Spec, scale_dtype: type[np.floating]) -> int:
-        """Returns the oldest version of the ONNX operators that the written nodes need; 0 for any."""
+        """Returns the lowest opset version that the written nodes need; 0 for any."""
 
     def speed(self, spec: Spec) -> Speed:
         """Tells how a session runs weights of a number format."""
 
     def shapes(self, k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
-        """Returns shape and type of each array of a weight `[k, n]`, known before it is solved."""
+        """Returns the shape and type of each array of a weight `[k, n]`, known before it is solved."""
 
     def pack(self, q: QuantizedTensor, storage: Storage) -> Packed:
-        """Lays codes, scales and zero points out as the operator stores them."""
+        """Lays the codes, scales and zero points of a weight out as the operator stores them."""
 
     def packed_from(self, arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storage: Storage) -> Packed:
-        """Returns the packed weight that has these arrays, of the shapes that `shapes` gives."""
+        """Returns the packed weight `[k, n]` that has these arrays, whose shapes are those that `shapes` gives."""
 
     def runtime(self, node: ir.Node, *, in_body: bool) -> Version | None:
         """Returns the oldest onnxruntime that runs a node which the operator wrote, None for any other node.
 
         Args:
-            node: of a written model.
+            node: any node of a written model.
             in_body: the node lies in the body of an If, Loop or Scan.
         """
 
@@ -119,9 +120,9 @@ class LinearOperator(Operator, Protocol):
 
         Args:
             model: the model that gets it.
-            name: of its codes, with which all other names begin.
+            name: the name of its codes; the names of its other arrays begin with it.
             packed: the weight.
-            dtype: of the activation that is multiplied by it.
+            dtype: the type of the activation that is multiplied by it.
         """
 
     def multiply(
@@ -133,14 +134,23 @@ class LinearOperator(Operator, Protocol):
         stored: Sequence[ir.Value | None],
         accuracy_level: int,
     ) -> ir.Value:
-        """Adds the product of an activation with a stored weight in front of a node; returns its output."""
+        """Adds the product of an activation with a stored weight to the graph; returns its output.
+
+        Args:
+            before: the node in front of which it is added; the output has the type of its output.
+            activation: `[..., K]`.
+            name: the name of the product.
+            packed: the weight `[K, N]`.
+            stored: from `store`.
+            accuracy_level: see `lower`.
+        """
 
 
 class EmbeddingOperator(Operator, Protocol):
-    """An operator that gathers rows of low-bit tables."""
+    """An operator that looks up rows of low-bit tables."""
 
     SHARES: bool
-    """Whether a table can read the codes of a linear that multiplies by its transpose."""
+    """True if a table can read the codes of its head, a linear that multiplies by the transpose of the table."""
 
     def lower(self, model: Model, embedding: Embedding, packed: Any) -> None:
         """Rewrites every Gather of a table in place; nodes and outputs keep their names.
@@ -156,7 +166,7 @@ class EmbeddingOperator(Operator, Protocol):
 
         Args:
             model: the model that holds both.
-            embedding: the table; its head is on the same grid.
+            embedding: the table `[V, D]`; its head has the same number format.
             input_scale: `[D]` if the codes are those of `diag(input_scale) @ W`: rows are then divided by it.
 
         Raises:
@@ -166,11 +176,11 @@ class EmbeddingOperator(Operator, Protocol):
 
 @dataclass(frozen=True)
 class Target:
-    """The operators that a model is written with.
+    """A pair of operators that models are written with.
 
     Attributes:
-        linears: for linear layers.
-        embeddings: for tables whose rows are gathered.
+        linears: the operator for linears.
+        embeddings: the operator for tables whose rows are looked up.
     """
 
     linears: LinearOperator
@@ -178,5 +188,5 @@ class Target:
 
 
 def stored_bytes(shapes: Shapes) -> int:
-    """Returns the bytes of arrays of these shapes and types."""
+    """Returns the bytes that arrays of these shapes and types take together."""
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)

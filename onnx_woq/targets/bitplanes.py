@@ -1,20 +1,22 @@
-"""Codes without gaps in the file where no kernel has their width: the session that loads it expands them, once.
+"""Bit planes: a gapless form of codes of 1, 3, 5, 6 and 7 bits in the file, which the session expands when it loads.
 
-MatMulNBits has kernels of 2, 4 and 8 bits; a code of another width lies in the next wider container and leaves gaps:
-two codes of three bits are a byte `0ccc0ccc`, one of five is `000ccccc`. The bytes of each block fall into equal parts.
-The file has the first of them as planes P0, P1, …, with the others hidden in their gaps, such that in every byte
+MatMulNBits has kernels for 2, 4 and 8 bits only. A code of another width lies in the next wider **container** and
+leaves a **gap** of unused bits: two 3-bit codes are a byte `0ccc0ccc`, one 5-bit code is `000ccccc`. To save the gaps,
+the bytes of each block are cut into equal **parts** Q0, Q1, …. The file stores the first few as **planes** P0, P1, …
+and hides the others in the gaps of the planes, such that for every byte
 
     (Q0, …, Qm) = (P0, P1, …, T, …) & mask,    T = P_a >> s_a ^ P_b >> s_b ^ …
 
-Each bit of a hidden part is decided by one gap bit that is shifted there, whatever codes get there as well. With three
-bits the gaps are bits 3 and 7, and `T = P0 >> 1 ^ P1 >> 2 ^ P2 >> 3`.
+where T is a hidden part. Each bit of a hidden part is set by one gap bit that is shifted to its place; code bits that
+are shifted there too are known when it is set. With 3 bits the gaps are bits 3 and 7, and
+`T = P0 >> 1 ^ P1 >> 2 ^ P2 >> 3`.
 
-Without zero points the kernel takes the middle of the container for zero, so symmetric codes are moved up by the width
-of the gap, bytes `ccc0ccc0` and the same mirrored, and their scales are divided by as much. That is exact but for
-float16 scales which leave its normal range (below 2**-13 with 3 bits): values then move by at most 4e-6.
+Symmetric codes have no zero points, and the kernel then takes the middle of the container for zero. So they are moved
+up by the width of the gap (bytes `ccc0ccc0`, all shifts mirrored) and their scales are divided by as much. That is
+exact, except for float16 scales that leave the normal range (below 2**-13 with 3 bits): values then move by up to 4e-6.
 
-These are a few operators, of opset 18, that ONNX Runtime folds. It keeps what lies between them until all weights are
-done, so that their outputs are what loading takes in memory: docs/storage.md has figures, and other forms tried.
+The expansion takes four operators of opset 18, which ONNX Runtime folds into constants at load. It keeps their outputs
+until all weights are done, so these are the memory that loading takes: docs/storage.md has figures and other forms.
 """
 
 from __future__ import annotations
@@ -29,20 +31,20 @@ import onnx_ir as ir
 from onnx_woq.graph.edit import add_initializer, add_node
 
 OPSET = 18
-"""The first with bitwise operators: what older ones have takes too much time and memory to load."""
+"""The first opset with bitwise operators: what older ones offer takes too much time and memory to load."""
 
 _TILE = 1 << 18  # bytes worked on at once, which stay in the cache
 
 
 @dataclass(frozen=True)
 class Form:
-    """How codes of one width lie in the file.
+    """The form in which codes of one width lie in the file.
 
     Attributes:
-        gap: bits of a container that its code leaves.
-        mask: bits of a byte that codes take, gaps above them.
-        planes: arrays that the file has.
-        hidden: for each part that has no plane, the planes and how far each is shifted.
+        gap: the bits of a container that its code leaves unused.
+        mask: the bits of a byte that codes take, with the gaps above them.
+        planes: the number of planes in the file.
+        hidden: for each hidden part, (plane, shift) of the terms that are combined to it.
     """
 
     gap: int
@@ -52,55 +54,60 @@ class Form:
 
     @property
     def parts(self) -> int:
-        """Into which a block falls."""
+        """Returns the number of parts that a block is cut into."""
         return self.planes + len(self.hidden)
 
 
 def _chain(gap: int, mask: int, planes: int) -> Form:
-    """The form of a width that is a multiple of its gap: one part hidden in all others."""
+    """Returns the form of a width that is a multiple of its gap: one part is hidden in all the others."""
     return Form(gap, mask, planes, (tuple((i, gap * (i + 1)) for i in range(planes)),))
 
 
 FORMS: Mapping[int, Form] = {
     1: _chain(1, 0x55, 1),
     3: _chain(1, 0x77, 3),
-    # Two parts take the gaps of one plane and two bits of another's; what these have left goes to the third.
+    # The first two hidden parts each take the gap of one plane and two bits of another's; the third takes the rest.
     5: Form(3, 0x1F, 5, (((0, 3), (1, 6)), ((2, 3), (3, 6)), ((4, 3), (1, 5), (3, 4)))),
     6: _chain(2, 0x3F, 3),
     7: _chain(1, 0x7F, 7),
 }
-"""By bits of a code."""
+"""The form of each width that no kernel has, by bits of a code."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A form, or its mirror image for codes without zero points."""
+    """A form, or its mirror image for symmetric codes.
+
+    Attributes:
+        form: the form.
+        mirrored: codes lie above their gaps, and shifts go left.
+    """
 
     form: Form
     mirrored: bool
 
     @property
     def mask(self) -> int:
-        """The bits of a byte that codes take."""
+        """Returns the bits of a byte that codes take."""
         return self.form.mask << self.form.gap & 0xFF if self.mirrored else self.form.mask
 
     @property
     def direction(self) -> str:
-        """Of the shifts that make hidden parts."""
+        """Returns the direction in which BitShift moves planes to make hidden parts."""
         return "LEFT" if self.mirrored else "RIGHT"
 
     @property
     def shift(self) -> Callable[[np.ndarray, np.uint8], np.ndarray]:
-        """Does that."""
+        """Returns the NumPy function that shifts in that direction."""
         return np.left_shift if self.mirrored else np.right_shift
 
     @property
     def back(self) -> Callable[[np.ndarray, np.uint8], np.ndarray]:
-        """Undoes it."""
+        """Returns the NumPy function that shifts in the other direction."""
         return np.right_shift if self.mirrored else np.left_shift
 
     def owned(self) -> list[list[int]]:
-        """For each hidden part, the bits of it that the gaps of each of its planes decide."""
+        """Returns, for each hidden part, the bits of it that the gap of each of its planes sets."""
         free = [~self.mask & 0xFF] * self.form.planes
         found = []
         for terms in self.form.hidden:
@@ -115,12 +122,12 @@ class Layout:
 
 
 def layout_of(bits: int, *, symmetric: bool) -> Layout:
-    """The layout of codes of so many bits, one of `FORMS`, without zero points or with them."""
+    """Returns the layout of codes of a width in `FORMS`; symmetric codes have no zero points."""
     return Layout(FORMS[bits], symmetric)
 
 
 def planes_of(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
-    """The planes, uint8 `[N, blocks, bytes / parts]`, of codes `[N, blocks, bytes]` that lie as `layout` says."""
+    """Returns the planes, uint8 `[N, blocks, bytes / parts]` each, of codes `[N, blocks, bytes]` in containers."""
     n, blocks, width = codes.shape
     form, owned = layout.form, layout.owned()
     planes = tuple(np.empty((n, blocks, width // form.parts), np.uint8) for _ in range(form.planes))
@@ -138,19 +145,19 @@ def planes_of(codes: np.ndarray, layout: Layout) -> tuple[np.ndarray, ...]:
 
 
 def codes_of(planes: Sequence[np.ndarray], layout: Layout) -> np.ndarray:
-    """The codes `[N, blocks, bytes]` that `planes_of` has made planes of."""
+    """Returns the codes `[N, blocks, bytes]` in containers that `planes_of` made planes of."""
     hidden = (_hidden(planes, terms, layout) for terms in layout.form.hidden)
     return np.concatenate((*planes, *hidden), axis=-1) & np.uint8(layout.mask)
 
 
 def add_expansion(graph: ir.Graph, name: str, planes: Sequence[np.ndarray], layout: Layout) -> ir.Value:
-    """The codes called `name` of a weight, computed from new initializers in front of everything else.
+    """Adds planes to a graph, and the nodes that expand them in front of all others; returns the codes.
 
     Args:
         graph: the main graph of a model whose opset is at least 18.
-        name: of the codes, with which all other names begin.
+        name: the name of the codes; the names of planes and nodes begin with it.
         planes: from `planes_of`.
-        layout: the same.
+        layout: the layout that `planes_of` was given.
     """
     first = graph[0]
     stored = [add_initializer(graph, f"{name}_plane{i}", plane) for i, plane in enumerate(planes)]
@@ -173,7 +180,7 @@ def add_expansion(graph: ir.Graph, name: str, planes: Sequence[np.ndarray], layo
 
 
 def planes_behind(codes: ir.Value) -> tuple[list[ir.Value], Layout] | None:
-    """The initializers that `add_expansion` has made of planes, and how the codes lie; None for other values."""
+    """Returns the planes and the layout of codes that `add_expansion` made, None for any other value."""
     last = _maker(codes, "BitwiseAnd")
     whole = _maker(last.inputs[0], "Concat") if last is not None else None
     mask = last.inputs[1].const_value if last is not None and last.inputs[1] is not None else None
@@ -190,7 +197,7 @@ def planes_behind(codes: ir.Value) -> tuple[list[ir.Value], Layout] | None:
 
 
 def _hidden(planes: Sequence[np.ndarray], terms: Sequence[tuple[int, int]], layout: Layout) -> np.ndarray:
-    """A hidden part, with what lies outside the mask."""
+    """Returns a hidden part, not masked yet."""
     return reduce(np.bitwise_xor, (layout.shift(planes[plane], np.uint8(by)) for plane, by in terms))
 
 
@@ -200,7 +207,7 @@ def _maker(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def _number(graph: ir.Graph, number: int) -> ir.Value:
-    """A constant that all weights of a model share."""
+    """Returns a uint8 constant, which all weights of a model share."""
     name = f"onnx_woq.uint8_{number}"
     there = graph.initializers.get(name)
     if there is not None and there.const_value is not None and not there.is_graph_input():

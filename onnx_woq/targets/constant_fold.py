@@ -1,6 +1,7 @@
-"""Let a part of a model have the constants that a session with optimizations would make of what is stored.
+"""Folding of stored codes to the constants that a session with optimizations makes of them when it loads.
 
-Calibration runs without optimizations: codes would be expanded for every sample and multiplied by the slowest kernel.
+Calibration runs parts of a half-quantized model in sessions without optimizations. Without folding, these would expand
+the codes for every sample and multiply by the slowest kernel.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ _WEIGHT = {"MatMulNBits": slice(1, 4), "GatherBlockQuantized": slice(0, 3)}  # i
 
 
 def fold_constants(part: Model) -> None:
-    """Has every low-bit operator of `part` read constants, in place; large ones are computed when a session wants them.
+    """Makes every low-bit operator of a model read constants, in place; inputs that cannot be folded stay computed.
 
-    `part` must share no nodes. What is no constant in the end stays as it is.
+    Large constants are computed when a session asks for them.
+
+    Args:
+        part: a model, or part of one, that shares no nodes with another.
     """
     main = part.ir.graph
     for node in list(main.all_nodes()):
@@ -29,14 +33,14 @@ def fold_constants(part: Model) -> None:
             continue
         for value in node.inputs[_WEIGHT[node.op_type]] if node.op_type in _WEIGHT else ():
             value = _unshaped(value)
-            tensor = None if value is None or value.producer() is None else _settled(value)
+            tensor = None if value is None or value.producer() is None else _folded(value)
             if value is None or tensor is None:
                 continue
             _replace(main, value, tensor)
 
 
 def _replace(main: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None:
-    """Has everything that reads a computed value read a constant instead."""
+    """Makes everything that reads a computed value read a constant instead."""
     kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
     constant = ir.Value(name=value.name, type=kind, shape=shape, const_value=tensor)
     value.replace_all_uses_with(constant)
@@ -45,17 +49,18 @@ def _replace(main: ir.Graph, value: ir.Value, tensor: ir.TensorProtocol) -> None
 
 
 def _decoded(node: ir.Node) -> ir.TensorProtocol | None:
-    """Returns the float weight that a DequantizeLinear of constant codes makes, None if its codes are computed."""
+    """Returns the float weight that a DequantizeLinear makes of constant codes, None if its codes are computed."""
     codes, value = node.inputs[0], node.outputs[0]
-    constants = [resolve(one) for one in node.inputs[1:] if one is not None]
-    if codes is None or codes.const_value is None or codes.is_graph_input() or not all(constants):
+    others = [one for one in node.inputs[1:] if one is not None]
+    constants = [constant for one in others if (constant := resolve(one))]
+    if codes is None or codes.const_value is None or codes.is_graph_input() or len(constants) < len(others):
         return None
-    stored, dtype = codes.const_value, value.dtype or ir.DataType.FLOAT
+    stored, dtype = codes.const_value, value.dtype or constants[0].dtype
     shape = tuple(int(size) for size in stored.shape.numpy())
     axis, block = (node.attributes.get_int(name, default) for name, default in (("axis", 1), ("block_size", 0)))
 
     def decode() -> np.ndarray:
-        scale, *zero = (_spread(one.array(), shape, axis or 0, block or 0) for one in constants if one is not None)
+        scale, *zero = (_spread(one.array(), shape, axis or 0, block or 0) for one in constants)
         out = stored.numpy().astype(np.float32)
         if zero:
             out -= zero[0]
@@ -75,13 +80,13 @@ def _spread(numbers: np.ndarray, shape: tuple[int, ...], axis: int, block: int) 
 
 
 def _unshaped(value: ir.Value | None) -> ir.Value | None:
-    """What a Reshape shows, as it does to an embedding that shares the codes of its head."""
+    """Returns the input of a Reshape, through which a table reads the codes of its head; any other value as it is."""
     node = None if value is None else value.producer()
     return node.inputs[0] if node is not None and node.op_type == "Reshape" else value
 
 
-def _settled(value: ir.Value) -> ir.TensorProtocol | None:
-    """The constant that a computed input is, None if it is not one that this package writes."""
+def _folded(value: ir.Value) -> ir.TensorProtocol | None:
+    """Returns the constant that a computed input amounts to, None if this package did not write it."""
     if found := planes_behind(value):
         stored, layout = found
         tensors = [plane.const_value for plane in stored if plane.const_value is not None]

@@ -1,8 +1,8 @@
-"""GatherBlockQuantized: the operator of ONNX Runtime that reads rows of 2, 4 and 8 bit tables as they are.
+"""GatherBlockQuantized: the operator of ONNX Runtime that looks up rows of 2, 4 and 8-bit tables.
 
-Its layout is that of MatMulNBits (com.microsoft, see ContribOperators.md of ONNX Runtime) with the codes of a row in
-one piece: a head tied to its embedding stores the codes once, and a Reshape, which the runtime carries out when it
-loads the model, shows them to both.
+Its layout is that of MatMulNBits (com.microsoft, see ContribOperators.md of ONNX Runtime), except that the codes of a
+row lie in one piece instead of in blocks. So a head that is tied to its embedding table shares its codes: they are
+stored once, and the table reads them through a Reshape, which the runtime folds when it loads the model.
 """
 
 from __future__ import annotations
@@ -30,13 +30,23 @@ from onnx_woq.targets.matmulnbits import (
 )
 
 __all__ = [
-    "BY_CHANNEL", "SHARES", "lower", "minimum_opset", "pack", "packed_from", "refusal", "runtime", "shapes", "share", "speed",
-]  # fmt: skip
+    "BY_CHANNEL",
+    "SHARES",
+    "lower",
+    "minimum_opset",
+    "pack",
+    "packed_from",
+    "refusal",
+    "runtime",
+    "shapes",
+    "share",
+    "speed",
+]
 
 SHARES = True
 
-_OLDEST = {2: (1, 27), 4: (1, 23), 8: (1, 23)}  # on uint8, each tried
-_RAGGED = (1, 27)  # before, zero points are silently wrong where those of a row do not fill whole bytes
+_OLDEST = {2: (1, 27), 4: (1, 23), 8: (1, 23)}  # the runtime with a kernel for uint8 codes of so many bits, each tried
+_RAGGED = (1, 27)  # older kernels read wrong zero points, silently, where those of a row do not fill whole bytes
 
 
 def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001 (every operator is asked alike)
@@ -52,7 +62,15 @@ def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001 
 
 @dataclass(frozen=True)
 class _Table:
-    """What a GatherBlockQuantized reads: codes [V, bytes], scales [V, blocks], zero points or none."""
+    """The constants that a GatherBlockQuantized reads.
+
+    Attributes:
+        codes: uint8 `[V, bytes]`.
+        scales: `[V, blocks]`.
+        zeros: uint8 `[V, bytes]`; None where all zero points are the middle of the range.
+        bits: bits of a stored code.
+        block: columns that share a scale.
+    """
 
     codes: ir.Value
     scales: ir.Value
@@ -62,22 +80,27 @@ class _Table:
 
     @property
     def columns(self) -> int:
-        """Of the rows it gives: whole blocks."""
+        """Returns the columns of a row that is looked up: those of whole blocks, at least D."""
         blocks = self.scales.shape[1] if self.scales.shape is not None else 0
         return int(blocks) * self.block  # type: ignore[arg-type]
 
 
 def lower(model: Model, embedding: Embedding, packed: Packed) -> None:
-    """Rewrites every Gather of a table as GatherBlockQuantized reading `packed`, the table as a weight `[D, V]`.
+    """Rewrites every Gather of a table as GatherBlockQuantized; nodes and outputs keep their names.
 
-    Nodes and outputs keep their names. The float table goes when nothing reads it any more.
+    The float table is removed once nothing reads it.
+
+    Args:
+        model: the model that holds the table.
+        embedding: the table `[V, D]`.
+        packed: the table as a weight `[D, V]`.
     """
     name = f"{embedding.weight_name}_Q{packed.width}_table"
     codes, scales, zeros = store(model, name, packed, embedding.dtype)
     if codes is None or scales is None:
         raise ValueError(f"{embedding.name!r} has no codes or no scales")
     stored = codes.const_value
-    if isinstance(stored, ir.Tensor):  # as the kernel reads them, but for the shape
+    if isinstance(stored, ir.Tensor):  # the bytes are in order already: only their shape is another
         codes.const_value = ir.Tensor(stored.raw, name=codes.name, shape=_flat(packed))
         codes.shape = _flat(packed)
     else:
@@ -86,12 +109,12 @@ def lower(model: Model, embedding: Embedding, packed: Packed) -> None:
 
 
 def share(model: Model, embedding: Embedding, input_scale: np.ndarray | None) -> None:
-    """Rewrites every Gather of a table as GatherBlockQuantized reading the codes of its head, which is lowered.
+    """Rewrites every Gather of a table as GatherBlockQuantized that reads the codes of its head.
 
     Args:
-        model: that both are in.
-        embedding: `shared`.
-        input_scale: [D] where the codes are those of `diag(input_scale) @ W` (AWQ): rows are then divided by it.
+        model: the model that holds both.
+        embedding: the table `[V, D]`, whose head is lowered already.
+        input_scale: `[D]` if the codes are those of `diag(input_scale) @ W` (AWQ): rows are then divided by it.
 
     Raises:
         ValueError: there is no head, or it is float still.
@@ -113,8 +136,8 @@ def _flat(packed: Packed) -> ir.Shape:
 
 
 def _rows(model: Model, codes: ir.Value, embedding: Embedding) -> ir.Value:
-    """Codes [V, blocks, bytes] as [V, bytes], by a node behind what makes them, or in front of everything else."""
-    graph = model.ir.graph  # also for nodes in bodies: sessions fold what they can only there
+    """Adds a Reshape of codes `[V, blocks, bytes]` to `[V, bytes]`, behind the node that makes them, if any does."""
+    graph = model.ir.graph  # also for a Gather in a body: sessions fold constants in the main graph only
     shape = add_initializer(graph, f"{codes.name}_flat", np.array([embedding.n, -1], np.int64))
     maker = codes.producer()
     rows = add_node("Reshape", [codes, shape], f"{codes.name}_rows", before=None if maker else graph[0], after=maker)
@@ -123,7 +146,7 @@ def _rows(model: Model, codes: ir.Value, embedding: Embedding) -> ir.Value:
 
 
 def _rewrite(model: Model, embedding: Embedding, table: _Table, input_scale: np.ndarray | None) -> None:
-    """Turns each Gather into GatherBlockQuantized, and adds the nodes behind it that make its rows what they were."""
+    """Turns each Gather into GatherBlockQuantized, and adds the Slice, Mul and Cast that its rows need behind it."""
     model.ir.opset_imports.setdefault(DOMAIN, 1)
     graph, dtype = model.ir.graph, table.scales.dtype
     inverse = None
@@ -136,7 +159,7 @@ def _rewrite(model: Model, embedding: Embedding, table: _Table, input_scale: np.
         cut = [add_initializer(graph, f"{embedding.name}_{k}", np.array([v], np.int64)) for k, v in ends.items()]
     for node in embedding.nodes:
         old, indices = node.inputs[:2]
-        # Each goes in right behind the node, so the last comes first.
+        # Each is inserted right behind the node, so the one that is to run last is inserted first.
         if dtype != embedding.dtype:
             insert_after(node, "Cast", [], "stored", to=embedding.dtype).type = ir.TensorType(dtype)  # type: ignore[arg-type]
         if inverse is not None:

@@ -1,4 +1,4 @@
-"""The bias of a Gemm, for operators that know a constant bias of the output channels only."""
+"""The bias of a Gemm, for operators that know only a constant bias `[N]`, one number for each output channel."""
 
 from __future__ import annotations
 
@@ -12,7 +12,14 @@ from onnx_woq.graph.io.model import Model
 
 
 def corrected_bias(model: Model, linear: Linear, bias: ir.Value | None, correction: np.ndarray) -> ir.Value:
-    """Adds a correction `[N]` to a constant bias `[N]`; returns the new bias."""
+    """Adds a correction to the constant bias of a linear; returns the new bias `[N]`.
+
+    Args:
+        model: the model that gets the new constant.
+        linear: the linear, which names it.
+        bias: `[N]`; None for none, which counts as zeros.
+        correction: float32 `[N]`.
+    """
     constant = None if bias is None else resolve(bias)
     array = correction if constant is None else correction + constant.array()
     dtype = ir.DataType.FLOAT if linear.dtype == ir.DataType.BFLOAT16 else linear.dtype
@@ -23,7 +30,10 @@ def corrected_bias(model: Model, linear: Linear, bias: ir.Value | None, correcti
 
 
 def split_bias(model: Model, linear: Linear) -> tuple[ir.Value | None, ir.Value | None]:
-    """Splits what a Gemm adds, `beta * C`: a constant bias `[N]`, or another value to add behind the product."""
+    """Returns what a Gemm adds to its product, `beta * C`, as a pair (constant bias `[N]`, value for an Add behind it).
+
+    At most one of them is not None; both are None for a MatMul. The Gemm itself stays as it is.
+    """
     c = linear.node.inputs[2] if linear.kind == "Gemm" and len(linear.node.inputs) > 2 else None
     attribute = linear.node.attributes.get("beta")
     beta = 1.0 if attribute is None else attribute.as_float()

@@ -1,9 +1,12 @@
-"""MatMulNBits: the operator of ONNX Runtime that multiplies by 2, 4 and 8 bit weights as they are.
+"""MatMulNBits: the operator of ONNX Runtime that multiplies by 2, 4 and 8-bit weights without decoding them first.
 
-Its CPU kernels take less than its schema says, and not all they take is fast; the constants below are what was tried.
-Other widths are stored in the next wider one and other groups in smaller blocks with repeated scales: same numbers.
-These codes are dense in the file where the model's opset allows it, and scales may be float16 there; the session
-that loads it makes of them what the kernels read (`onnx_woq.targets.bitplanes`, docs/storage.md).
+Its CPU kernels take less than its schema says, and are fast on only part of that; the constants below were tried. A
+code of another width is stored in the next wider one, its **container**, and a group of another size in several smaller
+**blocks** with the same scale: the values are the same.
+
+In the file, codes of 1, 3, 5, 6 and 7 bits are **dense**, without the gaps of their containers, if the model's opset
+allows it, and scales may be float16. The session that loads the file expands both to what the kernels read
+(`onnx_woq.targets.bitplanes`, docs/storage.md).
 """
 
 from __future__ import annotations
@@ -29,24 +32,33 @@ if TYPE_CHECKING:
 
 DOMAIN = "com.microsoft"
 BY_CHANNEL = True
-_BLOCKS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}  # those with a fast kernel
-_OLDEST = {2: (1, 24), 4: (1, 20), 8: (1, 22)}  # each tried with every group size, scheme, type and level
-_BODIES = (1, 29)  # before, int8 products with zero points in bodies are silently wrong: constants lie outside
+_BLOCKS = {
+    2: (32, 64, 128),
+    4: (16, 32, 64, 128, 256),
+    8: (16, 32, 64, 128, 256),
+}  # block sizes with a fast kernel, by bits of a code
+_OLDEST = {
+    2: (1, 24),
+    4: (1, 20),
+    8: (1, 22),
+}  # oldest runtime by bits, tried with every group size, scheme, type and level
+_BODIES = (1, 29)  # older ones silently compute wrong int8 products with zero points in bodies of If and Loop
 _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One weight `[K, N]` as MatMulNBits stores it; nothing but arrays and numbers, so it can be sent and kept.
+    """One weight `[K, N]` as MatMulNBits stores it.
 
     Attributes:
-        codes: uint8 [N, blocks, bytes per block]; or the arrays of `dense.planes_of`, a part of that as wide.
-        scales: float32 or float16 [N, blocks].
-        zeros: uint8 [N, bytes], None where all of them are the middle of the range.
-        k, n: of the weight.
-        bits: per stored code.
-        block: rows per block.
-        width: bits of the grid, at most `bits`; names carry it.
+        codes: uint8 `[N, blocks, bytes per block]`; of dense codes their planes, see `onnx_woq.targets.bitplanes`.
+        scales: float32 or float16 `[N, blocks]`.
+        zeros: uint8 `[N, bytes]`; None where all zero points are the middle of the range.
+        k: input channels.
+        n: output channels.
+        bits: bits of a container: 2, 4 or 8.
+        block: input channels of a block.
+        width: bits of a code, at most `bits`; names of initializers carry it.
     """
 
     codes: tuple[np.ndarray, ...]
@@ -60,16 +72,16 @@ class Packed:
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
-        """What there is to store, in the order of the operator's inputs."""
+        """Returns the arrays to store, in the order of the operator's inputs."""
         return (*self.codes, self.scales) if self.zeros is None else (*self.codes, self.scales, self.zeros)
 
     @property
     def dense(self) -> bool:
-        """Whether the codes are planes."""
+        """Tells whether the codes are planes, which a session has to expand."""
         return 8 * self.codes[0].shape[-1] != self.block * self.bits
 
     def with_arrays(self, arrays: Sequence[np.ndarray]) -> Packed:
-        """The same weight with other arrays, given as `arrays` gives them."""
+        """Returns the same weight with other arrays, given as `arrays` gives them."""
         count = len(self.codes)
         scales, *zeros = arrays[count:]
         return replace(self, codes=tuple(arrays[:count]), scales=scales, zeros=zeros[0] if zeros else None)
@@ -81,7 +93,7 @@ def minimum_runtime(bits: int, *, accuracy_level: int = 4, scale_dtype: type[np.
 
 
 def refusal(spec: Spec) -> str:
-    """Returns why MatMulNBits cannot hold weights of a number format, "" if it can."""
+    """Returns the reason why MatMulNBits cannot hold weights of a number format, "" if it can."""
     if spec.group_size != -1 and spec.group_size % 16:
         return (
             f"group_size={spec.group_size} is not for MatMulNBits: choose -1 (one group per output channel) "
@@ -92,18 +104,18 @@ def refusal(spec: Spec) -> str:
     return ""
 
 
-def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001 (every operator is asked alike)
-    """Returns 0: the operator is of a domain of its own."""
+def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001  (the signature is that of the protocol)
+    """Returns 0: the operator is not one of ONNX's own, so any opset will do."""
     return 0
 
 
 def speed(spec: Spec) -> Speed:  # noqa: ARG001
-    """Returns "native": every width is run by a kernel of 2, 4 or 8 bits."""
+    """Returns "native": a kernel of 2, 4 or 8 bits runs every width."""
     return "native"
 
 
 def runtime(node: ir.Node, *, in_body: bool) -> Version | None:
-    """Returns the oldest onnxruntime whose CPU kernels run a MatMulNBits of ours, None for any other node."""
+    """Returns the oldest onnxruntime whose CPU kernels run a MatMulNBits as `lower` writes it, None for other nodes."""
     if node.op_type != "MatMulNBits" or "accuracy_level" not in node.attributes:
         return None
     level = node.attributes["accuracy_level"].as_int()
@@ -113,16 +125,16 @@ def runtime(node: ir.Node, *, in_body: bool) -> Version | None:
 
 
 def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
-    """How a weight is stored: (bits per stored code, rows per block).
+    """Returns (bits of a container, input channels of a block) that a weight is stored with.
 
-    A block divides the group, so that every block has one scale. A native group size is its own block; otherwise the
-    block that takes the fewest bytes, the larger of equals. At 2 bits only blocks of 32, 64 and 128 have the int8
-    kernel; groups that are no multiple of 32 need blocks of 16 all the same.
+    A group size that a kernel knows is also the block. Any other group is cut into blocks of the size that takes the
+    fewest bytes, the larger of equals; a block lies within one group, so that it has one scale. At 2 bits only blocks
+    of 32, 64 and 128 have the int8 kernel; groups that are no multiple of 32 are cut into blocks of 16 all the same.
 
     Args:
-        bits: 1 to 8.
-        group_size: rows per scale, -1 for all.
-        k: input channels.
+        bits: bits of a code, 1 to 8.
+        group_size: input channels that share a scale, -1 for all.
+        k: input channels of the weight.
     """
     container = _container(bits)
     native = _BLOCKS[container]
@@ -139,7 +151,7 @@ def native_layout(bits: int, group_size: int, k: int) -> tuple[int, int]:
 
 
 def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
-    """Returns shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
+    """Returns the shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
     container, block = native_layout(spec.bits, spec.group_size, k)
     blocks = -(-k // block)
     byte = np.dtype(np.uint8)
@@ -151,7 +163,7 @@ def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
 
 
 def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storage: Storage) -> Packed:
-    """Returns the `Packed` that has these `arrays`, of the shapes that `shapes` gives."""
+    """Returns the packed weight `[k, n]` that has these arrays, whose shapes are those that `shapes` gives."""
     container, block = native_layout(spec.bits, spec.group_size, k)
     count = FORMS[spec.bits].planes if _is_dense(spec.bits, storage) else 1
     scales, *zeros = arrays[count:]
@@ -159,11 +171,11 @@ def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storag
 
 
 def pack(q: QuantizedTensor, storage: Storage) -> Packed:
-    """Lays `q` out as MatMulNBits stores it; codes take no more than their bits where the opset can expand them."""
+    """Lays a quantized weight out as MatMulNBits stores it, with dense codes if the opset can expand them."""
     k, n = q.codes.shape
     dense = _is_dense(q.bits, storage)
     container, block = native_layout(q.bits, q.group_size, k)
-    # Without zero points the kernel takes the middle of its own range, so symmetric codes move there.
+    # Without zero points the kernel takes the middle of the container for zero, so symmetric codes move there.
     shift = (1 << container - 1) - (1 << q.bits - 1) if q.symmetric and not dense else 0
     scales = spread(q.scales, k, q.group_size, block).T.astype(storage.scale_dtype, order="C")
     zeros = None if q.symmetric else pack_zeros(spread(q.zeros, k, q.group_size, block), container)
@@ -181,28 +193,28 @@ def pack(q: QuantizedTensor, storage: Storage) -> Packed:
 def lower(
     model: Model, group: LinearGroup, packed: Sequence[Packed], *, accuracy_level: int, bias: Sequence[np.ndarray] = ()
 ) -> list[ir.Value]:
-    """Rewrites every site of `tap` in place as MatMulNBits reading `packed`.
+    """Rewrites every linear of a group in place as MatMulNBits; nodes and outputs keep their names.
 
-    Nodes and outputs keep their names. Sites that share a weight share the new initializers. A Gemm's constant bias
-    becomes the bias input, together with what is to be added to the outputs; any other C becomes an Add. bfloat16,
-    which has no CPU kernel, is computed in float32 between Casts. Float weights go when nothing reads them any more.
+    Linears that read the same weight share the new initializers. A Gemm's constant bias becomes the bias input, any
+    other C becomes an Add. bfloat16 has no CPU kernel and is computed in float32 between two Casts. Float weights are
+    removed once nothing reads them.
 
     Args:
-        model: the model `tap` was found in.
-        tap: every site of it is rewritten.
+        model: the model that holds the group.
+        group: the linear group.
         packed: its distinct weights, in order.
         accuracy_level: 4 computes with int8 activations, 0 in float.
-        bias: float32 [n] for each weight, added to what it makes; none if empty.
+        bias: float32 `[n]` for each weight, added to its outputs; none if empty.
 
     Returns:
         The new initializers, weight by weight.
     """
     model.ir.opset_imports.setdefault(DOMAIN, 1)
     added: dict[int, tuple[ir.Value | None, ...]] = {}
-    places = group.weight_indices()  # before any weight goes
-    if max(places) + 1 != len(packed):
-        raise ValueError(f"{group.name!r} has {max(places) + 1} weights, not {len(packed)}")
-    for linear, index in zip(group.linears, places, strict=True):
+    indices = group.weight_indices()  # asked for before the first float weight is removed
+    if max(indices) + 1 != len(packed):
+        raise ValueError(f"{group.name!r} has {max(indices) + 1} weights, not {len(packed)}")
+    for linear, index in zip(group.linears, indices, strict=True):
         if index not in added:
             name = f"{linear.weight_name}_Q{packed[index].width}"
             added[index] = store(model, name, packed[index], linear.dtype)
@@ -211,12 +223,12 @@ def lower(
 
 
 def _is_dense(bits: int, storage: Storage) -> bool:
-    """Tells whether codes take no more than their bits in the file: the opset has what expands them at load."""
+    """Tells whether codes are stored without gaps: their width leaves some, and the opset can expand them at load."""
     return bits in FORMS and storage.opset >= OPSET
 
 
 def _container(bits: int) -> int:
-    """The width a code of `bits` bits is stored in."""
+    """Returns the bits of the container of a code."""
     return 2 if bits <= 2 else 4 if bits <= 4 else 8
 
 
@@ -234,19 +246,19 @@ def _is_half(scales: ir.Value | None) -> bool:
 
 
 def store(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> tuple[ir.Value | None, ...]:
-    """The inputs of MatMulNBits that describe a weight: codes, scales, zero points or None; the codes get the name.
+    """Adds a weight to the main graph; returns codes, scales, and zero points or None, the inputs of MatMulNBits.
 
-    What has to be made of the stored arrays first is made in front of everything else, where sessions fold it. If one
-    does not, codes must be computed where scales are: the int8 kernel takes scales only together with constant codes,
-    and silently computes nonsense when it has got the one without the other.
+    Dense codes are expanded, and float16 scales cast, by nodes in front of all others, which sessions fold into
+    constants. In a session that folds nothing, codes must be computed wherever scales are: the int8 kernel packs scales
+    together with constant codes, and silently computes nonsense when only one of the two is constant.
 
     Args:
-        model: the model.
-        name: of the codes.
+        model: the model that gets the weight.
+        name: the name of the codes; the names of the other arrays begin with it.
         packed: the weight.
-        dtype: of the activation; scales that are float16 beside another one are cast.
+        dtype: the type of the activation; float16 scales are cast if it is another one.
     """
-    graph = model.ir.graph  # also for sites in bodies: sessions take large tensors from outside only there
+    graph = model.ir.graph  # also for a linear in a body: sessions read external data in the main graph only
     cast = packed.scales.dtype == np.float16 and dtype != ir.DataType.FLOAT16
     if packed.dense:
         codes = add_expansion(graph, name, packed.codes, layout_of(packed.width, symmetric=packed.zeros is None))
@@ -272,7 +284,10 @@ def multiply(
     stored: Sequence[ir.Value | None],
     accuracy_level: int,
 ) -> ir.Value:
-    """Adds a MatMulNBits of an activation with a stored weight in front of a node, whose type its output has."""
+    """Adds a MatMulNBits of an activation `[..., K]` with a stored weight `[K, N]`; returns its output.
+
+    It is added in front of the node `before`, whose output has the same type.
+    """
     graph = graph_of(before)
     out = ir.Value(name=fresh_name(graph, name), type=before.outputs[0].type)
     inputs = [activation, *stored]
@@ -285,7 +300,7 @@ def multiply(
 
 
 def _attributes(packed: Packed, accuracy_level: int) -> dict[str, int]:
-    """The attributes of a MatMulNBits node that multiplies by `packed`."""
+    """Returns the attributes of a MatMulNBits node that multiplies by a packed weight."""
     shape = {"K": packed.k, "N": packed.n, "bits": packed.bits, "block_size": packed.block}
     return shape | {"accuracy_level": accuracy_level}
 
@@ -298,7 +313,7 @@ def _rewrite(
     accuracy_level: int,
     correction: np.ndarray | None,
 ) -> None:
-    """Turns one node into MatMulNBits, and adds the nodes around it for what the float one did itself."""
+    """Turns one node into MatMulNBits, and adds nodes around it for what MatMulNBits does not do itself."""
     node = linear.node
     old = list(node.inputs)
     activation = old[0]
@@ -307,7 +322,7 @@ def _rewrite(
         bias = corrected_bias(model, linear, bias, correction)
     if addend is not None:
         insert_after(node, "Add", [addend], "product")
-    if linear.dtype == ir.DataType.BFLOAT16:  # after the Add, so that it comes before it in the graph
+    if linear.dtype == ir.DataType.BFLOAT16:  # the Cast is inserted after the Add, so that it runs before it
         activation = add_node("Cast", [activation], f"{linear.name}_input", before=node, to=ir.DataType.FLOAT)
         product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
         product.type = ir.TensorType(ir.DataType.FLOAT)

@@ -1,26 +1,26 @@
-"""The byte layout of MatMulNBits (com.microsoft, see ContribOperators.md of ONNX Runtime)."""
+"""Packing of codes and zero points into the bytes of MatMulNBits (see ContribOperators.md of ONNX Runtime)."""
 
 from __future__ import annotations
 
 import numpy as np
 
-_ROWS, _COLUMNS = 1024, 512  # a tile of codes and what is made of it stay in the cache
-# What two words of so many bits fit in.
+_ROWS, _COLUMNS = 1024, 512  # a tile of codes, and the words made of it, stay in the processor's cache
+# The type that holds two words of so many bits.
 _WORDS: dict[int, np.dtype] = {8: np.dtype("<u2"), 16: np.dtype("<u4"), 32: np.dtype("<u8")}
 _WORD_BITS = 64
 
 
 def pack_codes(codes: np.ndarray, bits: int, block: int, shift: int = 0) -> np.ndarray:
-    """Packs codes along K, lowest bits first, each output channel in a row.
+    """Packs codes along K, lowest bits first; each output channel becomes a row of blocks.
 
-    Turning rows into columns a byte at a time is what would take the time. So neighbouring rows are joined two by two
-    until a word holds 64 bits of one channel, and words are turned.
+    Transposing byte by byte would take most of the time. So neighbouring rows are joined two by two until a word holds
+    64 bits of one output channel, and words are transposed instead.
 
     Args:
         codes: uint8 `[K, N]`.
-        bits: 2, 4 or 8 per code.
-        block: rows per scale; K is padded with zeros to whole blocks.
-        shift: added to every code.
+        bits: bits of a code: 2, 4 or 8.
+        block: input channels of a block; K is padded with zeros to whole blocks.
+        shift: a number that is added to every code.
 
     Returns:
         uint8 `[N, ceil(K / block), block * bits / 8]`.
@@ -43,7 +43,7 @@ def pack_codes(codes: np.ndarray, bits: int, block: int, shift: int = 0) -> np.n
 
 
 def _joined(tile: np.ndarray, bits: int) -> np.ndarray:
-    """Rows of `bits` bits joined into words, the first row lowest: uint64 `[rows * bits / 64, columns]`."""
+    """Returns rows of `bits` bits joined into words, the first row lowest: uint64 `[rows * bits / 64, columns]`."""
     while bits < _WORD_BITS:
         wider = _WORDS.get(bits, tile.dtype)
         high = tile[1::2].astype(wider)
@@ -54,7 +54,7 @@ def _joined(tile: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
-    """Packs zero points `[blocks, N]`, lowest bits first, each channel's row padded to whole bytes.
+    """Packs zero points `[blocks, N]`, lowest bits first; each output channel is padded to whole bytes.
 
     Returns:
         uint8 `[N, ceil(blocks * bits / 8)]`.
@@ -64,7 +64,7 @@ def pack_zeros(zeros: np.ndarray, bits: int) -> np.ndarray:
 
 
 def spread(per_group: np.ndarray, k: int, group_size: int, block: int) -> np.ndarray:
-    """Repeats values per group `[G, N]` for the blocks that make up each group: `[ceil(k / block), N]`."""
+    """Returns values per group `[G, N]` repeated for each block of the group: `[ceil(k / block), N]`."""
     if group_size == block:
         return per_group
     return per_group[np.arange(-(-k // block)) * block // group_size]

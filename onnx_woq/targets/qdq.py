@@ -1,11 +1,11 @@
-"""QDQ: a DequantizeLinear in front of the MatMul or Gemm, ONNX's own operators and nothing else.
+"""QDQ: a DequantizeLinear in front of each MatMul or Gemm, so that a model has ONNX's own operators only.
 
-A session that optimizes its graph makes MatMulNBits of most of them (docs/qdq.md has what it fuses and how fast each form
-is): of weights `[K, N]` with blocks of 16, 32, 64, 128 or 256 input channels, or with one scale for each output channel.
-Any other group size, and groups of output channels, are right and slow: the weight is decoded at every inference.
+A session that optimizes its graph fuses most of them to MatMulNBits: weights `[K, N]` with blocks of 16, 32, 64, 128 or
+256 input channels, or with one scale for each output channel. Other group sizes and groups of output channels give the
+same values but slowly, since the weight is decoded at every inference. docs/qdq.md lists what is fused, and its speed.
 
-Codes are int2, int4 or int8 where the grid is symmetric, which needs no zero points then, and uint2, uint4 or uint8
-otherwise; other widths are stored in the next wider type.
+Symmetric codes are int2, int4 or int8 and have no zero points; asymmetric ones are uint2, uint4 or uint8. A code of
+another width is stored in the next wider type.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 BY_CHANNEL = False
 
-_FUSED = (256, 128, 64, 32, 16)  # rows of a block that sessions fuse; larger ones were computed wrong before 1.27
+_FUSED = (256, 128, 64, 32, 16)  # block sizes that sessions fuse; larger ones were computed wrong before 1.27
 _TYPES = {(bits, signed): ir.DataType[f"{'' if signed else 'U'}INT{bits}"] for bits in (2, 4, 8) for signed in (0, 1)}
 _OPSETS = {2: 25, 4: 21}
-_BLOCKED, _HALF_SCALES, _PER_CHANNEL = 21, 19, 13  # opsets
+_BLOCKED, _HALF_SCALES, _PER_CHANNEL = 21, 19, 13  # the first opsets of DequantizeLinear with each
 _OLDEST: dict[int, Version] = {2: (1, 24), 4: (1, 19), 8: (1, 19)}
 
 
@@ -42,14 +42,16 @@ class Packed:
     """One weight `[K, N]` as DequantizeLinear reads it.
 
     Attributes:
-        codes: uint8, `[K, N]` row after row, lowest bits first, the last byte padded; int8 or uint8 `[K, N]` at 8 bits.
-        scales: float32 or float16; `[blocks, N]`, `[K, blocks]` for groups of output channels, or one for each channel.
-        zeros: uint8, packed as the codes are; None where the codes are signed.
-        k, n: of the weight.
-        bits: of a stored code.
-        axis: along which the weight is divided into blocks; with one scale for each channel, that of the channels.
+        codes: int8 or uint8 `[K, N]` at 8 bits; else uint8, row after row, lowest bits first, the last byte padded.
+        scales: float32 or float16 `[blocks, N]`, or `[K, blocks]` for groups of output channels; one-dimensional with
+            one scale for each channel.
+        zeros: uint8, packed like the codes; None where the codes are signed.
+        k: input channels.
+        n: output channels.
+        bits: bits of a stored code: 2, 4 or 8.
+        axis: the axis of the weight that is divided into blocks; with one scale for each channel, that of the channels.
         block: channels of a block; 0 for one scale for each channel.
-        width: bits of the grid, at most `bits`; names carry it.
+        width: bits of a code of the number format, at most `bits`; names of initializers carry it.
     """
 
     codes: np.ndarray
@@ -73,25 +75,25 @@ class Packed:
         return replace(self, codes=codes, scales=scales, zeros=zeros[0] if zeros else None)
 
     def tensors(self) -> list[ir.TensorProtocol]:
-        """Returns codes, scales and perhaps zero points as tensors; those of one array lie at one place of a file."""
+        """Returns codes, scales and perhaps zero points as tensors; tensors of one array are written to a file once."""
         dtype = _TYPES[self.bits, self.zeros is None]
         found = [_tensor(self.codes, dtype, (self.k, self.n)), ir.Tensor(self.scales)]
         return found if self.zeros is None else [*found, _tensor(self.zeros, dtype, self.scales.shape)]
 
 
-def refusal(spec: Spec) -> str:  # noqa: ARG001 (every operator is asked alike)
-    """Returns "": any integer grid can be held."""
+def refusal(spec: Spec) -> str:  # noqa: ARG001  (the signature is that of the protocol)
+    """Returns "": DequantizeLinear can hold every number format."""
     return ""
 
 
 def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:
-    """Returns the oldest opset whose DequantizeLinear has the type of the codes and of the scales, and blocks."""
+    """Returns the lowest opset whose DequantizeLinear has the types of codes and scales, and blocks if need be."""
     whole = _HALF_SCALES if scale_dtype is np.float16 else _PER_CHANNEL
     return _OPSETS.get(container(spec.bits), whole if spec.group_size == -1 else _BLOCKED)
 
 
 def speed(spec: Spec) -> Speed:
-    """Returns "native" for what sessions fuse to MatMulNBits, "slow" for all else."""
+    """Returns "native" for formats that sessions fuse to MatMulNBits, "slow" for all others."""
     fused = spec.group_size == -1 or any(spec.group_size % block == 0 for block in _FUSED)
     return "native" if fused and spec.group_dim == 1 else "slow"
 
@@ -107,7 +109,7 @@ def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
 
 
 def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
-    """Returns shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
+    """Returns the shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
     bits = _width(spec.bits, n)
     axis, block = _layout(spec.group_size, spec.group_dim, k, n)
     blocks = -(-(k, n)[axis] // block) if block else 0
@@ -117,14 +119,14 @@ def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
 
 
 def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storage: Storage) -> Packed:  # noqa: ARG001
-    """Returns the `Packed` that has these `arrays`, of the shapes that `shapes` gives."""
+    """Returns the packed weight `[k, n]` that has these arrays, whose shapes are those that `shapes` gives."""
     codes, scales, *zeros = arrays
     axis, block = _layout(spec.group_size, spec.group_dim, k, n)
     return Packed(codes, scales, zeros[0] if zeros else None, k, n, _width(spec.bits, n), axis, block, spec.bits)
 
 
 def pack(q: QuantizedTensor, storage: Storage) -> Packed:
-    """Lays `q` out as DequantizeLinear reads it; scales of a group are repeated where its blocks are smaller."""
+    """Lays a quantized weight out as DequantizeLinear reads it; a group of several blocks has its scale repeated."""
     k, n = q.codes.shape
     bits = _width(q.bits, n)
     axis, block = _layout(q.group_size, q.group_dim, k, n)
@@ -135,7 +137,7 @@ def pack(q: QuantizedTensor, storage: Storage) -> Packed:
     else:
         scales, zeros = scales.reshape(-1), zeros.reshape(-1)
     codes = q.codes
-    if q.symmetric:  # two's complement
+    if q.symmetric:  # signed codes in two's complement, cut to their bits
         codes = codes - np.uint8(1 << q.bits - 1) & np.uint8((1 << bits) - 1)
     stored = _stored(codes, bits, signed=q.symmetric)
     scales = np.ascontiguousarray(scales, storage.scale_dtype)
@@ -151,18 +153,19 @@ def lower(
     accuracy_level: int,  # noqa: ARG001 (a session decides it)
     bias: Sequence[np.ndarray] = (),
 ) -> None:
-    """Puts a DequantizeLinear in front of every linear of `group`; the nodes stay MatMul and Gemm.
+    """Puts a DequantizeLinear in front of every linear of a group; the nodes stay MatMul and Gemm.
 
-    Each linear has a DequantizeLinear of its own, and names of its own for the tensors, which lie at one place of the
-    data file: sessions fuse nothing that is shared. For a linear in a body it stands in the main graph, since sessions
-    take large tensors from outside only there; it is then not fused.
+    Sessions fuse nothing that is shared. So each linear has a DequantizeLinear of its own, with tensors under names of
+    its own, even where the weight is the same; its bytes are in the data file once. For a linear in the body of an If
+    or Loop, the DequantizeLinear stands in the main graph, since sessions read external data only there, and is not
+    fused.
 
     Args:
         model: the model that holds the group.
-        group: every linear of it is rewritten.
+        group: the linear group.
         packed: its distinct weights, in order.
         accuracy_level: not used: a session decides it (`session.qdq_matmulnbits_accuracy_level`, 4 by default).
-        bias: float32 [n] for each weight, added to its outputs; none if empty.
+        bias: float32 `[n]` for each weight, added to its outputs; none if empty.
     """
     for linear, index in list(zip(group.linears, group.weight_indices(), strict=True)):
         before = linear.node if linear.node.graph is model.ir.graph else model.ir.graph[0]
@@ -172,7 +175,7 @@ def lower(
 
 
 def store(model: Model, name: str, packed: Packed, dtype: ir.DataType) -> tuple[ir.Value | None, ...]:
-    """Adds a weight to the main graph and a DequantizeLinear in front of everything else; returns its output."""
+    """Adds a weight to the main graph, with a DequantizeLinear in front of all other nodes; returns its output."""
     return (_dequantized(model, model.ir.graph[0], name, packed, dtype),)
 
 
@@ -180,11 +183,14 @@ def multiply(
     before: ir.Node,
     activation: ir.Value | None,
     name: str,
-    packed: Packed,  # noqa: ARG001 (every operator is asked alike)
+    packed: Packed,  # noqa: ARG001  (the signature is that of the protocol)
     stored: Sequence[ir.Value | None],
     accuracy_level: int,  # noqa: ARG001
 ) -> ir.Value:
-    """Adds a MatMul of an activation with a stored weight in front of a node, whose type its output has."""
+    """Adds a MatMul of an activation `[..., K]` with a stored weight `[K, N]`; returns its output.
+
+    It is added in front of the node `before`, whose output has the same type.
+    """
     product = add_node("MatMul", [activation, *stored], name, before=before)
     product.type = before.outputs[0].type
     return product
@@ -196,9 +202,10 @@ def container(bits: int) -> int:
 
 
 def _width(bits: int, n: int) -> int:
-    """Returns the width of the type that codes of a weight with `n` output channels are stored in.
+    """Returns the bits of the type that codes of a weight with `n` output channels are stored in.
 
-    Sessions fuse 2-bit rows that do not fill whole bytes to a product of wrong numbers (1.25 to 1.32): they get 4 bits.
+    Rows of 2-bit codes that do not fill whole bytes get 4 bits: onnxruntime 1.25 to 1.32 fuses them to a product of
+    wrong numbers.
     """
     return 4 if bits <= 2 and n % 4 else container(bits)
 
@@ -207,8 +214,8 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
     """Packs codes as ONNX does: row after row, lowest bits first, the last byte padded with zeros.
 
     Args:
-        codes: uint8, of any shape.
-        bits: 2, 4 or 8 of each.
+        codes: uint8 of any shape.
+        bits: bits of a code: 2, 4 or 8.
 
     Returns:
         uint8 `[ceil(codes.size * bits / 8)]`.
@@ -223,21 +230,24 @@ def pack_bits(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _bits_shape(shape: Sequence[int], bits: int, *, signed: bool) -> tuple[tuple[int, ...], np.dtype]:
-    """Returns shape and type of the array that holds numbers of a shape, `bits` bits each."""
+    """Returns the shape and type of the array that stores an array of `bits`-bit numbers."""
     if bits == 8:
         return tuple(shape), np.dtype(np.int8 if signed else np.uint8)
     return (-(-math.prod(shape) * bits // 8),), np.dtype(np.uint8)
 
 
 def _stored(numbers: np.ndarray, bits: int, *, signed: bool) -> np.ndarray:
-    """Returns the array of `_bits_shape` that holds numbers `uint8`, in two's complement where signed."""
+    """Returns uint8 numbers packed into the array that `_bits_shape` describes; signed ones are in two's complement."""
     if bits == 8:
         return np.ascontiguousarray(numbers, np.uint8).view(np.int8 if signed else np.uint8)
     return pack_bits(numbers, bits)
 
 
 def _layout(group_size: int, group_dim: int, k: int, n: int) -> tuple[int, int]:
-    """Returns (axis, block) of a weight `[k, n]`, see `Packed`: of the blocks that divide a group the largest fused."""
+    """Returns (axis, block) of a weight `[k, n]`, see `Packed`.
+
+    The block is the largest that sessions fuse and that divides a group; the group itself if none does.
+    """
     axis, channels = (0, k) if group_dim == 1 else (1, n)
     if group_size == -1 or group_size >= channels:
         return 1 - axis, 0
@@ -253,9 +263,9 @@ def _tensor(array: np.ndarray, dtype: ir.DataType, shape: Sequence[int]) -> ir.T
 
 
 def _dequantized(model: Model, before: ir.Node, name: str, packed: Packed, dtype: ir.DataType) -> ir.Value:
-    """Adds the tensors of a weight and the DequantizeLinear that reads them; returns the weight [K, N].
+    """Adds the tensors of a weight and the DequantizeLinear that reads them; returns the float weight `[K, N]`.
 
-    bfloat16, which no CPU kernel multiplies, is computed in float32.
+    For a bfloat16 activation, which no CPU kernel multiplies, it is float32.
     """
     graph = model.ir.graph
     codes, scales, *zeros = packed.tensors()
@@ -263,7 +273,7 @@ def _dequantized(model: Model, before: ir.Node, name: str, packed: Packed, dtype
     scale = add_constant(graph, f"{stored.name}_scales", scales)
     inputs = [stored, scale, *(add_constant(graph, f"{stored.name}_zero_points", zero) for zero in zeros)]
     wanted = ir.DataType.FLOAT if dtype == ir.DataType.BFLOAT16 else dtype
-    if scale.dtype != wanted:  # half scales: sessions fold the Cast before they fuse
+    if scale.dtype != wanted:  # float16 scales: sessions fold this Cast before they fuse the product
         inputs[1] = add_node("Cast", [scale], f"{stored.name}_wide", before=before, to=wanted)
         inputs[1].type, inputs[1].shape = ir.TensorType(wanted), scale.shape
     attributes: dict[str, Any] = {"axis": packed.axis} | ({"block_size": packed.block} if packed.block else {})
@@ -273,7 +283,7 @@ def _dequantized(model: Model, before: ir.Node, name: str, packed: Packed, dtype
 
 
 def _rewrite(model: Model, linear: Linear, weight: ir.Value, correction: np.ndarray | None) -> None:
-    """Lets a linear read its new weight `[K, N]`, and adds the nodes around it that it needs for that."""
+    """Makes a linear read its new weight `[K, N]`, and adds Casts and an Add around it where it needs them."""
     node, half = linear.node, linear.dtype == ir.DataType.BFLOAT16
     old = node.inputs[1]
     if linear.kind == "Gemm":
@@ -286,7 +296,7 @@ def _rewrite(model: Model, linear: Linear, weight: ir.Value, correction: np.ndar
         if half:
             bias = _cast(bias, ir.DataType.BFLOAT16, node)
         insert_after(node, "Add", [bias], "uncorrected", label="correction")
-    if half:  # after the Add, so that it comes before it in the graph
+    if half:  # the Cast is inserted after the Add, so that it runs before it
         activation = add_node("Cast", [node.inputs[0]], f"{linear.name}_input", before=node, to=ir.DataType.FLOAT)
         node.replace_input_with(0, activation)
         product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
@@ -296,7 +306,7 @@ def _rewrite(model: Model, linear: Linear, weight: ir.Value, correction: np.ndar
 
 
 def _move_bias(model: Model, linear: Linear, correction: np.ndarray | None) -> None:
-    """Makes the bias of a Gemm a constant in the type it computes in, and adds all else behind it."""
+    """Makes the bias of a Gemm a constant in the type it computes in, and turns any other C into an Add behind it."""
     node = linear.node
     old = node.inputs[2] if len(node.inputs) > 2 else None
     bias, addend = split_bias(model, linear)

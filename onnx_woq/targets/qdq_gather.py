@@ -1,9 +1,9 @@
-"""QDQ for embeddings: rows of codes are gathered and dequantized, by ONNX's own operators.
+"""QDQ for embedding tables: ONNX's own operators gather rows of codes and dequantize them.
 
-A DequantizeLinear in front of a Gather decodes the whole table for every row (docs/qdq.md); behind it, it is exact and
-nearly as fast as GatherBlockQuantized. No Gather knows types below 8 bits, so that codes of 2 and 4 bits lie together in
-bytes: of a row of D codes, byte j holds codes j, j + D/4, … (2 bits) or j and j + D/2 (4 bits), lowest bits first, and
-bitwise operators take them apart.
+In front of a Gather, a DequantizeLinear would decode the whole table for every row (docs/qdq.md). Behind it, the values
+are the same, and it is nearly as fast as GatherBlockQuantized. Gather knows no types below 8 bits, so several codes of
+2 or 4 bits are packed into a byte and bitwise operators unpack them: of a row of D codes, byte j holds codes j,
+j + D/4, j + D/2, … at 2 bits, or j and j + D/2 at 4 bits, lowest bits first.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 BY_CHANNEL = True
 SHARES = False
 
-_OPSET = 21  # DequantizeLinear in blocks
+_OPSET = 21  # the first whose DequantizeLinear has blocks
 
 
 @dataclass(frozen=True)
 class Packed:
-    """One table `[V, D]`, the weight `[K = D, N = V]`.
+    """One table `[V, D]`, which is the weight `[K = D, N = V]`.
 
     Attributes:
         codes: uint8 `[V, bytes]`.
         scales: float32 or float16 `[V, G]`.
-        zeros: uint8 `[V, G]`; None where all of them are the middle of the grid.
+        zeros: uint8 `[V, G]`; None where all zero points are the middle of the range.
         columns: D.
-        bits: of a stored code.
+        bits: bits of a stored code: 2, 4 or 8.
         block: columns that share a scale.
-        width: bits of the grid, at most `bits`.
+        width: bits of a code of the number format, at most `bits`; names of initializers carry it.
     """
 
     codes: np.ndarray
@@ -65,14 +65,14 @@ class Packed:
 
 
 def refusal(spec: Spec) -> str:
-    """Returns why a table cannot be held on a grid, "" if it can."""
+    """Returns the reason why a table cannot have a number format, "" if it can."""
     if spec.group_dim != 1:
         return "group_dim=0 is not for embeddings: a row that is looked up needs scales of its own"
     return ""
 
 
-def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001 (every operator is asked alike)
-    """Returns the opset whose DequantizeLinear has blocks."""
+def minimum_opset(spec: Spec, scale_dtype: type[np.floating]) -> int:  # noqa: ARG001  (the signature is that of the protocol)
+    """Returns 21, the first opset whose DequantizeLinear has blocks."""
     return _OPSET
 
 
@@ -88,7 +88,7 @@ def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
 
 
 def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
-    """Returns shape and type of each of `Packed.arrays` for a table `[n, k]`, known before it is solved."""
+    """Returns the shape and type of each of `Packed.arrays` for a table `[n, k]`, known before it is solved."""
     groups = -(-k // spec.resolved_group(k))
     byte = np.dtype(np.uint8)
     stored = (((n, -(-k // _per_byte(spec.bits))), byte), ((n, groups), np.dtype(storage.scale_dtype)))
@@ -96,14 +96,14 @@ def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
 
 
 def packed_from(arrays: Sequence[np.ndarray], k: int, n: int, spec: Spec, storage: Storage) -> Packed:  # noqa: ARG001
-    """Returns the `Packed` that has these `arrays`, of the shapes that `shapes` gives."""
+    """Returns the packed table `[n, k]` that has these arrays, whose shapes are those that `shapes` gives."""
     codes, scales, *zeros = arrays
     block = spec.resolved_group(k)
     return Packed(codes, scales, zeros[0] if zeros else None, k, container(spec.bits), block, spec.bits)
 
 
 def pack(q: QuantizedTensor, storage: Storage) -> Packed:
-    """Lays the codes `[D, V]` of a table out row by row."""
+    """Lays the codes `[D, V]` of a table out row by row, several to a byte where they are narrow."""
     k, n = q.codes.shape
     bits, per = container(q.bits), _per_byte(q.bits)
     part = -(-k // per)
@@ -119,7 +119,7 @@ def pack(q: QuantizedTensor, storage: Storage) -> Packed:
 
 def lower(model: Model, embedding: Embedding, packed: Packed) -> None:
     """Rewrites every Gather of a table as a DequantizeLinear of gathered codes; nodes and outputs keep their names."""
-    graph = model.ir.graph  # also for nodes in bodies: sessions take large tensors from outside only there
+    graph = model.ir.graph  # also for a Gather in a body: sessions read external data in the main graph only
     codes = add_initializer(graph, f"{embedding.weight_name}_Q{packed.width}_table", packed.codes)
     scales = add_initializer(graph, f"{codes.name}_scales", packed.scales)
     zeros = None if packed.zeros is None else add_initializer(graph, f"{codes.name}_zero_points", packed.zeros)
@@ -145,33 +145,43 @@ def lower(model: Model, embedding: Embedding, packed: Packed) -> None:
 
 
 def share(model: Model, embedding: Embedding, input_scale: np.ndarray | None) -> None:  # noqa: ARG001
-    """Refuses: a product that sessions fuse cannot read the codes of its table."""
+    """Raises an error: a product that sessions fuse cannot read the codes of its table.
+
+    Raises:
+        ValueError: always.
+    """
     raise ValueError(f"{embedding.name!r} cannot share codes with its head under QDQ")
 
 
 @dataclass(frozen=True)
 class _Gather:
-    """Nodes in front of a Gather that look rows up as it does."""
+    """A Gather that is being rewritten.
+
+    Attributes:
+        node: the node, in front of which others are added.
+        indices: the rows that it looks up.
+        name: the beginning of the names of added nodes.
+    """
 
     node: ir.Node
     indices: ir.Value | None
     name: str
 
     def rows(self, table: ir.Value, suffix: str) -> ir.Value:
-        """Adds a Gather of the rows of another table."""
+        """Adds a Gather of the same rows of another table; returns them."""
         rows = add_node("Gather", [table, self.indices], f"{self.name}_{suffix}", before=self.node, axis=0)
         rows.type = ir.TensorType(table.dtype or ir.DataType.UINT8)
         return rows
 
     def middle(self, scales: ir.Value, bits: int) -> ir.Value:
-        """Adds zero points for gathered scales: the middle of a grid of so many bits."""
+        """Adds a zero point for each gathered scale, the middle of the range of `bits` bits; returns them."""
         shape = add_node("Shape", [scales], f"{self.name}_shape", before=self.node)
         half = ir.Tensor(np.array([1 << bits - 1], np.uint8))
         return add_node("ConstantOfShape", [shape], f"{self.name}_zero_points", before=self.node, value=half)
 
 
 def _codes(gather: _Gather, model: Model, codes: ir.Value, packed: Packed) -> ir.Value:
-    """Adds what makes uint8 codes [..., D] of the bytes of rows."""
+    """Adds the nodes that look up rows of bytes and unpack them; returns uint8 codes `[..., D]`."""
     rows = gather.rows(codes, "codes")
     per = _per_byte(packed.width)
     if per == 1:

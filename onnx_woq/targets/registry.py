@@ -1,4 +1,4 @@
-"""The targets by name."""
+"""The registry of targets: every target by name, and the choice of one for a weight."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ AUTO = "auto"
 
 
 def choose(name: str, spec: Spec, kind: str) -> str:
-    """Returns the target of a weight.
+    """Returns the name of the target that a weight is written with.
 
     Args:
-        name: of a target, or `AUTO`.
+        name: the target that the recipe names, or `AUTO`.
         spec: the number format of the weight.
         kind: "linear" or "embedding".
 

@@ -21,22 +21,22 @@ STAGES = (8, 32, 128)
 
 RESAMPLES = 2000
 SURE = 0.95
-"""How sure a statement must be, of a model against a limit."""
+"""Confidence that a statement about a model against a limit must have."""
 
 CLEARLY = 0.99
-"""How sure a model must be worse than another for it to drop out: there are many comparisons, and no way back."""
+"""Confidence that a model is worse than another, for it to drop out: comparisons are many, and there is no way back."""
 
 SEED = 2026
 
 
 def estimate(pairs: NDArray[Any]) -> float:
-    """`Σ num / Σ den` of pairs [S, 2]; NaN where there is nothing to divide by."""
+    """Returns `Σ num / Σ den` of pairs [S, 2], NaN if there is nothing to divide by."""
     num, den = np.asarray(pairs, np.float64).reshape(-1, 2).sum(axis=0)
     return float(num / den) if den else float("nan")
 
 
 def resampled(pairs: NDArray[Any]) -> F64:
-    """The estimates [RESAMPLES] of as many draws of S sequences, with replacement, from pairs [S, 2].
+    """Returns the estimates [RESAMPLES] of as many draws of S sequences, with replacement, from pairs [S, 2].
 
     Equal numbers of sequences are drawn alike: differences between the results of two models are paired.
     """
@@ -48,12 +48,12 @@ def resampled(pairs: NDArray[Any]) -> F64:
 
 
 def standard_error(pairs: NDArray[Any]) -> float | None:
-    """Of the estimate, over sequences; None for fewer than two."""
+    """Returns the standard error of the estimate over sequences, None for fewer than two."""
     return float(resampled(pairs).std(ddof=1)) if len(pairs) > 1 else None
 
 
 def side(pairs: NDArray[Any], limit: float) -> Side:
-    """Whether the estimate is at most `limit`, or above it, as sure as `SURE`.
+    """Tells on which side of `limit` the estimate is, as sure as `SURE`.
 
     A single sequence says nothing of how sure it is: its estimate decides.
     """
@@ -63,7 +63,7 @@ def side(pairs: NDArray[Any], limit: float) -> Side:
 
 
 def worse(pairs: NDArray[Any], other: NDArray[Any]) -> Side:
-    """Where the estimate lies beside that of another model on the sequences that both have seen, first in both.
+    """Compares a model with another one on the sequences that both have seen, the first in both.
 
     "above" says that it is clearly worse, "below" clearly better, each as sure as `CLEARLY`.
     """

@@ -1,4 +1,4 @@
-"""What a mix can be made for, and whether there is such a one."""
+"""The budget of a mix: bits per weight, bytes, nats per token, or loss of a metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["bpw", "size", "kl", "loss", "pareto"]
 
 @dataclass(frozen=True)
 class Budget:
-    """What a mix is made for: bits per weight, bytes of the files, nats per token, loss of a metric; or all of them."""
+    """The budget that a mix is made for: bits per weight, bytes of files, nats per token, loss of a metric; or all."""
 
     kind: Kind
     value: float = math.nan

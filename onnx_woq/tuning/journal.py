@@ -22,7 +22,7 @@ def append(path: Path, entry: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The last entry of every key; lines cut short by a kill are skipped with a warning."""
+    """Returns the last entry of every key; lines cut short by a kill are skipped with a warning."""
     entries: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return entries

@@ -1,7 +1,7 @@
-"""How a tuning trial is judged: by the user's own evaluation, or by divergence from the float model.
+"""The judge of tuning trials: the user's own evaluation, or the divergence from the float model.
 
-The built-in judge is a race (`onnx_woq.tuning.bootstrap`): every model is seen on the same samples, few where that is clear,
-more where it is close; what stays too close to call is called undecided.
+The built-in judge is a race (`onnx_woq.tuning.bootstrap`): every model is seen on the same samples,
+few where that is clear, more where it is close; what stays too close to call is called undecided.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import numpy as np
 
 from onnx_woq.errors import DataError, OnnxWoqError
 from onnx_woq.graph.io.model import Model
-from onnx_woq.tuning import bootstrap as racing
-from onnx_woq.tuning import journal
+from onnx_woq.tuning import bootstrap, journal
 
 KL_LIMIT = 0.05
 """Mean KL divergence to the float model, nats per token, that the built-in judge accepts for language models."""
@@ -36,7 +35,7 @@ Report = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
 Pair = tuple[float, float]
-"""Of one sample: what is summed up over samples and divided to give a metric, see `racing.estimate`."""
+"""The numerator and denominator of one sample, summed up over samples to give a metric, see `bootstrap.estimate`."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the built-in judge gives: the metric, the samples it is from, and the leader's, which may be more by now."""
+    """The measurement of the built-in judge: metric, samples, and those of the leader, which may be more."""
 
     metric: float
     pairs: tuple[Pair, ...]
@@ -87,28 +86,28 @@ class Judge:
     races: bool = False
 
     def met(self, metric: float) -> bool:
-        """Whether a metric is within the limit."""
+        """Tells whether a metric is within the limit."""
         return metric >= self.limit if self.higher_is_better else metric <= self.limit
 
     def metric(self, pairs: Sequence[Pair]) -> float:
-        """The metric that samples of a race add up to."""
+        """Returns the metric that the samples of a race add up to."""
         return _metric(self.name, pairs)
 
     def outcome(self, metric: float, pairs: Sequence[Pair] = ()) -> Outcome:
-        """Whether a model is within the limit, as far as the samples `pairs` can tell."""
+        """Tells on which side of the limit a model is, as far as the samples `pairs` can tell."""
         if not pairs:
             return "within" if self.met(metric) else "outside"
-        side = racing.side(np.array(pairs), _ratio(self.name, self.limit))
+        side = bootstrap.side(np.array(pairs), _ratio(self.name, self.limit))
         return {"below": "within", "above": "outside", "undecided": "undecided"}[side]  # type: ignore[return-value]
 
     def rank(self, metric: float) -> float:
-        """A sort key: smaller is better."""
+        """Returns a sort key: smaller is better."""
         return -metric if self.higher_is_better else metric
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of judging a model: a metric, or NaN and the error; and the seconds that it took.
+    """The verdict on a model: a metric, or NaN and the error; and the seconds that it took.
 
     `measured` holds what a race gave.
     """
@@ -120,7 +119,7 @@ class Verdict:
 
 
 def judge_model(path: Path, score: Score, report: Report | None, leader: Runner | None = None) -> Verdict:
-    """The verdict on the model at `path`, an error being one too."""
+    """Returns the verdict on the model at `path`; an error is a verdict too."""
     start = time.monotonic()
     try:
         found = score(path, report) if leader is None else score(path, report, leader)
@@ -136,13 +135,13 @@ FileStamps = dict[Path, tuple[int, int]]
 
 
 def stamp_files(files: Iterable[Path]) -> FileStamps:
-    """What `judged_there` goes by to tell whether a worker sees the same files as this process."""
+    """Returns size and time of files, by which `judge_remotely` tells whether a worker sees the same ones."""
     found = {file: file.stat() for file in files}
     return {file: (stat.st_size, stat.st_mtime_ns) for file, stat in found.items()}
 
 
 def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner | None = None) -> Verdict:
-    """`judged` in a worker, of a pickled score. Whatever goes wrong comes back as an error: what is raised is printed.
+    """Judges a model in a worker, by a pickled score. An error there comes back as a verdict, with its message.
 
     Args:
         path: of the model, absolute.
@@ -166,7 +165,7 @@ def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner |
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Where nobody has set up logging, warnings go to standard error: that is the terminal of another process."""
+    """Keeps a worker from writing warnings to standard error where nobody set up logging: it is another's terminal."""
     package, nowhere = logging.getLogger("onnx_woq"), logging.NullHandler()
     package.addHandler(nowhere)
     try:
@@ -185,7 +184,7 @@ def user_judge(
     criterion: str,
     higher_is_better: bool,
 ) -> Judge:
-    """A judge by `eval_fn`; the float model is evaluated once, an earlier run's value in the journal counts.
+    """Makes a judge of `eval_fn`; the float model is evaluated once, or its value is in the journal.
 
     Raises:
         DataError: `eval_fn` raises, or gives no finite number, on the float model.
@@ -207,7 +206,7 @@ def built_in_judge(
     held_out: list[dict[str, np.ndarray]],
     limit: float | None,
 ) -> Judge:
-    """A judge by mean KL divergence (language models) or output SQNR (others) on samples held out from calibration.
+    """Makes a judge by mean KL divergence (language models) or output SQNR (others) on held-out samples.
 
     An infinite `limit` accepts everything.
     """
@@ -256,17 +255,17 @@ def _race(
         else distances(leader.path, float_model, held_out[len(best) :])
     )
     dropped = False
-    for stage in [*(stage for stage in racing.STAGES if stage < len(held_out)), len(held_out)]:
+    for stage in [*(stage for stage in bootstrap.STAGES if stage < len(held_out)), len(held_out)]:
         for number, pair in enumerate(islice(each_own, stage - len(own)), len(own) + 1):
             own.append(pair)
             if report:
                 report(number, stage)
         best += islice(each_best, max(0, stage - len(best)))
-        if not math.isfinite(racing.estimate(np.array(own))):
+        if not math.isfinite(bootstrap.estimate(np.array(own))):
             break
-        beside = racing.worse(np.array(own), np.array(best)) if leader else "below"
+        beside = bootstrap.worse(np.array(own), np.array(best)) if leader else "below"
         dropped = beside == "above"
-        if dropped or (beside == "below" and racing.side(np.array(own), _ratio(name, limit)) != "undecided"):
+        if dropped or (beside == "below" and bootstrap.side(np.array(own), _ratio(name, limit)) != "undecided"):
             break
     return Measured(_metric(name, own), tuple(own), tuple(best), dropped)
 
@@ -275,11 +274,11 @@ def _metric(name: str, pairs: Sequence[Pair]) -> float:
     from onnx_woq.runtime.evaluation.metrics import decibels
 
     num, den = (sum(column) for column in zip(*pairs, strict=True))
-    return decibels(num, den) if name == "sqnr_db" else racing.estimate(np.array(pairs))
+    return decibels(num, den) if name == "sqnr_db" else bootstrap.estimate(np.array(pairs))
 
 
 def _ratio(name: str, limit: float) -> float:
-    """The limit as `racing` sums samples up: noise per signal instead of decibels."""
+    """Returns the limit in the unit that samples are summed up in: noise per signal instead of decibels."""
     return float(10 ** (-limit / 10)) if name == "sqnr_db" else limit
 
 

@@ -1,4 +1,4 @@
-"""What a tuning run gives back: its trials, the frontier of its mixes, and the model it chose."""
+"""Results of a tuning run: its trials, the frontier of its mixes, and the model it chose."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Trial:
     pairs: tuple[tuple[float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         return {
             "name": self.name,
             "status": self.status,
@@ -71,15 +71,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What a mix makes of one of its units.
+    """The choice of a mix for one of its layers.
 
     Attributes:
-        name: of the tap: its first site, by its output value.
+        name: of the linear group: its first linear, by its output value.
         nodes: output value names of the MatMuls and Gemms.
         k, n: shape of the concatenated weights `[k, n]`.
         spec: the grid; None where it stays float.
         bytes: of the weights as they are stored.
-        alpha: what a unit of local loss does to the outputs: nats per token, or share of noise.
+        alpha: what local loss does to the outputs: nats per token, or share of noise.
         predicted: loss of the outputs that this choice makes; None for a grid that was not among the choices.
     """
 
@@ -93,12 +93,17 @@ class LayerChoice:
     predicted: float | None
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """Returns `nodes`, by the name that version 0.1 gave them."""
+        return self.nodes
+
+    @property
     def bits(self) -> float:
-        """Per weight, scales and zero points included."""
+        """Returns the bits per weight, scales and zero points included."""
         return 8 * self.bytes / (self.k * self.n)
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         row = {"sites" if name == "nodes" else name: value for name, value in asdict(self).items()}
         row["spec"] = self.spec and self.spec.to_dict()
         return row | {"bits": self.bits, "alpha": self.alpha if math.isfinite(self.alpha) else None}
@@ -132,7 +137,7 @@ class FrontierPoint:
     chosen: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         out = {name: getattr(self, name) for name in ("name", "kind", "bytes", "bpw", "predicted", "measured")}
         return out | {
             "standard_error": self.standard_error,
@@ -168,7 +173,7 @@ class TuneResult:
         stopped: why no more trials were made: "met", "all tried", "max_trials" or "timeout".
         target: what a mix was made for, such as "at most 4.25 bits per weight"; "" if none was.
         frontier: of mixes, what was predicted and what was measured, by rising bytes.
-        layers: what the chosen mix makes of each unit, in graph order.
+        layers: what the chosen mix makes of each layer, in graph order.
         model: the float model.
     """
 
@@ -189,7 +194,7 @@ class TuneResult:
     model: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
+        """Returns a JSON-ready dictionary."""
         return {
             "met": self.met,
             "best": self.best and self.best.name,

@@ -27,8 +27,7 @@ from onnx_woq.errors import DiskError
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone, load
 from onnx_woq.recipe import Recipe
-from onnx_woq.tuning import bootstrap as racing
-from onnx_woq.tuning import journal
+from onnx_woq.tuning import bootstrap, journal
 from onnx_woq.tuning.judge import FileStamps, Judge, Runner, Verdict, judge_model, judge_remotely, stamp_files
 from onnx_woq.tuning.results import Trial
 
@@ -40,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """What every trial of one run shares.
+    """The state that all trials of one run share.
 
     Attributes:
         source: the float model.
@@ -71,12 +70,12 @@ class Run:
 
     @property
     def key(self) -> str:
-        """What every journal entry of this model and data begins with."""
+        """Returns what every journal entry of this model and data begins with."""
         return f"{self.source_hash}/{self.calibration_hash}"
 
     @property
     def journal(self) -> Path:
-        """The file that lets a killed run resume."""
+        """Returns the file that lets a killed run resume."""
         return self.folder / "journal.jsonl"
 
     def say(self, stage: str, done: int, total: int) -> None:
@@ -84,7 +83,7 @@ class Run:
         self.resources.say(stage, done, total)
 
     def trial_path(self, name: str, recipe: Recipe) -> Path:
-        """Where a trial's model stands, in a folder of its own with tokenizer and config beside it.
+        """Returns the path of a trial's model, in a folder of its own with tokenizer and config beside it.
 
         It follows from name and recipe alone: folders of trials are removed, so neither a name that looks like a path
         nor a journal from elsewhere may lead out of the work folder.
@@ -93,16 +92,16 @@ class Run:
         return self.folder / f"{plain}-{recipe.fingerprint()}" / self.source.path.name
 
     def trial_key(self, recipe: Recipe, judge: Judge) -> str:
-        """What the journal knows a trial by."""
+        """Returns the journal's key of a trial."""
         return f"{self.key}/{recipe.fingerprint()}/{judge.key}"
 
     def out_of_time(self) -> bool:
-        """Whether no more work may begin."""
+        """Tells whether no more work may begin."""
         return self.timeout is not None and time.monotonic() - self.start > self.timeout
 
 
 class _OutOfTime(Exception):
-    """Raised between two taps when the run's time is over."""
+    """Signal that the run's time is over, raised between two linear groups."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class _Candidate:
 def each_trial(
     run: Run, recipes: Mapping[str, Recipe], judge: Judge, shared: SharedStatistics
 ) -> Generator[Trial, None, None]:
-    """The trials of `recipes` in their order, as soon as each is judged; fewer where time runs out.
+    """Yields the trials of `recipes` in their order, each as soon as it is judged; fewer if time runs out.
 
     What an earlier run has finished is taken from the journal, what is new is added to it. Models stay on the disk
     until the caller drops them: if he keeps one, there are never more than two and the one that is judged elsewhere.
@@ -138,13 +137,13 @@ def each_trial(
 
 
 def _runner(run: Run) -> Runner | None:
-    """Whom the next one has to beat."""
+    """Returns the model that the next one has to beat."""
     leader = run.leader
     return Runner(leader.path, leader.pairs) if run.race and leader and leader.pairs else None
 
 
 def made_again(run: Run, trial: Trial, shared: SharedStatistics) -> Trial:
-    """A trial with its model on disk, whatever time that takes: its file has gone since it was made."""
+    """Makes the model of a trial again, whatever time that takes: its file has gone since it was made."""
     run.timeout = None
     path = run.trial_path(trial.name, trial.recipe)
     _make(run, path, trial.recipe, shared)
@@ -152,7 +151,7 @@ def made_again(run: Run, trial: Trial, shared: SharedStatistics) -> Trial:
 
 
 def drop(trial: Trial) -> Trial:
-    """The trial without its model."""
+    """Removes the model of a trial from the disk; returns the trial without it."""
     if trial.path is None:
         return trial
     shutil.rmtree(trial.path.parent, ignore_errors=True)
@@ -162,7 +161,7 @@ def drop(trial: Trial) -> Trial:
 def _each_made(
     run: Run, recipes: Mapping[str, Recipe], judge: Judge, shared: SharedStatistics
 ) -> Iterator[Trial | _Candidate]:
-    """What becomes of each recipe: a model to be judged, or a trial that is over (in an earlier run, by failing)."""
+    """Yields a model to be judged for each recipe, or a trial that is over: from an earlier run, or by failing."""
     known = journal.read(run.journal)
     left = list(recipes.values())
     for name, recipe in recipes.items():
@@ -242,7 +241,7 @@ def _to_send(judge: Judge, executor: Executor) -> bytes | None:
 def _each_judged_there(
     run: Run, judge: Judge, each_made: Iterator[Trial | _Candidate], executor: Executor, score: bytes
 ) -> Iterator[Trial]:
-    """A model is made when it is drawn from `each_made`; the one before is judged on the executor meanwhile."""
+    """Yields trials judged on the executor: while one model is judged there, the next one is made here."""
     waiting: tuple[_Candidate, Future[Verdict]] | None = None
     try:
         for one in each_made:
@@ -265,7 +264,7 @@ def _each_judged_there(
 
 
 def _settled(run: Run, judge: Judge, executor: Executor, candidate: _Candidate, future: Future[Verdict]) -> Trial:
-    """The trial that an executor has judged. Only a number counts: whatever goes wrong there is tried again here."""
+    """Returns the trial that an executor has judged. Only a number counts: anything else is judged again here."""
     run.say("evaluate", 0, 0)
     try:
         verdict = result_of(future, executor)
@@ -279,7 +278,7 @@ def _settled(run: Run, judge: Judge, executor: Executor, candidate: _Candidate, 
 
 
 def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> Trial:
-    """What a verdict makes of a candidate: the model of a trial that failed is removed."""
+    """Makes a trial of a candidate and its verdict; the model of a trial that failed is removed."""
     measured = verdict.measured
     pairs = measured.pairs if measured else ()
     if run.leader and measured and len(measured.leader) > len(run.leader.pairs):
@@ -297,7 +296,7 @@ def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> T
         metric=verdict.metric if ok else None,
         met=outcome == "within",
         verdict=outcome,
-        standard_error=racing.standard_error(np.array(pairs)) if ok and pairs else None,
+        standard_error=bootstrap.standard_error(np.array(pairs)) if ok and pairs else None,
         dropped=ok and bool(measured and measured.dropped),
         pairs=pairs if ok else (),
         bytes=sum(size for size, _ in candidate.files.values()),
@@ -309,15 +308,15 @@ def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> T
 
 
 def measured_further(judge: Judge, trial: Trial, pairs: tuple[tuple[float, float], ...]) -> Trial:
-    """The same trial, seen on more samples."""
+    """Returns a trial that has been seen on more samples."""
     metric = judge.metric(pairs)
     outcome = judge.outcome(metric, pairs)
-    error = racing.standard_error(np.array(pairs))
+    error = bootstrap.standard_error(np.array(pairs))
     return replace(trial, metric=metric, pairs=pairs, verdict=outcome, met=outcome == "within", standard_error=error)
 
 
 def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
-    """A trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
+    """Returns a trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
     path = run.trial_path(name, recipe)
     metric = entry.get("metric")
     pairs = tuple((float(num), float(den)) for num, den in entry.get("pairs", ()))
@@ -328,7 +327,7 @@ def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mappin
         metric=metric,
         met=outcome == "within",
         verdict=outcome,
-        standard_error=racing.standard_error(np.array(pairs)) if pairs else None,
+        standard_error=bootstrap.standard_error(np.array(pairs)) if pairs else None,
         dropped=bool(entry.get("dropped", False)),
         pairs=pairs,
         bytes=entry.get("bytes"),

@@ -14,7 +14,7 @@ from onnx_woq.errors import OutputError
 
 @contextmanager
 def work_folder(given: str | Path | None, *, keep: bool) -> Iterator[Path]:
-    """The folder of journal and trials: the one given, or a temporary one that is removed unless `keep`.
+    """Opens the folder of journal and trials: the one given, or a temporary one that is removed unless `keep`.
 
     A failure leaves a given folder for the next run to resume from, and none that was made for nothing.
     """

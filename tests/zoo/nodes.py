@@ -72,11 +72,15 @@ def random(*shape: int, seed: int = 0, dtype: type[np.floating] = np.float32) ->
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def storage(model, group, *, half: bool = False):
-    """How a group of a loaded model is stored, with scales in float16 whatever it computes in if `half`."""
+def storage(model, group, *, half: bool = False, opset: int | None = None):
+    """How a group of a loaded model is stored, with scales in float16 whatever it computes in if `half`.
+
+    `opset` stands for that of the model: at 17 codes lie as the kernel reads them.
+    """
     from onnx_woq.targets.base import Storage
 
-    return Storage(np.float16 if half else group.kernel_dtype, model.ir.opset_imports.get("") or 0)
+    opset = model.ir.opset_imports.get("") or 0 if opset is None else opset
+    return Storage(np.float16 if half else group.kernel_dtype, opset)
 
 
 def rtn(group, *, half: bool = False):
@@ -91,19 +95,20 @@ def rtn(group, *, half: bool = False):
     return grid.QuantizedTensor(codes, scales, zeros, group.spec.bits, size, group.spec.symmetric)
 
 
-def pack_group(model, group, q, *, half: bool = False):
+def pack_group(model, group, q, *, half: bool = False, opset: int | None = None):
     """Each distinct weight of a group packed from its columns of `q`, as `lower_group` takes them."""
     from onnx_woq.targets.matmulnbits import pack
 
     columns = dict.fromkeys((part.start, part.stop) for _, part in group.slices())
-    return [pack(q.columns(slice(*place)), storage(model, group, half=half)) for place in columns]
+    stored = storage(model, group, half=half, opset=opset)
+    return [pack(q.columns(slice(*place)), stored) for place in columns]
 
 
-def lower_group(model, group, q, *, accuracy_level: int = 0, bias=(), half: bool = False):
+def lower_group(model, group, q, *, accuracy_level: int = 0, bias=(), half: bool = False, opset: int | None = None):
     """Rewrites a group as MatMulNBits with the codes of `q`."""
     from onnx_woq.targets import matmulnbits
 
-    packed = pack_group(model, group, q, half=half)
+    packed = pack_group(model, group, q, half=half, opset=opset)
     return matmulnbits.lower(model, group, packed, accuracy_level=accuracy_level, bias=bias)
 
 

@@ -1,6 +1,6 @@
-"""The journal of an unfinished result (`onnx_woq.engine.resume.store`): a line for each tap, and what of them still counts.
+"""The journal of a resumable output: a record for each solved weight, and which of them still count.
 
-Line 1 says what the result is of. Each further line has a tap's name, where its data end in the data file and their
+Line 1 says what the result is of. Each further line has a weight's name, where its data end in the data file and their
 checksum, the arrays too small for that file, the input scale, what is added to outputs, and the error. A line counts
 only if the data it speaks of are there, whatever order they reached the disk in. Shapes and places follow from model
 and recipe alone: nothing that stands in a journal can lead to reading or writing anywhere else.
@@ -32,10 +32,10 @@ Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Entry:
-    """A tap as journal and data file have it.
+    """A solved weight as journal and data file have it.
 
     Attributes:
-        name: of the tap.
+        name: of the weight.
         solved: what became of it.
         end: where its data end in the data file.
         line_end: where its line ends in the journal.
@@ -48,7 +48,7 @@ class Entry:
 
 
 def assign_offsets(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
-    """Where arrays of so many bytes go in a data file that is `end` bytes long, and how long it is then.
+    """Assigns each of some arrays an offset in a data file; returns the offsets and the new end of the file.
 
     None for an array that is too small for the data file.
     """
@@ -61,24 +61,24 @@ def assign_offsets(sizes: Iterable[int], end: int) -> tuple[list[int | None], in
 
 
 def most_bytes(weights: Iterable[PlannedWeight]) -> int:
-    """No data file of these taps is longer, in whatever order they come."""
+    """Returns the longest that a data file of these weights can be, in whatever order they come."""
     shapes = (shape for weight in weights for shapes in weight.shapes() for shape in shapes)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
     return sum(next_place(1, size) + size for size in sizes if size > LARGE)
 
 
 def head(key: Mapping[str, str]) -> bytes:
-    """The first line: what the result follows from, by the name people know it under."""
+    """Returns the first line: what the output follows from, by the names that people know it under."""
     return _line({"format": _FORMAT, "key": dict(key)})
 
 
 def first_line(journal: bytes) -> bytes:
-    """The first line of a journal, empty where it was cut short."""
+    """Returns the first line of a journal, empty if it was cut short."""
     return journal[: journal.find(b"\n") + 1]
 
 
 def record_line(weight: PlannedWeight, solved: Solved, end: int) -> bytes:
-    """The line of a solved tap whose data end at `end`."""
+    """Returns the record of a solved weight whose data end at `end`."""
     arrays = arrays_of(solved)
     check = 0
     for array in arrays:
@@ -99,11 +99,11 @@ def record_line(weight: PlannedWeight, solved: Solved, end: int) -> bytes:
 def finished(
     journal: bytes, weights: Iterable[PlannedWeight], blocks: Sequence[Sequence[PlannedWeight]], read: Read
 ) -> tuple[list[Entry], int]:
-    """The taps of all blocks that are finished, in order, as far as the data bear out what the journal says.
+    """Returns the weights of all blocks that are finished, in order, as far as the data bear the journal out.
 
     Args:
         journal: all of it; the first line is the caller's to judge.
-        taps: all there are.
+        weights: all there are.
         blocks: the same in weights.
         read: gives an array of the data file.
 
@@ -132,7 +132,7 @@ def finished(
 
 
 def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
-    """Why the unfinished result in `folder`, whose journal begins with the line `first`, is not the one of `key`."""
+    """Returns why the resumable output in `folder` is not the one of `key`, by its journal's first line."""
     was = _parsed(first).get("key")
     was = was if isinstance(was, dict) else {}
     other = [name for name in key if was.get(name) != key[name]] or ["format"]
@@ -143,13 +143,13 @@ def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
 
 
 def arrays_of(solved: Solved) -> list[np.ndarray]:
-    """What there is to store of a tap, in order, each in one piece."""
+    """Returns the arrays to store of a solved weight, in order, each in one piece."""
     both = (*solved.packed, *solved.factors)
     return [np.ascontiguousarray(array) for packed in both for array in packed.arrays]
 
 
 def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
-    """The same tap with other arrays, given as `arrays_of` gives them."""
+    """Returns a solved weight with other arrays, given as `arrays_of` gives them."""
     left = list(arrays)
     out = [one.with_arrays([left.pop(0) for _ in one.arrays]) for one in (*solved.packed, *solved.factors)]
     weights = len(solved.packed)
@@ -157,12 +157,12 @@ def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """The bytes of an array in one piece."""
+    """Returns the bytes of an array in one piece."""
     return array.reshape(-1).view(np.uint8).data
 
 
 def _read_back(said: Mapping[str, Any], weight: PlannedWeight, start: int, read: Read) -> Solved | None:
-    """A tap from its line and the data, which begin at `start`; None if anything is not as it should be."""
+    """Reads a solved weight from its record and the data, which begin at `start`; None if anything is not right."""
     arrays: list[list[np.ndarray]] = []
     check, end = 0, start
     try:
@@ -193,7 +193,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """An entry of the journal, empty where it is none or cut short."""
+    """Returns an entry of the journal, empty if it is none or cut short."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else {}
     except ValueError:

@@ -1,11 +1,12 @@
-"""The unfinished result beside the output, so that memory holds no weight twice and a run that ends loses little.
+"""Resumable output: solved weights go to a data file beside the output at once, and a journal records them.
 
-`.NAME.onnx-woq-partial` is a private folder on the disk of the result. Packed weights are appended to its data file as
-they are made and from then on read through a memory map; the journal gets a line for each tap. At the end the same data
-file, completed with what stays float, is renamed to be that of the result (`onnx_woq.graph.io.save`).
+`.NAME.onnx-woq-partial` is a private folder on the disk of the output. Packed weights are appended to its data file and
+memory-mapped from there, so no weight is held in memory twice. The journal records each finished weight. After a crash,
+`--resume` replays the journal up to the last complete block. On success the data file, completed with what stays float,
+is renamed into place (`onnx_woq.graph.io.save`).
 
     data        each array of more than `LARGE` bytes at a place that follows from the sizes of those before it
-    journal     what this is the result of, then a line per tap (`onnx_woq.engine.resume.records`)
+    journal     what this is the result of, then a line per weight (`onnx_woq.engine.resume.records`)
     states/     hidden states at the last block boundaries, kept by `onnx_woq.runtime`
 """
 
@@ -46,25 +47,25 @@ logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 1.0  # between two waits for the disk, or ten times what the last one took
 MAPS = sys.platform != "win32"
-"""Whether memory need not hold what the data file does: Windows neither renames nor removes a file that is mapped."""
+"""True if the data file can be mapped, so that memory need not hold it: Windows never renames a file that is mapped."""
 
 _JOURNAL = "journal"
 _KEPT = (KeyboardInterrupt, SystemExit, DiskError)  # ends after which the same run may go on
 
 
 def partial_folder(out: Path) -> Path:
-    """Where the unfinished result of `out` is."""
+    """Returns the folder of the resumable output of `out`."""
     return out.with_name(f".{out.name}.onnx-woq-partial")
 
 
 @dataclass
 class ResumeStore:
-    """An unfinished result, locked by this process.
+    """A resumable output, locked by this process.
 
     Attributes:
         out: the .onnx file it will be.
         folder: where it is until then.
-        finished: taps by name that an earlier run has solved, in the order it put them in.
+        finished: weights by name that an earlier run has solved, in the order it put them in.
         end: bytes of the data file that count.
         places: `id` of an array -> its offset in the data file.
     """
@@ -84,16 +85,16 @@ class ResumeStore:
 
     @property
     def states(self) -> Path:
-        """The folder for hidden states."""
+        """Returns the folder for hidden states."""
         return self.folder / "states"
 
     def complete(self) -> Stored:
-        """What `save` needs to make the data file that of the result; nothing more can be kept."""
+        """Closes the data file and returns what `save` makes of it; nothing more can be kept."""
         self._data.close()
         return Stored(self.folder, self.places, self.end)
 
     def keep(self, weight: PlannedWeight, solved: Solved) -> Solved:
-        """Stores a solved tap; gives it back with its large arrays read from the data file.
+        """Stores a solved weight; returns it with its large arrays read from the data file.
 
         Raises:
             OutputError: the disk does not take it; a DiskError where it is full or fails.
@@ -131,7 +132,7 @@ class ResumeStore:
             self._map = np.asarray(np.memmap(self._data, np.uint8, "r", 0, (size,)))
 
     def read(self, shape: tuple[int, ...], dtype: np.dtype, place: int) -> np.ndarray:
-        """An array of the data file, mapped where that is possible.
+        """Reads an array of the data file, mapped if that is possible.
 
         Raises:
             ValueError: the file ends before.
@@ -162,7 +163,7 @@ class ResumeStore:
                 os.fsync(file.fileno())
 
     def left(self) -> int:
-        """How many taps a later run can go on from; none once the data file has its final name."""
+        """Returns the number of weights that a later run can go on from; none once the data file has its final name."""
         return self._lines if (self.folder / data_path(self.out).name).exists() else 0
 
     def settle(self) -> None:
@@ -173,7 +174,7 @@ class ResumeStore:
             self.sync()
 
     def take_over(self, weights: Sequence[PlannedWeight], blocks: Sequence[Sequence[PlannedWeight]]) -> None:
-        """Continues with the taps of all blocks that are finished, and forgets what comes after them."""
+        """Continues with the weights of all blocks that are finished, and forgets what comes after them."""
         entries, position = finished(_read_all(self._journal), weights, blocks, self.read)
         for entry in entries:
             arrays = arrays_of(entry.solved)
@@ -197,7 +198,7 @@ def open_store(
     *,
     resume: str = "",
 ) -> Iterator[ResumeStore]:
-    """The unfinished result of `out`, new or continued; removed at the end of the `with` block.
+    """Opens the resumable output of `out`, new or continued; it is removed at the end of the `with` block.
 
     Only an interrupt and a disk that is full or fails leave it where it is, once it holds anything, and say so. An
     earlier one that is not continued is replaced.
@@ -205,7 +206,7 @@ def open_store(
     Args:
         out: the .onnx file it will be; its folder exists.
         key: what the result follows from, by the name people know it under.
-        taps: all there are.
+        weights: all there are.
         blocks: the same by block; a block is continued with only if it was finished.
         resume: "" to begin anew; "same" to continue, if there is something and it has the same key; "any" to continue
             if the key is the same, and begin anew otherwise.
@@ -250,7 +251,7 @@ def _opened(
     blocks: Sequence[Sequence[PlannedWeight]],
     resume: str,
 ) -> ResumeStore:
-    """What is in a locked folder, continued where that is asked for and possible, else empty."""
+    """Opens what is in a locked folder: continued if that is asked for and possible, else empty."""
     folder = partial_folder(out)
     data, journal = (folder / name for name in (data_path(out).name, _JOURNAL))
     partial = ResumeStore(out, folder, files.enter_context(own_file(data)), files.enter_context(own_file(journal)))
@@ -272,23 +273,23 @@ def _opened(
 
 
 def _named(error: BaseException, out: Path) -> BaseException:
-    """The same error, but a disk that is full or fails by its name."""
+    """Returns an error as it is, but that of a disk that is full or fails by its name."""
     named = failure(error, out) if isinstance(error, OSError) else error
     return named if isinstance(named, DiskError) else error
 
 
 def _kept(end: BaseException, done: int, weights: int, folder: Path) -> str:
-    """What people are told."""
+    """Returns what people are told of an output that can be resumed."""
     what = f"{end}; " if isinstance(end, DiskError) else ""
     return (
-        f"{what}{done} of {weights} groups of MatMuls are done and kept in {folder}; the same command with --resume goes "
-        "on from there"
+        f"{what}{done} of {weights} groups of MatMuls are done and kept in {folder}; "
+        "the same command with --resume goes on from there"
     )
 
 
 @contextmanager
 def _named_errors(out: Path) -> Iterator[None]:
-    """What the system says becomes an error that says what to do."""
+    """Turns errors of the system into errors that say what to do."""
     try:
         yield
     except OSError as error:

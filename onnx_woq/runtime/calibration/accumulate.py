@@ -159,7 +159,7 @@ def _add_sample(
         if exact is not None and exact.shape != array.shape:
             raise DataError(
                 f"{name!r} has another shape in the float model, {exact.shape}, than in the quantized one, "
-                f"{array.shape} (sample {number + 1}): leave out both_streams"
+                f"{array.shape} (sample {number + 1}): leave out asymmetric_calibration"
             )
         exact = None if exact is None else _unpadded(exact, mask)
         try:

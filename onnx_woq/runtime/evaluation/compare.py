@@ -26,7 +26,7 @@ def evaluate(
     tokenizer: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Metrics:
-    """How far a quantized model is from its float original on `data` (forms as in `quantize`).
+    """Measures how far a quantized model is from its float original on `data`, in any form that `quantize` takes.
 
     Language models get mean KL divergence (nats per token) with its standard error, same-top-1 share and
     perplexities; other models SQNR (dB) and cosine of their outputs.

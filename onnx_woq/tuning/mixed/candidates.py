@@ -1,4 +1,4 @@
-"""A mix: every unit with its choices, what they take and lose, and the recipe that a combination of them is."""
+"""The mixes of a model: every layer with its choices, what they take and lose, and the recipe of a combination."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from onnx_woq.tuning.mixed.layers import MixedLayer, bytes_of, freed
 from onnx_woq.tuning.results import LayerChoice
 
 Count = Literal["stored", "written"]
-"""What a unit takes, see `Unit`."""
+"""The bytes that are counted, see `MixedLayer`."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +48,27 @@ class MixCandidates:
 
     @cached_property
     def points(self) -> list[Allocation]:
-        """The frontier in bytes written, those that leave everything float left out."""
+        """Returns the frontier in bytes written, without the mixes that leave everything float."""
         found = [point for point in frontier(self._choices("written")) if not self._all_float(point)]
         return found or [self.nearest_float()]
 
     def within_bytes(self, most: int, count: Count) -> Allocation | None:
-        """The best mix whose units take at most so many bytes."""
+        """Returns the best mix whose layers take at most so many bytes."""
         return self._some_quantized(within_bytes(self._choices(count), most))
 
     def within_loss(self, most: float) -> Allocation | None:
-        """The smallest mix with a predicted loss of at most `most`."""
+        """Returns the smallest mix with a predicted loss of at most `most`."""
         return self._some_quantized(within_loss(self._choices("written"), most))
 
     def smallest(self, count: Count) -> Allocation:
-        """The mix of the fewest bytes, known before anything is measured."""
+        """Returns the mix of the fewest bytes, which is known before anything is measured."""
         picks = [int(np.argmin([*getattr(unit, count)])) for unit in self.units]
         return Allocation(
             sum(getattr(u, count)[p] for u, p in zip(self.units, picks, strict=True)), math.nan, tuple(picks)
         )
 
     def loss(self, picks: Sequence[int]) -> float:
-        """What a mix is predicted to lose."""
+        """Returns the predicted loss of a mix."""
         return math.fsum(unit.losses[pick] for unit, pick in zip(self.units, picks, strict=True))
 
     def bits_per_weight(self, picks: Sequence[int]) -> float:
@@ -78,32 +78,32 @@ class MixCandidates:
 
     @property
     def weights(self) -> int:
-        """How many weights the base recipe selects."""
+        """Returns the number of weights that the base recipe selects."""
         return sum(unit.weights for unit in self.units)
 
     def written(self, picks: Sequence[int]) -> int:
-        """About the bytes of the files of a mix, by addition alone."""
+        """Returns about the bytes of the files of a mix, by addition alone."""
         return self._rest + sum(unit.written[pick] for unit, pick in zip(self.units, picks, strict=True))
 
     @cached_property
     def _rest(self) -> int:
-        """Bytes of the files beside what the units take."""
+        """Returns the bytes of the files beside those of the layers."""
         return file_bytes(self.source) - sum(freed(self.source, unit) for unit in self.units)
 
     def planned(self, recipe: Recipe) -> int:
-        """The bytes of the files that a recipe will give, by writing them without their content."""
+        """Returns the bytes of the files that a recipe will give, by writing them without their content."""
         return planned_file_bytes(self.source, recipe, self.out or self.source.path, *self.hashes)
 
     def final(self, made: Path) -> int:
-        """The bytes that a model which has been made takes once it is written to where it goes."""
+        """Returns the bytes that a model takes once it is written to its final place."""
         model = load(made)
         return planned_bytes(model, self.out, metadata={}) if self.out else file_bytes(model)
 
     def recipe(self, picks: Sequence[int]) -> Recipe:
-        """The recipe of a mix: the base with an override for each spec, by the exact names of its sites and tables.
+        """Returns the recipe of a mix: the base with an override for each spec, by the exact names of its nodes.
 
         Raises:
-            ModelError: the sites of some units cannot be told apart by name.
+            ModelError: the linears of some layers cannot be told apart by name.
         """
         names: dict[Spec | None, list[str]] = {}
         for unit, pick in zip(self.units, picks, strict=True):
@@ -116,7 +116,7 @@ class MixCandidates:
         )
 
     def layers(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
-        """What each unit becomes by a recipe."""
+        """Returns what a recipe makes of each layer."""
         plan = make_plan(self.source, recipe)
         group_of = {
             linear.name: weight
@@ -149,7 +149,7 @@ class MixCandidates:
         return self.nearest_float() if found and self._all_float(found) else found
 
     def nearest_float(self) -> Allocation:
-        """Everything float but one unit, where that loses least."""
+        """Returns the mix that quantizes one layer only, the one that loses least."""
         floats = [len(unit.specs) - 1 for unit in self.units]
         changes = [
             (unit.losses[pick], index, pick)
@@ -163,7 +163,7 @@ class MixCandidates:
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
-        """By unit, a name of each of its nodes that finds no node of another unit."""
+        """Returns for each layer a name of each of its nodes that finds no node of another layer."""
         owners: dict[str, set[str]] = {}
         for unit in self.units:
             for name in (name for names in unit.names for name in names):

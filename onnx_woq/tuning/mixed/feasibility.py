@@ -1,4 +1,4 @@
-"""Whether a budget can be reached by any mix, asked before the work begins."""
+"""The feasibility of a budget, asked before the work begins."""
 
 from __future__ import annotations
 

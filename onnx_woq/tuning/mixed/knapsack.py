@@ -1,8 +1,8 @@
-"""Share bytes out over units: which choice each takes so that what they lose together is least.
+"""Sharing bytes out over layers: which choice each takes so that they lose least together.
 
-A multiple-choice knapsack: each unit takes exactly one of its choices, bytes and losses add up. Of a unit's choices
+A multiple-choice knapsack: each layer takes exactly one of its choices, bytes and losses add up. Of a layer's choices
 only those on the lower convex hull of (bytes, loss) can be optimal for some price of a byte; going from one of them to
-the next has a slope, loss saved per byte. Taking the steps of all units by falling slope passes through the optimum of
+the next has a slope, loss saved per byte. Taking the steps of all layers by falling slope passes through the optimum of
 the relaxed problem at every budget, and after each whole step through an optimum of the problem itself (Sinha and
 Zoltners, "The Multiple-Choice Knapsack Problem", 1979; the LP-greedy of Kellerer, Pferschy and Pisinger, "Knapsack
 Problems", section 11.2). One sort gives the whole frontier.
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Choice:
-    """What one way of storing a unit takes in bytes, and loses."""
+    """One way of storing a layer: the bytes it takes and the loss it makes."""
 
     bytes: int
     loss: float
@@ -26,12 +26,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class Allocation:
-    """One choice for every unit.
+    """One choice for every layer.
 
     Attributes:
         bytes: of all of them together.
         loss: likewise.
-        picks: the index of each unit's choice.
+        picks: the index of each layer's choice.
     """
 
     bytes: int
@@ -43,13 +43,13 @@ Units = Sequence[Sequence[Choice]]
 
 
 def frontier(units: Units) -> list[Allocation]:
-    """The allocations that are optimal for a price per byte, from the fewest bytes to the least loss.
+    """Returns the allocations that are optimal for a price per byte, from the fewest bytes to the least loss.
 
     None of any kind has less loss at the bytes of one of them. Bytes rise strictly and losses fall strictly; steps of
     equal slope are taken in the order of the units.
 
     Raises:
-        ValueError: there are no units, one has no choice, or a loss is negative or not finite.
+        ValueError: there are no layers, one has no choice, or a loss is negative or not finite.
     """
     _check(units)
     hulls = [_hull(unit) for unit in units]
@@ -69,9 +69,9 @@ def frontier(units: Units) -> list[Allocation]:
 
 
 def within_bytes(units: Units, most: int) -> Allocation | None:
-    """An allocation of at most `most` bytes with little loss; None where the smallest takes more.
+    """Returns an allocation of at most `most` bytes with little loss, None if the smallest takes more.
 
-    Never worse than the last point of the frontier that fits. What that leaves unused is filled by changing one unit
+    Never worse than the last point of the frontier that fits. What that leaves unused is filled by changing one layer
     at a time, always the one that saves the most; the same is tried from the next point of the frontier, brought
     within the budget by the one change that loses least.
 
@@ -87,7 +87,7 @@ def within_bytes(units: Units, most: int) -> Allocation | None:
 
 
 def within_loss(units: Units, most: float) -> Allocation | None:
-    """An allocation that loses at most `most` in few bytes; None where all lose more.
+    """Returns an allocation that loses at most `most` in few bytes, None if all lose more.
 
     Never larger than the first point of the frontier within the limit, see `within_bytes`.
 
@@ -115,7 +115,7 @@ def _check(units: Units) -> None:
 
 
 def _hull(unit: Sequence[Choice]) -> list[int]:
-    """The choices on the lower convex hull, by rising bytes and falling loss; the first of equals."""
+    """Returns the choices on the lower convex hull, by rising bytes and falling loss; the first of equals."""
     hull: list[int] = []
     for new in sorted(range(len(unit)), key=lambda i: (unit[i].bytes, unit[i].loss, i)):
         if hull and unit[new].loss >= unit[hull[-1]].loss:
@@ -129,7 +129,7 @@ def _hull(unit: Sequence[Choice]) -> list[int]:
 
 
 def _below(left: Choice, middle: Choice, right: Choice) -> bool:
-    """Whether `middle` lies below the line from `left` to `right`."""
+    """Tells whether `middle` lies below the line from `left` to `right`."""
     saved, whole = left.loss - middle.loss, left.loss - right.loss
     return saved * (right.bytes - left.bytes) > whole * (middle.bytes - left.bytes)
 
@@ -140,7 +140,7 @@ def _sum(units: Units, picks: Sequence[int]) -> Allocation:
 
 
 def _changes(units: Units, start: Allocation) -> list[tuple[int, float, int, int]]:
-    """(bytes added, loss added, unit, choice) of every change of one unit."""
+    """Returns (bytes added, loss added, layer, choice) of every change of one layer."""
     return [
         (new.bytes - unit[pick].bytes, new.loss - unit[pick].loss, index, choice)
         for index, (unit, pick) in enumerate(zip(units, start.picks, strict=True))
@@ -154,7 +154,7 @@ def _with(units: Units, start: Allocation, unit: int, choice: int) -> Allocation
 
 
 def _filled(units: Units, start: Allocation, most: int) -> Allocation:
-    """`start` after changes of one unit at a time, each the one that saves the most loss within `most` bytes.
+    """Changes one layer at a time, each time the one that saves the most loss within `most` bytes.
 
     A start of more bytes is first brought within them, by the change that loses least.
     """
@@ -171,7 +171,7 @@ def _filled(units: Units, start: Allocation, most: int) -> Allocation:
 
 
 def _emptied(units: Units, start: Allocation, most: float) -> Allocation:
-    """`start` after changes of one unit at a time, each the one that saves the most bytes within a loss of `most`.
+    """Changes one layer at a time, each time the one that saves the most bytes within a loss of `most`.
 
     A start of more loss is first brought within it, by the change that adds the fewest bytes.
     """

@@ -1,4 +1,4 @@
-"""The units that a mix shares bytes out to, their choices, and what each takes."""
+"""The layers that a mix shares bytes out to, their choices, and the bytes of each."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ GROUPS = (32, 64, 128)
 
 @dataclass(frozen=True)
 class MixedLayer:
-    """A tap, a table whose rows are gathered, or a tap with the table that its weight is tied to: one grid for all.
+    """A layer of a mix, on one grid: a linear group, an embedding, or a group with the table that it is tied to.
 
     Attributes:
-        tap: in the float model; None for a table by itself.
+        group: in the float model; None for a table by itself.
         table: in the float model, or None.
         specs: its choices; None leaves it float. A single one where the recipe has settled it.
         stored: bytes of each; of a weight that stays float those it is stored in.
-        written: likewise, but for float weights that stay in the file whatever becomes of this unit, for something else
-            reads them (the table of a tied head, where tables are not quantized): leaving them float takes nothing.
+        written: likewise, but without float weights that stay in the file whatever becomes of this layer, because
+            something else reads them (the table of a tied head, if tables stay float): they cost nothing.
         losses: predicted for the whole model, of each; empty while nothing has been measured.
-        alpha: what a unit of local loss of the tap (of the table, if there is none) does to the outputs.
+        alpha: what local loss of the linear group (of the table, if there is none) does to the outputs.
     """
 
     group: PlannedWeight | None
@@ -44,7 +44,7 @@ class MixedLayer:
 
     @property
     def main(self) -> PlannedWeight:
-        """The tap, or else the table."""
+        """Returns the linear group, or else the table."""
         main = self.group or self.table
         if main is None:
             raise ValueError("a unit without a weight")
@@ -52,22 +52,22 @@ class MixedLayer:
 
     @property
     def name(self) -> str:
-        """Unique: of the tap, or else of the table."""
+        """Returns the unique name of the group, or else of the table."""
         return self.main.name
 
     @property
     def weights(self) -> int:
-        """How many numbers it has."""
+        """Returns the number of weights."""
         return self.main.k * self.main.n
 
     @property
     def settled(self) -> bool:
-        """Whether it has no choice."""
+        """Tells whether there is nothing to choose."""
         return len(self.specs) == 1
 
     @property
     def names(self) -> list[list[str]]:
-        """What a recipe may call each of its nodes: by output, node and weight."""
+        """Returns the names that a recipe may call each node by: output, node and weight."""
         return _node_names(self.group, self.table)
 
 
@@ -141,7 +141,7 @@ def _unit(source: Model, base: Recipe, group: PlannedWeight | None, table: Plann
 
 
 def _worthwhile(size: Callable[[Spec], int]) -> tuple[Spec, ...]:
-    """The grids that no other is better than in no more bytes.
+    """Returns the grids that no other is better than in no more bytes.
 
     Better are more bits for the same groups (than 3 bits that are stored as 4, the opset being too old for less), and
     smaller groups for the same bits (than 128 where the last group is padded).
@@ -173,5 +173,5 @@ def _node_names(group: PlannedWeight | None, table: PlannedWeight | None) -> lis
 
 
 def _named(names: Sequence[str], recipe: Recipe) -> bool:
-    """Whether an override of the recipe finds one of the names."""
+    """Tells whether an override of the recipe finds one of the names."""
     return any(re.search(expression, name) for expression in recipe.overrides for name in names)

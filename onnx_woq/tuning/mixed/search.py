@@ -1,7 +1,7 @@
-"""Mixed precision by target: from sensitivities to the frontier, a few real points on it, and the model asked for.
+"""The search for a mix: from sensitivities to the frontier, a few real points on it, and the model asked for.
 
 Predictions order the mixes and say where to look; what is chosen has been measured. A mix is an ordinary recipe: its
-overrides name the sites of each grid, so the written file says how to make it again.
+overrides name the linears of each grid, so the written file says how to make it again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
-from onnx_woq.tuning import bootstrap as racing
+from onnx_woq.tuning import bootstrap
 from onnx_woq.tuning.budget import Budget
 from onnx_woq.tuning.judge import Judge
 from onnx_woq.tuning.mixed.candidates import MixCandidates
@@ -51,7 +51,7 @@ AIM = 0.97
 """Share of a loss limit that is aimed at first."""
 
 AGAIN = 0.93
-"""What the aim is multiplied by after a miss."""
+"""Factor that the aim is multiplied by after a miss."""
 
 ENOUGH = 0.9
 """Share of a loss limit from which on a mix that keeps it is small enough."""
@@ -66,18 +66,18 @@ MIX = replace(
     embedding=preset("BEST_4BIT").spec,
     half_scales=True,
 )
-"""What mixes are made with where nobody says otherwise."""
+"""The recipe that mixes are made with unless somebody says otherwise."""
 
 
 def limit_of(target: Budget, judge_limit: float | None) -> float | None:
-    """The limit of the built-in judge: a target of bytes has none, so that it is clear on few samples."""
+    """Returns the limit of the built-in judge: a budget of bytes has none, so few samples make it clear."""
     if target.kind in ("bpw", "size"):
         return math.inf
     return target.value if target.kind == "kl" else judge_limit
 
 
 def mix_candidates(run: Run, base: Recipe, out: Path | None) -> MixCandidates:
-    """The mixes of the run's model, nothing measured yet."""
+    """Returns the mixes of the run's model, with nothing measured yet."""
     hashes = run.source_hash, run.calibration_hash
     return MixCandidates(run.source, base, tuple(mixed_layers(run.source, base)), hashes, out)
 
@@ -128,12 +128,12 @@ def search_mixes(
 
 @dataclass
 class _MixSearch:
-    """Where mixes are measured, and what has been so far.
+    """A search: its mixes, and what has been measured of them so far.
 
     Attributes:
         left: configurations that may still be tried.
         trials: in the order they were made; only the best has its model on disk.
-        mixes: of those that are mixes, by name, the choice of each unit.
+        mixes: of those that are mixes, by name, the choice of each layer.
         stopped: why it ended.
     """
 
@@ -150,7 +150,7 @@ class _MixSearch:
     _size: dict[str, int] = field(default_factory=dict)
 
     def measure(self, picks: tuple[int, ...]) -> Trial | None:
-        """The trial of a mix; None when it cannot be made any more."""
+        """Makes and judges a mix; returns None if the run may try no more."""
         recipe = self.mixer.recipe(picks)
         if known := next((trial for trial in self.trials if trial.recipe == recipe), None):
             return known
@@ -168,13 +168,13 @@ class _MixSearch:
             self._try(name, recipe)
 
     def fits(self, recipe: Recipe) -> bool:
-        """Whether a configuration is within a target of bytes, as far as can be told before it is made."""
+        """Tells whether a configuration is within a budget of bytes, as far as that is known before it is made."""
         if self.target.kind == "bpw":
             return self.bits_per_weight(recipe) <= self.target.value
         return self.mixer.planned(recipe) <= self.target.value
 
     def size(self, trial: Trial) -> int:
-        """The bytes of a trial's files where they go; of one that has failed, or has no model any more, as planned."""
+        """Returns the bytes of a trial's files at their final place; as planned, if it has no model."""
         if trial.name not in self._size:
             there = trial.path is not None and trial.path.exists()
             found = self.mixer.final(trial.path) if there and trial.path else self.mixer.planned(trial.recipe)
@@ -182,22 +182,22 @@ class _MixSearch:
         return self._size[trial.name]
 
     def bits_per_weight(self, recipe: Recipe) -> float:
-        """Of the weights that the base selects, when quantized by another recipe."""
+        """Returns the bits per weight, over the weights that the base selects, under another recipe."""
         key = recipe.fingerprint()
         if key not in self._bpw:
             self._bpw[key] = 8 * sum(layer.bytes for layer in self.mixer.layers(recipe)) / self.mixer.weights
         return self._bpw[key]
 
     def loss(self, trial: Trial) -> float | None:
-        """What a trial lost, on the scale of the target: nats, share of noise, or how much worse the metric is."""
+        """Returns the loss of a trial on the scale of the budget: nats, share of noise, or decline of the metric."""
         if trial.metric is None:
             return None
         if trial.pairs:
-            return racing.estimate(np.array(trial.pairs))
+            return bootstrap.estimate(np.array(trial.pairs))
         return self.judge.rank(trial.metric) - self.judge.rank(self.judge.baseline)
 
     def line(self) -> tuple[float, float]:
-        """(a, b) of `log measured = a + b · log predicted` over the mixes; the identity while there are none."""
+        """Returns (a, b) of `log measured = a + b · log predicted` over the mixes; (0, 1) while there are none."""
         known = [(self.mixer.loss(p), self.loss(t)) for t in self.trials if (p := self.mixes.get(t.name))]
         points = np.log([(x, y) for x, y in known if y is not None and x > 0 and 0 < y < math.inf] or [(1.0, 1.0)])
         x, y = points[:, 0], points[:, 1]
@@ -208,18 +208,18 @@ class _MixSearch:
         return float(y.mean() - slope * x.mean()), slope
 
     def corrected(self, predicted: float) -> float:
-        """A prediction by the line."""
+        """Returns a predicted loss corrected by the line."""
         a, b = self.line()
         return math.exp(a + b * math.log(predicted)) if predicted > 0 else 0.0
 
     def prediction_for(self, loss: float) -> float:
-        """The prediction that is corrected to `loss`."""
+        """Returns the prediction that the line corrects to `loss`."""
         a, b = self.line()
         return math.exp((math.log(loss) - a) / b)
 
     @property
     def best(self) -> Trial | None:
-        """The trial to give back: within a target of bytes the least loss, otherwise the fewest bytes that meet it."""
+        """Returns the best trial: the least loss within a budget of bytes, else the fewest bytes that meet it."""
         done = [trial for trial in self.trials if trial.metric is not None and self._within_bytes(trial)]
         rank = lambda trial: self.judge.rank(trial.metric or 0.0)  # noqa: E731
         met = [trial for trial in done if trial.met]
@@ -248,7 +248,7 @@ class _MixSearch:
         return trial
 
     def frontier(self) -> tuple[FrontierPoint, ...]:
-        """What was measured, and the predicted curve."""
+        """Returns the measured points and the predicted curve."""
         best = self.best
         points = []
         for trial in self.trials:
@@ -285,7 +285,7 @@ class _MixSearch:
 
 
 def _along(mixer: MixCandidates, count: int) -> list[tuple[int, ...]]:
-    """So many mixes of the frontier, evenly spaced by the logarithm of what they are predicted to lose."""
+    """Returns so many mixes of the frontier, evenly spaced by the logarithm of their predicted loss."""
     points = [point for point in mixer.points if point.loss > 0] or mixer.points[:1]
     if not count:
         return []
@@ -297,7 +297,7 @@ def _along(mixer: MixCandidates, count: int) -> list[tuple[int, ...]]:
 
 
 def _thinned(points: Sequence[Allocation], most: int) -> list[Allocation]:
-    """At most so many of the points of a frontier, evenly spaced by number, the ends among them."""
+    """Returns at most so many points of a frontier, evenly spaced by number, the ends among them."""
     if len(points) <= most:
         return list(points)
     return [points[index] for index in sorted({round(at) for at in np.linspace(0, len(points) - 1, most)})]

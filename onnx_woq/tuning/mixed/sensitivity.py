@@ -1,9 +1,9 @@
-"""What each unit of a mix loses by each way of storing it: local losses from the statistics, a short run for the rest.
+"""Sensitivities: the loss of each layer of a mix by each way of storing it.
 
-The loss of a choice c for unit l is predicted as `α_l · L_l(c)`: L is the squared error of the tap's output,
+The loss of a choice c for layer l is predicted as `α_l · L_l(c)`: L is the squared error of the linear group's output,
 `Σ ΔW ∘ (H·ΔW)`, which needs no data beyond the Gram matrix H; α says what that does to the model's outputs, and is
-measured once, by rounding that unit alone (`onnx_woq.runtime.evaluation.perturb`). Rows of a table are looked up, not multiplied:
-there H is the identity. A tied head adds up both.
+measured once, by rounding that layer alone (`onnx_woq.runtime.evaluation.perturb`). Rows of a table are looked up, not
+multiplied: there H is the identity. A tied head adds up both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ POLISH = ("descent_passes",)
 """Options left out in local losses: what takes a few percent off every choice and costs as much as all the rest."""
 
 NOISE = Spec(3, 32, symmetric=False)
-"""What a unit is rounded to, to nearest, to see what its errors do to the outputs."""
+"""The grid that a layer is rounded to, to nearest, to see what its errors do to the outputs."""
 
 PROBES, PROBE_TOKENS = 3, 96
 """Calibration samples that this is seen on, and how much of each: its first tokens, where it has tokens."""
@@ -64,12 +64,12 @@ PROBES, PROBE_TOKENS = 3, 96
 
 @dataclass(frozen=True)
 class Losses:
-    """Local losses of one unit.
+    """Local losses of one layer.
 
     Attributes:
         group: `‖X·ΔW‖²` of each choice on the calibration data, estimated from `COLUMNS` of the output channels.
         group_noise: that of rounding to `NOISE`.
-        table: `‖ΔW‖²` of each choice, of a table and of the codes that a tap would share with it.
+        table: `‖ΔW‖²` of each choice, of a table and of the codes that a linear group would share with it.
         table_noise: that of rounding to `NOISE`.
     """
 
@@ -87,9 +87,9 @@ class Losses:
 def measured(
     run: Run, recipe: Recipe, units: Sequence[MixedLayer], shared: SharedStatistics, batches: Sequence[Feed]
 ) -> list[MixedLayer]:
-    """The units with what each choice is predicted to lose.
+    """Measures what each choice of each layer is predicted to lose.
 
-    A unit of which nothing is known (no sample reaches it, or no output that counts depends on it) keeps the grid of
+    A layer of which nothing is known (no sample reaches it, or no output that counts depends on it) keeps the grid of
     the recipe: rounding it as coarsely as possible would be a guess. What the journal of the run has is not measured
     again.
 
@@ -97,7 +97,7 @@ def measured(
         run: tells model, journal and means.
         recipe: method and options are those of the mix.
         units: found by it in the float model.
-        shared: statistics of their taps.
+        shared: statistics of their linear groups.
         batches: calibration samples, of which some are looked at.
     """
     keys = {unit.name: _key(run, recipe, unit) for unit in units}
@@ -136,22 +136,22 @@ def _with_losses(unit: MixedLayer, entry: Mapping[str, Any]) -> MixedLayer:
 
 
 def statistics_recipe(recipe: Recipe) -> Recipe:
-    """A recipe whose statistics are those that losses are measured with: of the float model, for any method."""
+    """Returns a recipe whose statistics losses are measured with: those of the float model, for any method."""
     if not recipe.needs_data:
         recipe = replace(recipe, method="gptq", options={})
     return replace(recipe, true_sequential=False, asymmetric_calibration=False)
 
 
 def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> Losses:
-    """What a unit loses by each of `specs`, solved on a sample of its columns; and what by rounding it to `NOISE`.
+    """Measures what a layer loses by each of `specs`, on a sample of its columns; and by rounding it to `NOISE`.
 
     What more than `FINE` bits lose follows from what those do. The statistics of the task are those of its input; where
     they are empty every loss is 0. A task without statistics is a table's.
 
     Args:
-        task: of the tap or of the table.
+        task: of the linear group or of the table.
         specs: its choices.
-        shares: a table takes the codes of this tap.
+        shares: a table takes the codes of this linear group.
 
     Raises:
         ModelError: a weight is not finite or cannot be read.
@@ -189,7 +189,7 @@ def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> L
 def _losses(
     run: Run, recipe: Recipe, shared: SharedStatistics, units: list[MixedLayer]
 ) -> Iterator[tuple[str, Losses]]:
-    """The losses of each unit, several at a time."""
+    """Measures the losses of each layer, several at a time."""
     resources, start = run.resources, time.process_time()
     running: deque[tuple[str, Callable[[], Losses], Future[Losses]]] = deque()
     done = 0
@@ -279,7 +279,7 @@ def _noisy(weight: PlannedWeight, source: LinearGroup | Embedding) -> np.ndarray
 
 
 def shortened(feed: Feed, tokens: int) -> Feed:
-    """The first tokens of a sample with `input_ids [B, T]`: of every input `[B, T, …]`; another sample as it is."""
+    """Returns the first tokens of a sample with `input_ids [B, T]`, of every input `[B, T, …]`; others as they are."""
     ids = feed.get("input_ids")
     if ids is None or ids.ndim != 2:
         return feed
@@ -288,7 +288,7 @@ def shortened(feed: Feed, tokens: int) -> Feed:
 
 
 def _sampled(task: Task) -> tuple[np.ndarray, float]:
-    """Some columns of a task's weights, float32 [K, at most COLUMNS]; and how many times as many there are."""
+    """Returns some columns of a task's weights, float32 [K, at most COLUMNS], and how many times as many there are."""
     n = sum(part.n for part in task.weights)
     step = -(-n // COLUMNS)
     columns, start = [], 0
@@ -300,7 +300,7 @@ def _sampled(task: Task) -> tuple[np.ndarray, float]:
 
 
 def _key(run: Run, recipe: Recipe, unit: MixedLayer) -> str:
-    """What the journal knows the sensitivity of a unit by: everything that it follows from."""
+    """Returns the journal's key of the sensitivity of a layer: everything that it follows from."""
     collecting = statistics_recipe(recipe)
     follows: list[object] = [recipe.method, dict(recipe.options), collecting.to_dict(), str(unit.specs)]
     follows += [COLUMNS, FINE, str(NOISE), PROBES, PROBE_TOKENS, unit.names]

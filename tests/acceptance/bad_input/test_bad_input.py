@@ -15,7 +15,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from onnx_woq import OnnxWoqError, Recipe, Spec, evaluate, quantize, tune
+from onnx_woq import OnnxWoqError, Recipe, Spec, evaluate, inspect, quantize, tune
 from onnx_woq.errors import AlreadyQuantized, DataError, ModelError, NothingToQuantize, OutputError, RecipeError
 from tests.support import measure
 from tests.support.commands import ROOT
@@ -408,8 +408,6 @@ def test_calibration_inputs_that_are_not_finite(value, refused, tmp_path):
         ({"bits": 9}, ["--bits", 9], ["bits", "1 to 8|1.*8"]),
         ({"bits": -4}, ["--bits", -4], ["bits", "1 to 8|1.*8"]),
         ({"group_size": 0}, ["--group-size", 0], ["group.size", "16"]),
-        ({"group_size": 7}, ["--group-size", 7], ["group.size", "16"]),
-        ({"group_size": 33}, ["--group-size", 33], ["group.size", "16"]),
         ({"group_size": -2}, ["--group-size", -2], ["group.size", "16"]),
     ],
     ids=str,
@@ -420,6 +418,16 @@ def test_grids_out_of_range(options, flags, words, refused, enc):
     for word in words:
         assert re.search(word, str(caught.value))
     refused(RecipeError, words, enc, *flags, python=False)
+
+
+@pytest.mark.parametrize("size", [7, 20, 33])
+def test_grids_that_a_target_cannot_hold(size, refused, enc):
+    """The message names a size and a target that can; nothing is wrong with the spec itself."""
+    recipe = Recipe("rtn", Spec(group_size=size))
+    words = ["group.size", str(size), "16", "--target qdq"]
+    refused(RecipeError, words, enc, "--group-size", size, recipe=recipe)
+    with pytest.raises(RecipeError, match="--target qdq"):
+        inspect(enc, recipe)
 
 
 @pytest.mark.parametrize(

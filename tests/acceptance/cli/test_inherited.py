@@ -49,9 +49,9 @@ def test_whatever_is_inherited(tmp_path):
     """Those above, and some that watch children, signals and tables, in a pytest of their own."""
     files = [f"{HERE}::{test.__name__}" for test in CHEAP]
     files += [
-        "tests/acceptance/test_cli.py::test_tables_are_quiet_when_not_a_terminal",
-        "tests/acceptance/test_cli.py::test_configs_are_listed_in_tuning_order_one_per_line",
-        "tests/test_cli_interrupt.py",
+        "tests/acceptance/cli/test_cli.py::test_tables_are_quiet_when_not_a_terminal",
+        "tests/acceptance/cli/test_cli.py::test_configs_are_listed_in_tuning_order_one_per_line",
+        "tests/acceptance/cli/test_interrupt.py",
     ]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--color=no", f"--rootdir={ROOT}"]
     command += [f"--basetemp={tmp_path / 'base'}", "-c", ROOT / "pyproject.toml", *(ROOT / file for file in files)]

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from onnx_woq.cli import main
-from onnx_woq.engine import execute as making
+from onnx_woq.engine import execute
 from tests.zoo.nodes import graph, node, random, value, write
 
 
@@ -24,7 +24,7 @@ def test_interrupted(flags, says, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(making, "solve", interrupted)
+    monkeypatch.setattr(execute, "solve_all", interrupted)
     done = CliRunner().invoke(main, ["quantize", str(path), "-o", str(tmp_path / "q.onnx"), *flags])
     assert done.exit_code == 130, done.stderr
     assert says in done.stderr

@@ -12,7 +12,7 @@ COMMANDS = ("quantize", "evaluate", "inspect", "configs")
 HEAVY = {
     "numpy", "scipy", "onnx", "onnx_ir", "onnxruntime", "onnxruntime_extensions", "tokenizers", "ml_dtypes",
     "google", "rich", "plotly", "matplotlib", "distributed", "dask", "concurrent", "multiprocessing", "asyncio",
-    "filelock", "threadpoolctl", "xxhash",
+    "filelock", "threadpoolctl", "torch", "xxhash",
 }  # fmt: skip
 """Packages that the work needs; their names on the command line do not."""
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from onnx_woq import Recipe, Spec, quantize
-from onnx_woq.engine.execute import open_resources
+from onnx_woq.engine.plan import make_plan
+from onnx_woq.engine.resources import open_resources
 from onnx_woq.errors import DataError, RecipeError
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
@@ -155,13 +156,12 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bytes(unit, lm, lm_data,
 def test_the_plan_counts_the_second_model(lm, lm_data):
     plans = []
     for what in (replace(recipe(), both_streams=False, true_sequential=True), recipe()):
-        model = load(lm)
-        groups = find_linear_groups(model, what)[0]
-        with open_resources(model, groups, what, lm_data, None, Serial(), None, None) as found:
+        plan = make_plan(load(lm), what)
+        with open_resources(plan, lm_data, executor=Serial()) as found:
             plans.append(found.memory)
     assert plans[1].solving > 1.3 * plans[0].solving
     assert plans[1].peak > plans[0].peak
-    one, two = (CalibrationMemory.of(model, groups, lm_data, models=models) for models in (1, 2))
+    one, two = (CalibrationMemory.of(plan.model, plan.linear_groups, lm_data, models=models) for models in (1, 2))
     assert two.least() >= 1.95 * one.least()
     assert (two.hidden, two.between) == (2 * one.hidden, 2 * one.between)
 
@@ -179,7 +179,7 @@ def test_statistics_are_the_same_whatever_the_budget(lm, lm_data):
 
 def test_it_is_refused_without_data_and_out_of_range(lm, tmp_path):
     assert recipe().true_sequential
-    with pytest.raises(RecipeError, match="stream_share"):
+    with pytest.raises(RecipeError, match="asymmetric_strength"):
         recipe(stream_share=1.5)
-    with pytest.raises(DataError, match="both_streams"):
+    with pytest.raises(DataError, match="asymmetric_calibration"):
         quantize(lm, tmp_path / "q.onnx", recipe("rtn"))

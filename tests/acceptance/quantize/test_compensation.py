@@ -141,9 +141,8 @@ def test_every_tap_of_a_whole_model_is_corrected_for_its_own_inputs(method, lm, 
         measure.activations(lm, lm_data), measure.float_weights(lm), measure.decoded(out), biases(out)
     )  # fmt: skip
     assert found.keys() == weights.keys()
-    for name in (
-        linear for group in report.groups if not group.scaling for linear in group.linears
-    ):  # or what is stored is scaled
+    # Or what is stored is scaled.
+    for name in (name for group in report.groups if not group.scaling for name in group.nodes):
         wanted = inputs[name].mean(axis=0) @ (weights[name] - stored[name])
         np.testing.assert_allclose(found[name], wanted, atol=1e-4 * np.abs(inputs[name]).mean())
 

@@ -240,9 +240,9 @@ def test_a_table_that_was_finished_is_not_solved_again(tied_lm, lm_data, tmp_pat
         patch.setattr(making, "write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             quantize(tied_lm, tmp_path / "b" / "q.onnx", recipe, lm_data)
-    from onnx_woq.engine import solve as solving
+    from onnx_woq.engine import schedule
 
-    monkeypatch.setattr(solving, "solve_task", lambda *_: pytest.fail("solved again"))
+    monkeypatch.setattr(schedule, "solve_task", lambda *_: pytest.fail("solved again"))
     quantize(tied_lm, tmp_path / "b" / "q.onnx", recipe, lm_data, resume=True)
     assert measure.listing(tmp_path / "b") == measure.listing(tmp_path / "a")
 
@@ -288,19 +288,17 @@ def test_both_branches_of_a_merged_decoder(tmp_path, monkeypatch):
 
 
 def test_a_large_table_takes_memory_for_its_codes_and_for_pieces(tied_lm):
-    from onnx_woq.engine.embedding import table_bytes
-    from onnx_woq.graph.find.embeddings import find_embeddings
-    from onnx_woq.graph.find.linears import find_linear_groups
+    from onnx_woq.engine.memory import task_bytes
+    from onnx_woq.engine.plan import make_plan
     from onnx_woq.graph.io.model import load
-    from onnx_woq.targets.gather_block_quantized import embedding_bytes
 
-    model, recipe = load(tied_lm), Recipe(embedding=FOUR)
-    (small,), _ = find_embeddings(model, recipe, find_linear_groups(model, recipe)[0])
+    recipe = Recipe(embedding=FOUR)
+    (small,) = make_plan(load(tied_lm), recipe).embeddings
     taken = {}
     for rows in (100_000, 10_000_000):
-        table = replace(small, n=rows, weight_bytes=4 * rows * small.k)
-        taken[rows] = table_bytes(table, 2) - embedding_bytes(table, FOUR, None)
-        assert table_bytes(table, 1) < table_bytes(table, 2) or rows == 100_000
+        table = replace(small, source=replace(small.source, n=rows, weight_bytes=4 * rows * small.k))
+        taken[rows] = task_bytes(table, recipe, 2) - table.own_bytes
+        assert task_bytes(table, recipe, 1) < task_bytes(table, recipe, 2) or rows == 100_000
     assert taken[10_000_000] < 4 * taken[100_000] < 10_000_000 * small.k
 
 

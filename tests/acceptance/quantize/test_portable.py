@@ -12,7 +12,7 @@ import pytest
 
 from onnx_woq import Recipe, quantize
 from onnx_woq.engine import executors, memory
-from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.graph.io.model import load
 from tests.support.commands import ROOT
 from tests.zoo import small as zoo
@@ -61,12 +61,11 @@ def test_tuning_leaves_the_result_alone(as_on_windows):
 
 
 def test_where_the_result_cannot_be_mapped_the_plan_counts_it(monkeypatch, tmp_path):
-    model, recipe = load(zoo.language_model(tmp_path / "lm.onnx", layers=2)), Recipe("rtn")
-    groups, _ = find_linear_groups(model, recipe)
+    plan = make_plan(load(zoo.language_model(tmp_path / "lm.onnx", layers=2)), Recipe("rtn"))
     monkeypatch.setattr(memory, "resident", lambda: 1 << 20)
-    mapped = memory.plan_memory(model, groups, [], recipe, None, 1).peak
+    mapped = memory.plan_memory(plan, [], None, 1).peak
     monkeypatch.setattr(memory, "MAPS", False)
-    assert memory.plan_memory(model, groups, [], recipe, None, 1).peak - mapped == sum(map(memory.group_bytes, groups))
+    assert memory.plan_memory(plan, [], None, 1).peak - mapped == sum(group.bytes for group in plan.groups)
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii"])

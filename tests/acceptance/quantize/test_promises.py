@@ -1,4 +1,4 @@
-"""What `inspect` promises, `quantize` does: rows, targets, nodes left float, copies and bytes, on every model of the zoo."""
+"""What `inspect` promises, `quantize` does, on every model of the zoo: rows, targets, float nodes, copies, bytes."""
 
 from __future__ import annotations
 

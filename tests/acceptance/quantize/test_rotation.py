@@ -357,7 +357,7 @@ def test_a_mix_of_rotated_weights_is_predicted_and_measured_alike(tied_lm, lm_da
 def test_both_streams_are_left_out_of_the_statistics_of_a_mix(lm, lm_data, tmp_path):
     what = recipe(rotation=True, both_streams=True)
     result = tune(lm, None, lm_data, configs={"m": what}, workdir=tmp_path / "w", target_bpw=4.2)
-    assert result.best.recipe.both_streams
+    assert result.best.recipe.asymmetric_calibration
     assert result.best.recipe.rotation
 
 

@@ -14,6 +14,7 @@ from onnx_woq import Recipe, Spec, quantize
 from onnx_woq.core.methods.registry import METHODS
 from onnx_woq.core.stats import Stats
 from onnx_woq.engine.memory import plan_memory
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.errors import MemoryLimit
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
@@ -68,16 +69,15 @@ def written(model: Path, out: Path, recipe: Recipe, data: Any = None, **options:
 
 def tightest(model: Path, recipe: Recipe, data: list[arch.Feed]) -> int:
     """The smallest `max_memory` that is accepted, to a megabyte."""
-    source = load(model)
-    groups, _ = find_linear_groups(source, recipe)
+    plan = make_plan(load(model), recipe)
     refused, accepted = 1 << 20, 16 << 30
     with pytest.raises(MemoryLimit):
-        plan_memory(source, groups, data, recipe, refused, 2)
-    plan_memory(source, groups, data, recipe, accepted, 2)
+        plan_memory(plan, data, refused, 2)
+    plan_memory(plan, data, accepted, 2)
     while accepted - refused > 1 << 20:
         middle = (accepted + refused) // 2
         try:
-            plan_memory(source, groups, data, recipe, middle, 2)
+            plan_memory(plan, data, middle, 2)
             accepted = middle
         except MemoryLimit:
             refused = middle
@@ -98,11 +98,8 @@ def test_the_least_memory_gives_the_same_files_as_plenty(name, dtype, models, tm
 def test_the_plan_for_the_least_memory_is_another_one(models):
     """Or the test above compares a thing with itself."""
     model, recipe, data = models["float32"], RECIPES["gptq"], samples("float32", 200)
-    source = load(model)
-    groups, _ = find_linear_groups(source, recipe)
-    tight, plenty = (
-        plan_memory(source, groups, data, recipe, limit, 2) for limit in (tightest(model, recipe, data), 16 << 30)
-    )
+    plan = make_plan(load(model), recipe)
+    tight, plenty = (plan_memory(plan, data, limit, 2) for limit in (tightest(model, recipe, data), 16 << 30))
     assert 0 < tight.window < plenty.window
     assert 0 < tight.peak <= plenty.peak
     assert tight.text != plenty.text

@@ -166,7 +166,7 @@ for group in groups:
     group.check()
 print(sum(view.nbytes for view in views) >> 20)
 del views
-taps[0].weight()
+groups[0].weight()
 """
 
 

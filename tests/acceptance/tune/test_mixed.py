@@ -17,9 +17,9 @@ import pytest
 from onnx_woq import Recipe, Spec, TuneResult, quantize, tune
 from onnx_woq.core.methods.registry import METHODS
 from onnx_woq.core.stats import Stats, output_error
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.solve import task_of
 from onnx_woq.errors import RecipeError
-from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.runtime.evaluation.metrics import compare
 from onnx_woq.tuning.mixed.sensitivity import unit_losses
@@ -254,7 +254,7 @@ def test_a_tied_head_and_its_table_are_one_unit(tied_lm, data, tmp_path):
     options = {"configs": [TABLES], "workdir": tmp_path / "work"}
     result = tune(tied_lm, None, data, target_bpw=4.5, output=tmp_path / "m.onnx", **options)
     [head] = [layer for layer in result.layers if layer.name == "logits"]
-    assert head.linears == ("logits", "tokens")
+    assert head.nodes == head.sites == ("logits", "tokens")
     assert head.spec is not None
     bits = 8 * sum(layer.bytes for layer in result.layers) / WEIGHTS
     assert 0.97 * 4.5 <= bits <= 4.5
@@ -273,7 +273,7 @@ def test_a_table_of_its_own_is_a_unit_of_its_own(lm, data, tmp_path):
     options = {"target_bpw": 4.0, "workdir": tmp_path / "work"}
     result = tune(lm, None, data, configs=[TABLES], **options)
     [table] = [layer for layer in result.layers if layer.name == "tokens"]
-    assert (table.k, table.n, table.linears) == (zoo.HIDDEN, zoo.VOCAB, ("tokens",))
+    assert (table.k, table.n, table.nodes) == (zoo.HIDDEN, zoo.VOCAB, ("tokens",))
     assert table.predicted > 0
     bits = 8 * sum(layer.bytes for layer in result.layers) / (WEIGHTS + zoo.HIDDEN * zoo.VOCAB)
     assert 0.97 * 4.0 <= bits <= 4.0
@@ -314,11 +314,12 @@ def test_widths_between_those_of_the_kernels_lose_less_at_equal_bytes(tmp_path, 
 def test_what_finer_grids_lose_is_foretold_from_four_bits(method, symmetric, lm):
     recipe = Recipe(method, options={"enable_full_range": True})
     rng = np.random.default_rng(0)
-    for group in find_linear_groups(load(lm), recipe)[0][:3]:
+    for planned in make_plan(load(lm), recipe).groups[:3]:
+        group = planned.source
         x = rng.standard_normal((400, group.k)).astype(np.float32) @ rng.standard_normal((group.k, group.k))
         stats = Stats.empty(group.k)
         stats.update(x.astype(np.float32))
-        task, specs = task_of(recipe, group, stats), [Spec(bits, 32, symmetric) for bits in (4, 5, 6, 8)]
+        task, specs = task_of(recipe, planned, stats), [Spec(bits, 32, symmetric) for bits in (4, 5, 6, 8)]
         foretold = unit_losses(task, specs).group
         for spec, loss in zip(specs, foretold, strict=True):
             q = METHODS[method].solve(group.weight(), stats, spec, **recipe.options)
@@ -426,7 +427,7 @@ def test_a_tied_embedding_follows_its_head(tied_lm, data, tmp_path):
     )  # fmt: skip
     assert result.best, (result.trials, result.stopped)
     assert result.best.bytes <= 0.22 * whole
-    head = next(layer for layer in result.layers if "logits" in layer.linears)
+    head = next(layer for layer in result.layers if "logits" in layer.nodes)
     proto = onnx.load(tmp_path / "q.onnx")
     (gather,) = (node for node in proto.graph.node if node.op_type == "GatherBlockQuantized")
     (product,) = (node for node in proto.graph.node if node.op_type == "MatMulNBits" and node.output[0] == "logits")

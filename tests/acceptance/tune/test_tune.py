@@ -155,7 +155,6 @@ def test_a_trial_that_quantization_cannot_make_does_not_stop_the_others(enc, enc
 
     broken_gptq = dataclasses.replace(methods.METHODS["gptq"], solve=broken)
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "gptq": broken_gptq})
-    monkeypatch.setattr("onnx_woq.engine.solve.METHODS", methods.METHODS)
     result = tune(enc, by_recipe(lambda _: 1.0), enc_data, configs=["GPTQ_G32ASYM", "RTN_G32ASYM"], workdir=tmp_path)
     assert result.trials[0].status == "failed"
     assert "MemoryError" in result.trials[0].error

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from onnx_woq import quantize
-from onnx_woq.engine import execute as making
+from onnx_woq.engine import resources
 from tests.zoo.nodes import graph, node, random, value, write
 
 KEPT = """
@@ -43,7 +43,7 @@ def test_threads_do_not_keep_what_they_have_freed():
 @pytest.mark.parametrize("limit", [None, 10 << 30])
 def test_only_a_limit_makes_it_give_back(limit, tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(making, "give_back_at_once", lambda: told.append(True))
+    monkeypatch.setattr(resources, "give_back_at_once", lambda: told.append(True))
     nodes = [node("MatMul", ["x", "A"], ["a"])]
     main = graph(nodes, [value("x", ("t", 96))], [value("a", ("t", 40))], {"A": random(96, 40)})
     quantize(write(tmp_path / "m.onnx", main), tmp_path / "q.onnx", max_memory=limit)

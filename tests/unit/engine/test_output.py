@@ -1,4 +1,4 @@
-"""Inputs are found and outputs refused before any work is done."""
+"""Outputs that cannot be written are refused before any work is done."""
 
 from __future__ import annotations
 
@@ -7,20 +7,7 @@ import os
 import pytest
 
 from onnx_woq.engine.output import companions_copied, destination, make_folder
-from onnx_woq.errors import ModelError, OutputError
-from onnx_woq.graph.io.find_model import find_model
-
-
-def test_a_folder_stands_for_its_only_model_or_the_one_called_model(tmp_path):
-    with pytest.raises(ModelError, match=r"no \.onnx"):
-        find_model(tmp_path)
-    (tmp_path / "a.onnx").touch()
-    assert find_model(tmp_path).name == "a.onnx"
-    (tmp_path / "b.onnx").touch()
-    with pytest.raises(ModelError, match="several"):
-        find_model(tmp_path)
-    (tmp_path / "model.onnx").touch()
-    assert find_model(tmp_path).name == "model.onnx"
+from onnx_woq.errors import OutputError
 
 
 def test_output_is_a_file_by_its_suffix_and_a_folder_otherwise(tmp_path):

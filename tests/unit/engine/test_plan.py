@@ -119,3 +119,17 @@ def test_planning_changes_nothing(tied):
     prepared_plan(tied, Recipe())
     after = {name: id(one.const_value) for name, one in tied.ir.graph.initializers.items()}, len(list(tied.ir.graph))
     assert before == after
+
+
+def test_how_a_plan_prepares_its_model_is_known_by_the_same_key_afterwards(tied):
+    """Statistics are shared by it."""
+    keys = {}
+    for name, more in {
+        "plain": {},
+        "none": {"rotation": True},
+        "shared": {"rotation": True, "embedding": Spec()},
+    }.items():
+        recipe = Recipe(**more)
+        keys[name] = make_plan(tied, recipe).preparation
+        assert prepared_plan(tied, recipe).preparation == keys[name]
+    assert len(set(keys.values())) == 3

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from onnx_woq.core.spec import Spec
+from onnx_woq.engine import metadata
 from onnx_woq.engine import quantize as pipeline
 from onnx_woq.engine.executors import Serial
 from onnx_woq.recipe import Recipe
@@ -21,7 +22,7 @@ def test_a_runtime_too_old_for_the_result_is_named(installed, warned, tmp_path, 
         [node("MatMul", ["x", "W"], ["y"])], [value("x", ("t", 64))], [value("y", ("t", 8))], {"W": random(64, 8)}
     )
     path = write(tmp_path / "m.onnx", main)
-    monkeypatch.setattr(pipeline, "version_of", lambda _: installed)
+    monkeypatch.setattr(metadata, "version_of", lambda _: installed)
     with caplog.at_level(logging.WARNING):
         pipeline.quantize(path, tmp_path / "q.onnx", Recipe("rtn", Spec(bits=2)))
     assert ("needs onnxruntime 1.24" in caplog.text) == warned

@@ -15,15 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.core.spec import Spec
+from onnx_woq.engine.plan import make_plan
+from onnx_woq.engine.solve import solve_task, task_of
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import clone, load
 from onnx_woq.graph.io.save import save
 from onnx_woq.graph.rewrite.fold_scale import divide_input
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets.bitplanes import FORMS, codes_of, layout_of, planes_of
+from onnx_woq.targets.base import Storage, stored_bytes
+from onnx_woq.targets.bitplanes import FORMS, OPSET, codes_of, layout_of, planes_of
 from onnx_woq.targets.constant_fold import fold_constants
-from onnx_woq.targets.low_rank import group_bytes
-from onnx_woq.targets.matmulnbits import pack, packed_bytes, required_runtime
+from onnx_woq.targets.matmulnbits import pack, packed_from, shapes
+from onnx_woq.targets.registry import required_runtime
 from tests.support.runtimes import need_opset
 from tests.zoo.nodes import (
     BFLOAT16,
@@ -34,7 +37,7 @@ from tests.zoo.nodes import (
     linear,
     lower_group,
     node,
-    pack_tap,
+    pack_group,
     random,
     rtn,
     run,
@@ -49,13 +52,13 @@ OFF = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 
 
 def quantized(path, recipe, level, out, *, dense=True):
-    """The model lowered by rounding and saved; `dense=False` stores what the kernel reads."""
+    """The model lowered by rounding and saved; `dense=False` stores what the kernel reads, as older opsets do."""
     model = load(path)
     groups, skipped = find_linear_groups(model, recipe)
     assert groups, skipped
+    half, opset = recipe.half_scales, None if dense else 17
     for group in groups:
-        group.densely &= dense
-        lower_group(model, group, rtn(group), accuracy_level=level)
+        lower_group(model, group, rtn(group, half=half), accuracy_level=level, half=half, opset=opset)
     save(model, out, metadata={})
     onnx.checker.check_model(out, full_check=True)
     return out
@@ -193,7 +196,9 @@ def test_without_any_optimization_the_numbers_are_right_too(tmp_path, level, dty
     out = quantized(path, recipe, level, tmp_path / "q.onnx")
     groups, _ = find_linear_groups(load(path), recipe)
     want = {
-        linear.name: rtn(group).columns(columns).dequantize() for group in groups for linear, columns in group.slices()
+        linear.name: rtn(group, half=half).columns(columns).dequantize()
+        for group in groups
+        for linear, columns in group.slices()
     }
     x = random(4, 200, seed=3, dtype=dtype)
     bound = 0.02 if level or dtype is np.float16 else 1e-5
@@ -233,7 +238,7 @@ def test_bfloat16_is_computed_in_float32(tmp_path, half):
     out = quantized(path, recipe, 0, tmp_path / "q.onnx")
     (group,), _ = find_linear_groups(load(path), recipe)
     x = random(2, 64)
-    want = x.astype(ml_dtypes.bfloat16).astype(np.float32) @ rtn(group).dequantize()
+    want = x.astype(ml_dtypes.bfloat16).astype(np.float32) @ rtn(group, half=half).dequantize()
     for got in (run(out, {"x": x})[0], run_with(out, {"x": x}, OFF)[0]):
         assert close(got, want, 2**-7)
 
@@ -243,14 +248,14 @@ def test_opsets_without_bitwise_operators_keep_four_bits(tmp_path, opset, dense)
     need_opset(opset)
     path = linear(tmp_path / "m.onnx", random(256, 64), opset=opset)
     model = load(path)
-    (group,), _ = find_linear_groups(model, Recipe(spec=Spec(3, 64)))
+    (planned,) = make_plan(model, Recipe(spec=Spec(3, 64))).groups
+    group, before = planned.source, planned.bytes
     q = rtn(group)
-    before = group_bytes(group)
     lower_group(model, group, q, accuracy_level=0)
     assert model.ir.opset_imports[""] == opset
     assert ("BitwiseAnd" in {n.op_type for n in model.ir.graph}) == dense
     stored = sum(v.const_value.nbytes for v in model.ir.graph.initializers.values() if "uint8" not in v.name)
-    assert stored == before == packed_bytes(256, 64, group.spec, np.float32, dense=dense)
+    assert stored == before == stored_bytes(shapes(256, 64, group.spec, Storage(np.float32, 18 if dense else 17)))
     assert stored == (256 * 64 * (3 if dense else 4) + 4 * 64 * (32 + 4)) // 8
     x = random(3, 256)
     assert close(run(model, {"x": x})[0], x @ q.dequantize(), 1e-5)
@@ -279,7 +284,7 @@ def test_own_sessions_get_constants_and_nothing_else(tmp_path, spec, half):
     model = load(branches(tmp_path / "m.onnx"))
     recipe = Recipe(spec=spec, half_scales=half)
     for group in find_linear_groups(model, recipe)[0]:
-        lower_group(model, group, rtn(group), accuracy_level=4)
+        lower_group(model, group, rtn(group, half=half), accuracy_level=4, half=half)
     feeds = {"x": random(3, 64), "flag": np.array(True)}
     want = run(model, feeds)
     part = clone(model)
@@ -300,7 +305,7 @@ def test_dividing_what_a_quantized_layer_makes_keeps_its_scales_in_float16(tmp_p
     )
     model = load(write(tmp_path / "m.onnx", main))
     (first, second), _ = find_linear_groups(model, Recipe(spec=Spec(bits, 16), half_scales=True))
-    lower_group(model, first, rtn(first), accuracy_level=0)
+    lower_group(model, first, rtn(first, half=True), accuracy_level=0, half=True)
     x = random(3, 64)
     (want,) = run(model, {"x": x})
     scale = np.exp2(np.arange(48) % 5 - 2).astype(np.float32)
@@ -314,14 +319,17 @@ def test_dividing_what_a_quantized_layer_makes_keeps_its_scales_in_float16(tmp_p
 
 def test_half_scales_take_half_and_are_rounded_before_codes_are_chosen(tmp_path):
     path = linear(tmp_path / "m.onnx", random(256, 64))
-    (whole,), _ = find_linear_groups(load(path), Recipe(spec=Spec(4, 32)))
-    (half,), _ = find_linear_groups(load(path), Recipe(spec=Spec(4, 32), half_scales=True))
-    assert 8 * group_bytes(whole) == 256 * 64 * 5.125
-    assert 8 * group_bytes(half) == 256 * 64 * 4.625
-    q = rtn(half)
-    np.testing.assert_array_equal(q.scales, q.scales.astype(np.float16).astype(np.float32))
-    (packed,) = pack_tap(half, q)
+    (whole,) = make_plan(load(path), Recipe(spec=Spec(4, 32))).groups
+    (half,) = make_plan(load(path), Recipe(spec=Spec(4, 32), half_scales=True)).groups
+    assert 8 * whole.bytes == 256 * 64 * 5.125
+    assert 8 * half.bytes == 256 * 64 * 4.625
+    (packed,) = solve_task(task_of(Recipe(spec=Spec(4, 32), half_scales=True), half, None)).packed
     assert packed.scales.dtype == np.float16
+    q = rtn(half.source, half=True)
+    np.testing.assert_array_equal(q.scales, q.scales.astype(np.float16).astype(np.float32))
+    again = pack(q, half.storage)
+    for one, other in zip(again.arrays, packed.arrays, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
@@ -337,8 +345,9 @@ def test_the_runtime_that_half_scales_need_is_that_of_float32(tmp_path, bits):
 
 
 def test_packed_arrays_can_be_exchanged(tmp_path):
-    (group,), _ = find_linear_groups(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
-    (packed,) = pack_tap(group, rtn(group))
+    model = load(linear(tmp_path / "m.onnx", random(256, 64)))
+    (group,), _ = find_linear_groups(model, Recipe(spec=Spec(3, 32)))
+    (packed,) = pack_group(model, group, rtn(group))
     again = packed.with_arrays([array.copy() for array in packed.arrays])
     assert len(again.codes) == 3
     for one, other in zip(packed.arrays, again.arrays, strict=True):
@@ -347,11 +356,19 @@ def test_packed_arrays_can_be_exchanged(tmp_path):
 
 
 def test_only_codes_that_leave_gaps_are_dense(tmp_path):
-    """Whatever a tap was found with: a mix gives it another spec afterwards."""
-    (group,), _ = find_linear_groups(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32)))
-    assert group.dense
-    other = replace(group, spec=Spec(4, 32))
-    assert not other.dense
-    assert replace(other, spec=Spec(3, 64)).dense
-    with pytest.raises(ValueError, match="4 bits"):
-        pack(rtn(other), np.float32, dense=True)
+    """Whatever a weight was planned with: a mix gives it another spec afterwards."""
+    (group,) = make_plan(load(linear(tmp_path / "m.onnx", random(256, 64))), Recipe(spec=Spec(3, 32))).groups
+    assert group.storage.opset >= OPSET
+
+    def is_dense(one):
+        """Tells it of what is packed, and of the arrays that are promised before it is."""
+        packed = pack(rtn(one.source), one.storage)
+        assert tuple((array.shape, array.dtype) for array in packed.arrays) == one.shapes()[0]
+        assert packed_from(packed.arrays, one.k, one.n, one.spec, one.storage) == packed
+        return packed.dense
+
+    assert is_dense(group)
+    other = group.on(Spec(4, 32))
+    assert not is_dense(other)
+    assert is_dense(other.on(Spec(3, 64)))
+    assert not is_dense(replace(group, storage=replace(group.storage, opset=OPSET - 1)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -11,15 +10,15 @@ import pytest
 
 from onnx_woq.core.grids import integer as grid
 from onnx_woq.core.spec import Spec
-from onnx_woq.graph.find.embeddings import FLOAT_BY_DEFAULT, SMALLEST_TABLE, find_embeddings
-from onnx_woq.graph.find.float_copies import float_copy_bytes
-from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.engine.plan import make_plan
+from onnx_woq.graph.find.embeddings import SMALLEST_TABLE, find_embeddings
 from onnx_woq.graph.io.model import load
 from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
+from onnx_woq.targets.base import Storage
 from onnx_woq.targets.bitplanes import FORMS
-from onnx_woq.targets.gather_block_quantized import embedding_bytes, lower_embedding, share_codes
-from onnx_woq.targets.matmulnbits import pack, required_runtime
+from onnx_woq.targets.gather_block_quantized import lower, pack, share
+from onnx_woq.targets.registry import required_runtime
 from tests.support.runtimes import need, need_opset
 from tests.zoo.nodes import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, lower_group, node, random, run, value, write
 
@@ -50,30 +49,32 @@ def rounded(weight, spec, dtype):
 
 
 def lowered(path, recipe, *, input_scale=None):
-    """The model written with everything quantized, and for each table what its codes stand for, [V, D] float32."""
+    """The plan of the model, written with everything quantized, and for each table what its codes stand for."""
     model = load(path)
-    groups, _ = find_linear_groups(model, recipe)
-    found, skipped = find_embeddings(model, recipe, groups)
-    meant = {}
-    for group in groups:
+    plan = make_plan(model, recipe)
+    meant = {}  # [V, D] float32
+    for group in plan.groups:
         scale = 1 if input_scale is None else input_scale[:, None]
-        q = rounded(group.weight() * scale, group.spec, group.scale_dtype)
-        (columns,) = {(part.start, part.stop) for _, part in group.slices()}
-        packed = pack(q.columns(slice(*columns)), group.scale_dtype, dense=group.dense)
-        lower_group(model, group, [packed], accuracy_level=0)
-        for one in found:
-            if one.shared:
-                share_codes(model, one, input_scale)
-                meant[one.name] = q.dequantize().T
-    for one in found:
-        if not one.shared:
-            q = rounded(one.weight_sources()[0].read(), one.spec, one.scale_dtype)
-            lower_embedding(model, one, pack(q, one.scale_dtype, dense=one.dense))
+        q = rounded(group.source.weight() * scale, group.spec, group.storage.scale_dtype)
+        lower_group(model, group.source, q, accuracy_level=0, half=recipe.half_scales)
+        for one in plan.borrowers(group):
+            share(model, one, input_scale)
+            meant[one.name] = q.dequantize().T
+    for one in plan.embeddings:
+        if one.lender is None:
+            q = rounded(one.weight_sources()[0].read(), one.spec, one.storage.scale_dtype)
+            lower(model, one.source, pack(q, one.storage))
             meant[one.name] = q.dequantize().T
     out = path.with_name("q.onnx")
     save(model, out, metadata={})
     onnx.checker.check_model(out)
-    return out, meant, found, skipped
+    return out, meant, plan
+
+
+def table_of(plan):
+    """The only table of a plan."""
+    (one,) = plan.embeddings
+    return one.source
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -87,13 +88,14 @@ def test_rows_are_those_of_the_codes_bit_for_bit(tmp_path, dtype, columns, half_
     rows = SMALLEST_TABLE // columns // np.dtype(dtype).itemsize + 1
     ids = np.array([[0, 5, rows - 1], [7, 7, -1]], np.int64)
     path = tables(tmp_path / "m.onnx", columns, dtype, count=len(specs), rows=rows)
-    out, meant, found, skipped = lowered(path, recipe)
-    assert not skipped
+    out, meant, plan = lowered(path, recipe)
+    found = plan.embeddings
+    assert not plan.skipped
     assert [one.spec for one in found] == specs
     for i, (spec, got) in enumerate(zip(specs, run(out, {"ids": ids}), strict=True)):
         assert got.dtype == dtype
         # Symmetric dense codes have their scales divided by `2**gap`: float16 ends at 2**-24.
-        divided = found[i].dense and spec.symmetric and found[i].scale_dtype == np.float16
+        divided = spec.bits in FORMS and spec.symmetric and found[i].storage.scale_dtype == np.float16
         close = 2.0 ** (FORMS[spec.bits].gap + spec.bits - 26) if divided else 0.0
         np.testing.assert_allclose(got, meant[f"y{i}"][ids].astype(dtype), rtol=0, atol=close, err_msg=str(spec))
         assert relative(got, table(path, i)[ids]) < 2.0 ** (2 - spec.bits)  # and near the float
@@ -117,7 +119,8 @@ def test_a_tied_head_and_its_table_are_one_set_of_codes(tmp_path, dtype, columns
     need("1.27", "2-bit tables, and zero points of rows that do not fill bytes")
     spec = Spec(bits, 32, symmetric)
     path = tables(tmp_path / "m.onnx", columns, dtype, tied=True, opset=opset)
-    out, meant, (found,), _ = lowered(path, Recipe(spec=spec, embedding=spec, half_scales=half_scales))
+    out, meant, plan = lowered(path, Recipe(spec=spec, embedding=spec, half_scales=half_scales))
+    found = table_of(plan)
     assert (found.shared, found.head.name) == (True, "logits")
     x = random(4, columns, seed=9, dtype=dtype)
     rows, logits = run(out, {"ids": IDS, "x": x})
@@ -140,19 +143,21 @@ def padding(out):
 def test_what_a_table_takes_is_what_is_written(tmp_path):
     path = tables(tmp_path / "m.onnx", 200, tied=True)
     for own, half in itertools.product((Spec(4, 32), Spec(8, 64, True), Spec(4, 128), Spec(3, 32)), (False, True)):
-        out, _, (found,), _ = lowered(path, Recipe(embedding=own, half_scales=half))
-        head = embedding_bytes(replace(found, head=None), Spec(), None)  # the same numbers from the other side
-        assert (found.shared, found.counted) == (own == Spec(), True)
+        out, _, plan = lowered(path, Recipe(embedding=own, half_scales=half))
+        (group,), (one,) = plan.groups, plan.embeddings
+        assert group.bytes == one.on(Spec()).own_bytes, "the same numbers from the other side"
+        assert (one.source.shared, one.source.counted) == (own == Spec(), True)
         written = out.with_name("q.onnx.data").stat().st_size - padding(out)
-        assert written == head + embedding_bytes(found, own, Spec())
-    assert embedding_bytes(found, None, Spec()) == found.weight_bytes
-    assert embedding_bytes(found, None, None) == 0
+        assert written == group.bytes + one.bytes
+        assert one.code_bytes == (0 if own == Spec() else one.own_bytes)
+    # A linear group counts the float table among its own.
+    assert (one.weight_bytes, one.report().bytes_before, group.report().bytes_before) == (ROWS * 800, 0, ROWS * 800)
 
 
 def test_a_scaled_head_lends_its_codes_too(tmp_path):
     path = tables(tmp_path / "m.onnx", 64, tied=True)
     scale = np.linspace(0.5, 4, 64).astype(np.float32)
-    out, meant, _, _ = lowered(path, FOUR, input_scale=scale)
+    out, meant, _ = lowered(path, FOUR, input_scale=scale)
     rows, _ = run(out, {"ids": IDS, "x": random(1, 64)})
     np.testing.assert_allclose(rows, meant["y0"][IDS] / scale, rtol=1e-6)
     assert relative(rows, table(path)[IDS]) < 0.15
@@ -176,7 +181,8 @@ def test_other_ways_of_being_tied(tmp_path, way):
         nodes += [node("MatMul", ["x", "T"], ["logits"])]
     outputs = [value("rows", [2, 3, 64]), value("logits", ["m", ROWS])]
     path = write(tmp_path / "m.onnx", graph(nodes, [ids, x], outputs, weights))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     assert found.shared
     want = next(iter(meant.values()))[IDS]
     rows, _ = run(out, {"ids": IDS, "x": random(1, 64)})
@@ -188,24 +194,11 @@ def test_a_square_table_read_the_same_way_round_is_no_head_of_it(tmp_path):
     nodes = [node("Gather", ["T", "ids"], ["rows"]), node("MatMul", ["x", "T"], ["y"])]
     inputs, outputs = [value("ids", [2], INT64), value("x", [1, 128])], [value("rows", [2, 128]), value("y", [1, 128])]
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(128, 128)}))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     assert (found.head, found.shared, found.counted) == (None, False, True)
     np.testing.assert_array_equal(run(out, {"ids": IDS[0, :2], "x": random(1, 128)})[0], meant["rows"][IDS[0, :2]])
     assert "T" not in load(out).ir.graph.initializers
-
-
-@pytest.mark.parametrize("first", ["one", "two"])
-def test_of_two_heads_the_one_on_the_same_grid_lends_its_codes(tmp_path, first):
-    nodes = [node("Gather", ["T", "ids"], ["rows"]), node("Transpose", ["T"], ["turned"])]
-    nodes += [node("MatMul", [x, "turned"], [f"y_{x}"], name=x) for x in ("one", "two")]
-    inputs = [value("ids", [2, 3], INT64), value("one", ["m", 64]), value("two", ["m", 64])]
-    outputs = [value("rows", [2, 3, 64]), value("y_one"), value("y_two")]
-    path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
-    recipe = Recipe(embedding=Spec(), overrides={f"^{first}$": Spec(8)})
-    model = load(path)
-    groups, _ = find_linear_groups(model, recipe)
-    (found,), _ = find_embeddings(model, recipe, groups)
-    assert (found.shared, found.head.name) == (True, "y_two" if first == "one" else "y_one")
 
 
 def test_a_head_that_rounds_the_table_has_codes_of_its_own(tmp_path):
@@ -214,7 +207,8 @@ def test_a_head_that_rounds_the_table_has_codes_of_its_own(tmp_path):
     inputs, outputs = [value("ids", [2, 3], INT64), value("x", ["m", 64], FLOAT16)], [value("rows", [2, 3, 64])]
     outputs.append(value("logits", ["m", ROWS], FLOAT16))
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     assert (found.head, found.shared, found.counted) == (None, False, True)
     rows, _ = run(out, {"ids": IDS, "x": random(1, 64, dtype=np.float16)})
     np.testing.assert_array_equal(rows, meant["rows"][IDS])
@@ -225,7 +219,7 @@ def test_brain_floats_are_read_in_float32_and_rounded(tmp_path):
     stored = onnx.helper.make_tensor("T", BFLOAT16, [ROWS, 64], random(ROWS, 64).ravel().tolist())
     nodes = [node("Gather", ["T", "ids"], ["brain"]), node("Cast", ["brain"], ["rows"], to=FLOAT)]
     main = graph(nodes, [value("ids", [2, 3], INT64)], [value("rows", [2, 3, 64])], {"T": stored})
-    out, meant, _, _ = lowered(write(tmp_path / "m.onnx", main), FOUR)
+    out, meant, _ = lowered(write(tmp_path / "m.onnx", main), FOUR)
     np.testing.assert_allclose(run(out, {"ids": IDS})[0], meant["brain"][IDS], rtol=2**-8)
     assert [n.op_type for n in load(out).ir.graph] == ["GatherBlockQuantized", "Cast", "Cast"]
 
@@ -245,7 +239,8 @@ def test_a_table_in_both_branches_is_stored_once(tmp_path, tied):
     choice = node("If", ["flag"], ["y"], then_branch=bodies[0], else_branch=bodies[1])
     inputs = [value("ids", [2, 3], INT64), value("flag", [], BOOL)]
     main = graph([choice], inputs, [value("y", [2, 3, None])], {"T": random(ROWS, 64)})
-    out, meant, (found,), _ = lowered(write(tmp_path / "m.onnx", main), FOUR)
+    out, meant, plan = lowered(write(tmp_path / "m.onnx", main), FOUR)
+    found = table_of(plan)
     assert (len(found.nodes), found.shared) == (2, tied)
     rows = meant[found.name]
     for flag, sign in ((True, np.negative), (False, np.abs)):
@@ -254,115 +249,11 @@ def test_a_table_in_both_branches_is_stored_once(tmp_path, tied):
     assert sum(v.const_value.nbytes > 512 for v in load(out).ir.graph.initializers.values()) == 3
 
 
-def reasons(nodes, inputs, outputs, weights, recipe=FOUR, path=None):
-    model = load(write(path, graph(nodes, inputs, outputs, weights)))
-    groups, _ = find_linear_groups(model, recipe)
-    found, skipped = find_embeddings(model, recipe, groups)
-    copies = float_copy_bytes(model, groups, found)
-    assert all(skip.op_type == "Gather" and skip.weight_bytes for skip in skipped)
-    return [one.weight_name for one in found], [skip.reason for skip in skipped], copies
-
-
-IDS_IN, ROWS_OUT = value("ids", ["n"], INT64), value("rows", ["n", 64])
-GATHER = node("Gather", ["T", "ids"], ["rows"], name="gather")
-
-
-@pytest.mark.parametrize(
-    ("more", "reason"),
-    [
-        ([node("Add", ["T", "b"], ["y"], name="sum")], "Add 'sum', which stays float, reads the table as well"),
-        ([node("MatMul", ["b", "T"], ["y"], name="vector")], "MatMul 'vector', which stays float"),
-        ([node("Gather", ["T", "ids"], ["y"], axis=1)], "Gather 'y', which stays float"),
-        ([node("Identity", ["T"], ["y"])], "Identity 'y', which stays float"),
-    ],
-)
-def test_a_table_that_others_read_stays_float(tmp_path, more, reason):
-    bias = {"T": random(ROWS, 64), "b": random(64) if more[0].op_type == "Add" else random(ROWS)}
-    outputs = [ROWS_OUT, value("y")]
-    names, why, _ = reasons([GATHER, *more], [IDS_IN], outputs, bias, path=tmp_path / "m.onnx")
-    assert names == []
-    assert any(reason in one for one in why), why
-
-
-def test_a_table_whose_head_stays_float_does_so_too(tmp_path):
-    head = [node("Transpose", ["T"], ["t"]), node("MatMul", ["x", "t"], ["logits"], name="head")]
-    args = [GATHER, *head], [IDS_IN, value("x", ["m", 64])], [ROWS_OUT, value("logits")], {"T": random(ROWS, 64)}
-    recipe = Recipe(embedding=Spec(), exclude=("^head$",))
-    names, (why,), copies = reasons(*args, recipe, tmp_path / "m.onnx")
-    assert (names, why) == ([], "MatMul 'head', which stays float, reads the table as well")
-    names, why, copies = reasons(*args, Recipe(), tmp_path / "m.onnx")
-    assert (names, why, copies) == ([], [FLOAT_BY_DEFAULT], {"T": ROWS * 256})
-    for spec in (Spec(), Spec(8)):
-        names, why, copies = reasons(*args, Recipe(embedding=spec), tmp_path / "m.onnx")
-        assert (names, why, copies) == (["T"], [], {})
-
-
-def test_small_tables_and_others_are_no_embeddings(tmp_path):
-    rows = SMALLEST_TABLE // 4 // 64
-    sizes = {"small": (rows - 1, 64), "large": (rows, 64), "narrow": (2000, 15), "cube": (50, 50, 50)}
-    nodes = [node("Gather", [name, "ids"], [f"y_{name}"]) for name in sizes]
-    outputs = [value(f"y_{name}") for name in sizes]
-    weights = {name: random(*shape) for name, shape in sizes.items()}
-    weights["whole"] = np.ones((1000, 64), np.int64)
-    nodes.append(node("Gather", ["whole", "ids"], ["y_whole"]))
-    names, why, _ = reasons(
-        nodes, [IDS_IN], [*outputs, value("y_whole", None, INT64)], weights, path=tmp_path / "m.onnx"
-    )
-    assert (names, why) == (["large"], ["only 15 columns, fewer than the smallest block (16)"])
-
-
-def test_what_a_caller_may_override_stays_float(tmp_path):
-    given = value("T", [ROWS, 64])
-    names, (why,), _ = reasons([GATHER], [IDS_IN, given], [ROWS_OUT], {"T": random(ROWS, 64)}, path=tmp_path / "m.onnx")
-    assert names == []
-    assert "caller may override" in why
-
-
-def test_columns_are_picked_from_no_embedding(tmp_path):
-    picked = node("Gather", ["T", "ids"], ["rows"], axis=1)
-    names, why, _ = reasons([picked], [IDS_IN], [value("rows")], {"T": random(ROWS, 64)}, path=tmp_path / "m.onnx")
-    assert (names, why) == ([], ["Gather picks columns of the table, not rows"])
-
-
-@pytest.mark.parametrize("moves", [[], ["Unsqueeze"], ["Cast", "Unsqueeze"]])
-def test_rotary_tables_stay_float(tmp_path, moves):
-    """They are factors; a norm, which multiplies rows by what follows from them, and a constant factor are not."""
-    nodes, last = [GATHER], "rows"
-    for i, op in enumerate(moves):
-        extra = {"to": FLOAT} if op == "Cast" else {}
-        inputs = [last, "axes"] if op == "Unsqueeze" else [last]
-        nodes.append(node(op, inputs, [f"moved{i}"], **extra))
-        last = f"moved{i}"
-    nodes.append(node("Mul", ["q", last], ["turned"]))
-    nodes += [node("Gather", ["E", "ids"], ["token"]), node("Mul", ["token", "eight"], ["scaled"])]
-    nodes += [node("Mul", ["scaled", "scaled"], ["square"]), node("ReduceMean", ["square", "axes"], ["mean"])]
-    nodes += [node("Sqrt", ["mean"], ["root"]), node("Reciprocal", ["root"], ["inverse"])]
-    nodes += [node("Mul", ["scaled", "inverse"], ["normed"])]
-    weights = {"T": random(ROWS, 64), "E": random(ROWS, 64), "eight": np.float32(8).reshape(())}
-    weights["axes"] = np.array([-1], np.int64)
-    inputs = [IDS_IN, value("q", ["n", 64])]
-    names, (why,), _ = reasons(nodes, inputs, [value("turned"), value("normed")], weights, path=tmp_path / "m.onnx")
-    assert names == ["E"]
-    assert "a factor of activations" in why
-
-
-def test_expressions_choose_among_tables(tmp_path):
-    path = tables(tmp_path / "m.onnx", 64, count=3)
-    recipe = Recipe(embedding=Spec(4), exclude=("gather1",), overrides={"^T2$": Spec(8, 64)})
-    model = load(path)
-    found, (skipped,) = find_embeddings(model, recipe, find_linear_groups(model, recipe)[0])
-    assert [(one.name, one.spec) for one in found] == [("y0", Spec(4)), ("y2", Spec(8, 64))]
-    assert (skipped.name, skipped.reason) == ("y1", "excluded by 'gather1'")
-    recipe = Recipe(embedding=Spec(4), include=("gather1",), overrides={"T2": None})
-    found, skipped = find_embeddings(model, recipe, [])
-    assert ([one.name for one in found], len(skipped)) == (["y1"], 2)
-
-
 @pytest.mark.parametrize("opset", [13, 17, 22, 25])
 @pytest.mark.parametrize("index", [INT64, onnx.TensorProto.INT32])
 def test_every_opset_and_both_kinds_of_index(tmp_path, opset, index):
     need_opset(opset)
-    out, meant, _, _ = lowered(tables(tmp_path / "m.onnx", 72, opset=opset, index=index), FOUR)
+    out, meant, _ = lowered(tables(tmp_path / "m.onnx", 72, opset=opset, index=index), FOUR)
     ids = IDS.astype(np.int32 if index != INT64 else np.int64)
     np.testing.assert_array_equal(run(out, {"ids": ids})[0], meant["y0"][IDS])
 
@@ -372,7 +263,8 @@ def test_several_gathers_read_one_table(tmp_path):
     inputs = [value("a", [2], INT64), value("b", [3, 1], INT64)]
     outputs = [value("y_a", [2, 64]), value("y_b", [3, 1, 64])]
     path = write(tmp_path / "m.onnx", graph(nodes, inputs, outputs, {"T": random(ROWS, 64)}))
-    out, meant, (found,), _ = lowered(path, FOUR)
+    out, meant, plan = lowered(path, FOUR)
+    found = table_of(plan)
     a, b = np.array([3, 4]), np.array([[5], [6], [0]])
     for got, ids in zip(run(out, {"a": a, "b": b}), (a, b), strict=True):
         np.testing.assert_array_equal(got, meant[found.name][ids])
@@ -393,5 +285,5 @@ def test_the_oldest_runtime(tmp_path, spec, columns, oldest):
     assert required_runtime(model) == ""
     (found,), _ = find_embeddings(model, Recipe(embedding=spec), [])
     q = rounded(found.weight_sources()[0].read(), spec, np.float32)
-    lower_embedding(model, found, pack(q, np.float32))
+    lower(model, found, pack(q, Storage(np.float32, 21)))
     assert required_runtime(model) == oldest

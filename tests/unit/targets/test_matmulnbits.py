@@ -12,8 +12,9 @@ from onnx_woq.core.spec import Spec
 from onnx_woq.graph.io.model import load
 from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
-from onnx_woq.targets.bitplanes import FORMS
-from onnx_woq.targets.matmulnbits import minimum_runtime, native_layout, packed_bytes, required_runtime
+from onnx_woq.targets.base import Storage, stored_bytes
+from onnx_woq.targets.matmulnbits import minimum_runtime, native_layout, shapes
+from onnx_woq.targets.registry import required_runtime
 from tests.support.runtimes import has, need_opset
 from tests.zoo.nodes import BFLOAT16, BOOL, FLOAT, FLOAT16, INT64, graph, lower, node, random, run, value, write
 from tests.zoo.nodes import linear as linear_model
@@ -402,9 +403,8 @@ def test_packed_bytes_are_the_bytes_written(tmp_path, symmetric, dtype):
         model = load(linear_model(tmp_path / f"m{i}.onnx", random(200, 9, dtype=dtype)))
         lower(model, Recipe(spec=spec))
         size = sum(v.const_value.nbytes for v in model.ir.graph.initializers.values())
-        dense = bits in FORMS
         numbers = sum("uint8" in name for name in model.ir.graph.initializers)  # that all weights share
-        assert size == packed_bytes(200, 9, spec, dtype, dense=dense) + numbers
+        assert size == stored_bytes(shapes(200, 9, spec, Storage(dtype, 21))) + numbers
 
 
 def test_the_runtime_that_is_needed(tmp_path):

@@ -13,9 +13,8 @@ from click.testing import CliRunner
 from onnx_woq import Recipe, Spec, tune
 from onnx_woq.cli import main
 from onnx_woq.core.stats import Stats
-from onnx_woq.engine import memory
+from onnx_woq.engine import memory, schedule
 from onnx_woq.engine import quantize as pipeline
-from onnx_woq.engine import solve as solving
 from onnx_woq.engine.resume import store as partial
 from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.errors import DiskError, NothingToQuantize
@@ -158,8 +157,8 @@ def two_matmuls(tmp_path):
 
 def test_what_two_configurations_have_in_common_is_solved_once(two_matmuls, tmp_path, monkeypatch):
     calls = []
-    solve_task = solving.solve_task
-    monkeypatch.setattr(solving, "solve_task", lambda task, *way: (calls.append(task), solve_task(task, *way))[1])
+    solve_task = schedule.solve_task
+    monkeypatch.setattr(schedule, "solve_task", lambda task, *way: (calls.append(task), solve_task(task, *way))[1])
     size = iter(range(99))
     result = tune(two_matmuls, lambda _: next(size), samples(3), objective="best", output=tmp_path / "best.onnx")
     assert [trial.status for trial in result.trials] == ["ok"] * len(TUNED)

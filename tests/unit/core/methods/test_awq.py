@@ -32,15 +32,6 @@ def nearest_loss(weight, stats, spec, **options):
     return loss(rtn.solve(weight, None, spec, **options), weight, stats)
 
 
-def test_candidates_follow_the_formula():
-    weight, stats = problem(72, 10)
-    share = input_scale.weight_share(weight, Spec(4, 32))
-    scales = list(input_scale.candidate_scales(stats.abs_mean, share, np.float32))
-    assert len(scales) == 21
-    for i, scale in enumerate(scales):
-        np.testing.assert_allclose(scale, reference.awq_scale(stats.abs_mean, weight, 32, i / 20), rtol=1e-5)
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [16, 32, -1])
 def test_the_best_candidate_is_found(bits, group_size):

@@ -162,21 +162,6 @@ def test_searched_grids_weigh_rows_by_what_their_errors_cost(options):
     assert loss(q, weight, stats) < loss(gptq.solve(weight, stats, spec, **options), weight, stats)
 
 
-def test_importance_adds_up_to_the_loss():
-    weight, stats = problem(60, 5)
-    order = np.random.default_rng(0).permutation(60)
-    feedback, importance = gptq.factorize(stats.gram, 1e-6, order)
-    U = naive_factor(stats.gram, 1e-6, order)
-    np.testing.assert_allclose(importance, 1 / np.diag(U) ** 2, rtol=1e-4)
-    lower = np.tril_indices(60, -1)
-    np.testing.assert_allclose(feedback[lower], (U / np.diag(U)[:, None]).T[lower], rtol=1e-4, atol=1e-7)
-    # Whatever the errors e, what they and their feedback add up to is ΔW = (I + F)·e, and its loss is Σ importance·e².
-    error = weight.astype(float)
-    delta = error + np.tril(feedback, -1) @ error
-    gram = stats.gram[np.ix_(order, order)] + 1e-6 * stats.gram.diagonal().mean() * np.eye(60)
-    assert np.sum(importance[:, None] * error**2) == pytest.approx(np.sum(delta * (gram @ delta)), rel=1e-4)
-
-
 def test_two_orders_at_once_are_refused():
     weight, stats = problem(32, 2)
     with pytest.raises(ValueError, match="choose one"):

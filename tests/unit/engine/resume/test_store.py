@@ -22,7 +22,7 @@ from click.testing import CliRunner
 
 from onnx_woq import Recipe, Spec, quantize
 from onnx_woq.cli import main
-from onnx_woq.engine import quantize as pipeline
+from onnx_woq.engine import metadata
 from onnx_woq.engine.resume import store as partial
 from onnx_woq.engine.resume.store import partial_folder
 from onnx_woq.errors import DataError, ModelError, OutputError
@@ -299,7 +299,7 @@ def test_the_partial_of_something_else_is_a_named_error(what, changed, model, da
     if what == "model":
         given["model"] = zoo.language_model(tmp_path.parent / f"{tmp_path.name}-other" / "lm.onnx", seed=3, layers=2)
     if what == "package version":
-        monkeypatch.setattr(pipeline, "version", lambda: "9.9")
+        monkeypatch.setattr(metadata, "version", lambda: "9.9")
     with pytest.raises(OutputError, match=f"another {what}.*leave out --resume"):
         quantize(given["model"], out, given["recipe"], given["data"], resume=True)
     assert contents(out) == before, "nothing is lost by the mistake"

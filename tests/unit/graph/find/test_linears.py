@@ -8,11 +8,10 @@ import pytest
 
 from onnx_woq.core.spec import Spec
 from onnx_woq.errors import ModelError
-from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
-from tests.zoo.nodes import BOOL, FLOAT, FLOAT16, INT64, graph, lower, node, random, value, write
+from tests.zoo.nodes import BOOL, FLOAT, FLOAT16, INT64, graph, node, random, value, write
 from tests.zoo.nodes import linear as linear_model
 
 W = random(40, 40)
@@ -302,27 +301,6 @@ def test_weight_is_a_copy(tmp_path):
     first[:] = 0
     np.testing.assert_array_equal(group.weight(), W)
     assert group.weight().flags.c_contiguous
-
-
-def test_float_copies_that_stay(tmp_path):
-    nodes = [
-        node("Gather", ["E", "i"], ["e"]),
-        node("MatMul", ["e", "W"], ["h"], name="body"),
-        node("MatMul", ["h", "V"], ["g"], name="other"),
-        node("Neg", ["V"], ["v"]),
-        node("Gemm", ["g", "E"], ["y"], transB=1, name="head"),
-    ]
-    outputs = ["y", "v"]
-    m = model(
-        tmp_path, nodes, outputs, {"E": random(70, 40), "W": W, "V": random(40, 40)}, inputs=[value("i", (3,), INT64)]
-    )
-    groups, _ = find_linear_groups(m, Recipe())
-    copies = {"E": 70 * 40 * 4, "V": 40 * 40 * 4}
-    assert float_copy_bytes(m, groups) == copies
-    assert float_copy_bytes(m, groups[:1]) == {}
-    lower(m)
-    assert float_copy_bytes(m, groups) == copies, "the same after lowering"
-    assert sorted(n for n in m.ir.graph.initializers if n in "EWV") == ["E", "V"]
 
 
 def test_bodies_come_where_their_node_stands(tmp_path):

@@ -186,7 +186,7 @@ def test_float_types_however_stored(tmp_path, dtype, raw):
     (group,), _ = find_linear_groups(load(write(tmp_path / "m.onnx", main)), Recipe())
     assert group.weight().dtype == np.float32
     np.testing.assert_array_equal(group.weight(), weight.astype(np.float32))
-    assert group.scale_dtype is (np.float16 if dtype is np.float16 else np.float32)
+    assert group.kernel_dtype is (np.float16 if dtype is np.float16 else np.float32)
 
 
 def named_branches(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import pytest
 
@@ -14,7 +12,6 @@ from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.graph.rewrite.expose_values import expose
 from onnx_woq.recipe import Recipe
-from onnx_woq.runtime.calibration import hidden_states as shelf_module
 from onnx_woq.runtime.calibration import replay as replay_module
 from onnx_woq.runtime.calibration.collect import collect_statistics
 from onnx_woq.runtime.calibration.windows import CalibrationMemory
@@ -150,30 +147,6 @@ def test_fusions_leave_no_trace(tmp_path):
         assert np.array_equal(one.gram, other.gram)
 
 
-def test_estimates_count_tokens_not_masks(chained):
-    model, groups = chained
-    ids = {"input_ids": np.zeros((2, 100), np.int64), "mask": np.zeros((2, 1, 100, 100), bool)}
-    fixed = sum(4 * group.k**2 for group in groups) + 2 * sum(4 * group.k * group.n for group in groups[:-1])
-    for feed in (ids, {"x": np.zeros((2, 100, K))}):
-        needs = CalibrationMemory.of(model, groups, [feed])
-        assert needs.collecting(groups, None) == fixed + 2 * sum(4 * group.k * 200 for group in groups)
-        assert needs.collecting(groups[:1], None) + needs.collecting(groups[1:], groups[0]) == needs.collecting(
-            groups, None
-        )
-
-
-def test_windows_cover_all_taps_in_order(chained):
-    model, groups = chained
-    needs = CalibrationMemory.of(model, groups, RAGGED)
-    for budget in (0, 1, 50_000, 1 << 30):
-        split = needs.windows(budget, [groups[:2], groups[2:]])
-        assert [group for window in split for group in window] == groups
-        assert all(split)
-        assert max(len(window) for window in split) == 1 or needs.used(budget) <= budget + needs.between
-    assert len(needs.windows(0, [groups])) == len(groups)
-    assert len(needs.windows(1 << 30, [[group] for group in groups])) == 1
-
-
 @pytest.fixture
 def products(monkeypatch):
     """The names of the MatMuls in every part that is run."""
@@ -205,16 +178,6 @@ def test_an_edit_to_the_linear_before_costs_that_linear(chained, products):
         if before := {"B": "A", "D": "C"}.get(group.linears[0].weight_name):
             scale(model, before, 0.9)
     assert sorted(products) == ["a", "a", "b", "c", "c", "d"]
-
-
-def test_large_hidden_states_go_to_disk_or_are_computed_again(monkeypatch):
-    with ThreadPoolExecutor(1) as pool:
-        replay = replay_module.Replay(RAGGED, 5400, pool, workers=1)
-    assert replay._mode(5400) == "memory"
-    assert replay._mode(5401) == "disk"
-    usage = type("Usage", (), {"free": 2 * 5401})
-    monkeypatch.setattr(shelf_module.shutil, "disk_usage", lambda _: usage)
-    assert replay._mode(5401) == "nothing"
 
 
 def test_non_sequential_statistics_are_of_the_model_when_walk_was_called(chained):

@@ -12,21 +12,11 @@ from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import load
 from onnx_woq.runtime.data.feeds import data_hash, feeds, model_inputs, random_feeds
 from onnx_woq.runtime.data.inputs import InputInfo
-from tests.zoo.chains import VOCABULARY, K, byte_tokenizer, chain, language_model, letter_ids
-from tests.zoo.nodes import FLOAT16, INT64, graph, node, random, value, write
+from tests.zoo.chains import VOCABULARY, K, byte_tokenizer, language_model, letter_ids
+from tests.zoo.nodes import FLOAT16, graph, node, random, value, write
 
 ROWS = [np.random.default_rng(i).integers(1, VOCABULARY, (1, t)) for i, t in enumerate((5, 9, 1, 12))]
 XS = [random(2, t, K, seed=t) for t in (3, 4)]
-
-
-@pytest.fixture(scope="module")
-def lm(tmp_path_factory):
-    return model_inputs(load(language_model(tmp_path_factory.mktemp("lm") / "m.onnx")))
-
-
-@pytest.fixture(scope="module")
-def floats(tmp_path_factory):
-    return model_inputs(load(chain(tmp_path_factory.mktemp("f") / "m.onnx")))
 
 
 def ints(name, *shape, dtype=np.int64, limit=None):
@@ -35,81 +25,6 @@ def ints(name, *shape, dtype=np.int64, limit=None):
 
 def read(source, inputs, samples=4, seqlen=64, **options):
     return feeds(source, inputs, samples=samples, seqlen=seqlen, **options)
-
-
-def test_what_a_model_wants(lm, tmp_path):
-    ids, mask, positions, past = lm
-    assert (ids.name, ids.dtype, ids.shape) == ("input_ids", np.int64, ("batch_size", "sequence_length"))
-    assert ids.limit == VOCABULARY, "the rows of the embedding"
-    assert positions.limit == 256
-    assert mask.limit is None
-    assert past.shape == ("batch_size", 1, "past_length", K)
-    assert str(past) == f"past_key_values.0.key float32 [batch_size, 1, past_length, {K}]"
-
-
-def test_the_limit_is_seen_behind_a_cast(tmp_path):
-    nodes = [node("Cast", ["input_ids"], ["c"], to=6), node("Gather", ["table", "c"], ["y"])]
-    main = graph(nodes, [value("input_ids", ("b", "t"), INT64)], [value("y")], {"table": random(11, K)})
-    assert model_inputs(load(write(tmp_path / "m.onnx", main)))[0].limit == 11
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "size"),
-    [
-        ("genai_config.json", {"model": {"decoder": {"head_size": 24, "hidden_size": 9}}}, 24),
-        ("config.json", {"hidden_size": 96, "num_attention_heads": 4}, 24),
-        ("config.json", {"hidden_size": 96, "num_attention_heads": 4, "head_dim": 32}, 32),
-        ("config.json", {"hidden_size": 96, "num_attention_heads": 0}, "head"),
-        ("config.json", [], "head"),
-    ],
-)
-def test_an_open_head_size_is_read_from_the_configuration(name, config, size, tmp_path):
-    inputs = [value("input_ids", ("b", "t"), INT64), value("past_key_values.0.key", ("b", 2, "past", "head"))]
-    main = graph([node("Identity", ["past_key_values.0.key"], ["y"])], inputs, [value("y")])
-    path = write(tmp_path / "m.onnx", main)
-    assert model_inputs(load(path))[1].shape == ("b", 2, "past", "head")
-    (tmp_path / name).write_text(json.dumps(config))
-    found = model_inputs(load(path))
-    assert found[1].shape == ("b", 2, "past", size)
-    (feed,) = read([{"input_ids": ROWS[0]}], found, samples=1)
-    assert feed["past_key_values.0.key"].shape == (1, 2, 0, 0 if size == "head" else size)
-
-
-def test_everything_is_filled_in(lm):
-    (feed,) = read([{"input_ids": ROWS[1]}], lm, samples=1)
-    assert list(feed) == [info.name for info in lm], "in the model's order"
-    assert np.array_equal(feed["input_ids"], ROWS[1])
-    assert np.array_equal(feed["attention_mask"], np.ones((1, 9)))
-    assert np.array_equal(feed["position_ids"], np.arange(9)[None])
-    assert feed["past_key_values.0.key"].shape == (1, 1, 0, K)
-    assert {name: a.dtype for name, a in feed.items()} == {info.name: info.dtype for info in lm}
-
-
-def test_positions_follow_the_mask(lm):
-    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
-    (feed,) = read([{"input_ids": np.ones_like(mask), "attention_mask": mask}], lm, samples=1)
-    assert np.array_equal(feed["position_ids"], [[0, 0, 0, 1, 2], [0, 1, 2, 3, 3]])
-    assert feed["past_key_values.0.key"].shape == (2, 1, 0, K)
-
-
-def test_inputs_of_other_exports():
-    inputs = [
-        ints("input_ids", "b", "s"),
-        ints("attention_mask", "b", "total"),
-        ints("token_type_ids", "b", "s"),
-        ints("cache_position", "s"),
-        ints("num_logits_to_keep"),
-        InputInfo("use_cache_branch", np.dtype(bool), (1,)),
-        InputInfo("past_key_values.0.key", np.dtype(np.float16), (None, 4, None, 8)),
-        InputInfo("past_key_values.0.value", np.dtype(np.float32), ("past_seq", "batch", 4, 8)),
-    ]
-    (feed,) = read([{"input_ids": np.ones((3, 7), np.int64)}], inputs, samples=1)
-    assert np.array_equal(feed["token_type_ids"], np.zeros((3, 7)))
-    assert np.array_equal(feed["cache_position"], np.arange(7))
-    assert feed["num_logits_to_keep"].shape == ()
-    assert np.array_equal(feed["use_cache_branch"], [False])
-    assert (feed["past_key_values.0.key"].shape, feed["past_key_values.0.key"].dtype) == ((3, 4, 0, 8), np.float16)
-    assert feed["past_key_values.0.value"].shape == (0, 3, 4, 8)
 
 
 FORMS = {
@@ -276,20 +191,6 @@ def test_an_array_does_not_say_which_input_it_is():
     inputs = [InputInfo(name, np.dtype(np.float32), ("b", 4)) for name in "ab"]
     with pytest.raises(DataError, match=r"one array, but the model needs a float32 \[b, 4\], b float32"):
         read([random(2, 4)], inputs, samples=1)
-
-
-def test_what_cannot_be_made_up_is_named(lm):
-    inputs = [*lm, InputInfo("encoder_hidden_states", np.dtype(np.float32), ("b", "enc", 8))]
-    with pytest.raises(
-        DataError, match=r"no encoder_hidden_states float32 \[b, enc, 8\].*keys input_ids, encoder_hidden"
-    ):
-        read(ROWS[:1] and [{"input_ids": ROWS[0]}], inputs, samples=1)
-
-
-def test_inputs_that_cannot_be_fed(tmp_path):
-    main = graph([node("Identity", ["x"], ["y"])], [value("x", ("n",), 8)], [value("y", ("n",), 8)])
-    with pytest.raises(DataError, match="'x' of the model is not a tensor of numbers"):
-        model_inputs(load(write(tmp_path / "m.onnx", main)))
 
 
 def test_files_that_are_no_data(lm, tmp_path):
