@@ -10,12 +10,12 @@ import pytest
 
 import onnx_woq
 from onnx_woq.progress import Progress
+from onnx_woq.tuning.options import RunResources
 from tests.zoo import small as zoo
 
 
-@pytest.mark.parametrize("name", ["quantize", "tune", "evaluate"])
-def test_long_work_takes_a_callback_of_this_type(name):
-    function = getattr(onnx_woq, name)
+@pytest.mark.parametrize("function", [onnx_woq.quantize, onnx_woq.evaluate, RunResources])
+def test_long_work_takes_a_callback_of_this_type(function):
     annotation = inspect.signature(function).parameters["progress"].annotation
     assert annotation in ("Progress | None", Progress | None)
     assert get_args(Progress)[0] == [str, int, int]

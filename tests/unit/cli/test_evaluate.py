@@ -6,7 +6,7 @@ import pytest
 
 from onnx_woq import quantize
 from onnx_woq.cli.evaluate import TOKENS
-from onnx_woq.engine import inspection
+from onnx_woq.runtime.evaluation import compare
 from tests.unit.cli.conftest import strict_json
 
 
@@ -30,7 +30,7 @@ def test_flags_reach_the_engine(flags, seqlen, run, model, monkeypatch):
         calls.append((paths, keywords))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspection, "evaluate", evaluate)
+    monkeypatch.setattr(compare, "evaluate", evaluate)
     run("evaluate", model, "--reference", "r", "--data", "d", "--samples", 3, "--tokenizer", "t", *flags, code=130)
     ((paths, keywords),) = calls
     assert paths == (str(model), "r", "d")

@@ -10,6 +10,7 @@ from onnx_woq.cli.mix_flags import BUDGETS, wants_mix
 from onnx_woq.cli.options import RecipeFlags, TuneFlags
 from onnx_woq.errors import RecipeError
 from onnx_woq.tuning.budget import budget_of
+from onnx_woq.tuning.options import Search
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,9 @@ def test_a_contradiction_names_its_flags(tuning, recipe, says):
 )
 def test_flags_are_refused_where_the_keywords_of_tune_are(budgets, objective, evaluation):
     tuning = TuneFlags(**budgets, objective=objective, evaluation=evaluation)
-    every = {name: budgets.get(name) for name in BUDGETS}
+    search = Search(objective=objective, **{name: budgets.get(name) for name in BUDGETS})
     try:
-        budget = budget_of(objective, **every, has_metric=evaluation is not None)
+        budget = budget_of(search, has_metric=evaluation is not None)
     except RecipeError:
         with pytest.raises(RecipeError, match="--"):
             wants_mix(tuning, RecipeFlags())
