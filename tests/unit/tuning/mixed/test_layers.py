@@ -1,0 +1,80 @@
+"""The layers of a mix: what may be chosen for each, and the bytes that each choice takes in the file."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnx_woq.core.spec import Spec
+from onnx_woq.engine.plan import make_plan
+from onnx_woq.graph.io.model import load
+from onnx_woq.recipe import Recipe
+from onnx_woq.tuning.mixed import layers as module
+from onnx_woq.tuning.mixed.layers import BITS, GROUPS, bytes_of, bytes_on, freed, mixed_layers
+from tests.unit.tuning.mixed.conftest import BASE
+from tests.zoo import small as zoo
+
+EVERY = [Spec(bits, group, symmetric) for group in GROUPS for bits in BITS for symmetric in (False, True)]
+
+
+def test_a_layer_for_each_group_and_the_tied_table_goes_with_its_head(tied):
+    units = mixed_layers(tied, BASE)
+    plan = make_plan(tied, BASE)
+    assert [unit.name for unit in units] == [group.name for group in plan.groups]
+    assert [unit.table is not None for unit in units] == [False] * (len(units) - 1) + [True]
+    assert all(unit.specs[-1] is None and not unit.settled for unit in units)
+
+
+def test_a_table_of_its_own_is_a_layer_and_one_that_stays_float_is_none(tmp_path):
+    model = load(zoo.language_model(tmp_path / "m.onnx", layers=1))
+    with_tables, without = mixed_layers(model, BASE), mixed_layers(model, Recipe("rtn"))
+    assert [unit.name for unit in with_tables[:-1]] == [unit.name for unit in without]
+    assert (with_tables[-1].group, with_tables[-1].name) == (None, "tokens")
+
+
+def test_what_the_recipe_names_is_settled(tied):
+    units = {unit.name: unit for unit in mixed_layers(tied, Recipe("rtn", overrides={"down": Spec(8, 64)}))}
+    settled = [unit for unit in units.values() if unit.settled]
+    assert [unit.name for unit in settled] == ["layer0.down"]
+    assert settled[0].specs == (Spec(8, 64),)
+    assert settled[0].stored == (settled[0].group.bytes,)
+
+
+@given(st.dictionaries(st.sampled_from(EVERY), st.integers(1, 9), min_size=len(EVERY), max_size=len(EVERY)))
+def test_only_what_nothing_beats_in_no_more_bytes_is_a_choice(sizes):
+    kept = module._worthwhile(sizes.__getitem__)
+    beats = lambda a, b: (  # noqa: E731
+        a != b and a.symmetric == b.symmetric and a.bits >= b.bits and a.group_size <= b.group_size
+        and sizes[a] <= sizes[b]
+    )  # fmt: skip
+    assert set(kept) == {spec for spec in EVERY if not any(beats(other, spec) for other in EVERY)}
+    assert list(kept) == [spec for spec in EVERY if spec in kept]
+
+
+def test_the_bytes_of_a_choice_are_those_of_a_plan_that_has_it(tied):
+    for unit, pick in itertools.product(mixed_layers(tied, BASE), (0, 5)):
+        spec = unit.specs[pick]
+        plan = make_plan(tied, Recipe("gptq", spec, embedding=spec))
+        group = next(one for one in plan.groups if one.name == unit.name)
+        table = plan.embeddings[0] if unit.table else None
+        assert unit.stored[pick] == bytes_of(group, table) == bytes_on(unit.group, unit.table, spec)
+        assert unit.stored[-1] == bytes_on(unit.group, unit.table, None) == unit.main.weight_bytes
+
+
+def test_float_weights_that_stay_for_others_cost_nothing(tied):
+    """The head of a table that stays float: its float numbers are in the file in any case."""
+    *_, head = mixed_layers(tied, Recipe("gptq"))
+    assert head.table is None
+    assert (head.written[-1], freed(tied, head)) == (0, 0)
+    assert head.stored[-1] == 4 * zoo.VOCAB * zoo.HIDDEN
+    *_, together = mixed_layers(tied, BASE)
+    assert together.written[-1] == together.stored[-1] == freed(tied, together)
+
+
+def test_a_layer_without_a_weight_is_a_mistake():
+    for work in (lambda: bytes_on(None, None, Spec()), lambda: bytes_of(None, None)):
+        with pytest.raises(ValueError, match="without a weight"):
+            work()
