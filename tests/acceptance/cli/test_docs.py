@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.commands import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOTS = {"onnx_woq", "docs", "tests", "tools"}
 TOP = {path.name for path in (ROOT / "onnx_woq").iterdir()}
 
