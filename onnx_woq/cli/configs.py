@@ -6,13 +6,14 @@ import click
 
 from onnx_woq.cli.console import print_json
 from onnx_woq.cli.options import json_option
-from onnx_woq.presets import MEANINGS, PRESETS
 
 
 @click.command()
 @json_option
 def configs(as_json: bool) -> None:
     """List the predefined configurations in tuning order, with what each means."""
+    from onnx_woq.presets import MEANINGS, PRESETS  # brings the solvers
+
     if as_json:
         print_json({name: recipe.to_dict() for name, recipe in PRESETS.items()})
         return

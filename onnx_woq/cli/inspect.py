@@ -6,7 +6,6 @@ import click
 
 from onnx_woq.cli.console import print_result
 from onnx_woq.cli.options import RecipeFlags, json_option, recipe_options
-from onnx_woq.cli.recipe_flags import build_recipe
 
 
 @click.command()
@@ -15,6 +14,7 @@ from onnx_woq.cli.recipe_flags import build_recipe
 @json_option
 def inspect(model: str, as_json: bool, recipe: RecipeFlags) -> None:
     """Show what would be quantized in MODEL, what not and why, and the bytes before and after."""
+    from onnx_woq.cli.recipe_flags import build_recipe  # brings the solvers
     from onnx_woq.engine import inspection
     from onnx_woq.report import terminal
 

@@ -28,7 +28,6 @@ from onnx_woq.cli.options import (
     run_options,
     tune_options,
 )
-from onnx_woq.cli.recipe_flags import build_recipe, build_recipes
 from onnx_woq.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -82,6 +81,8 @@ def quantize(
     if auto and not mixing and (recipe.config or recipe.recipe_file):
         raise RecipeError("--auto tries all predefined configurations: leave out --config and --recipe")
     if auto or mixing or tuning.evaluation:
+        from onnx_woq.cli.recipe_flags import build_recipes  # brings the solvers
+
         recipes = build_recipes(recipe, auto=auto, mixing=mixing)
         chosen = _tune(model, output, calib, recipes, data, tuning, run)
         _write_report(report_file, chosen, model)
@@ -98,6 +99,7 @@ def _quantize(
     model: str, output: str, calib: str | None, recipe: RecipeFlags, data: DataFlags, run: RunFlags, *, resume: bool
 ) -> QuantizeReport:
     """Quantizes the model by the one recipe that the flags describe."""
+    from onnx_woq.cli.recipe_flags import build_recipe  # brings the solvers
     from onnx_woq.engine.quantize import quantize
 
     with open_executor(run) as executor, progress_bar() as progress:
