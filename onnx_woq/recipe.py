@@ -168,7 +168,7 @@ class Recipe:
         found = lambda expression: any(re.search(expression, name) for name in names if name)  # noqa: E731
         if self.include and not any(map(found, self.include)):
             return None, "not named by --include"
-        if hit := next(filter(found, self.exclude), None):
+        if (hit := next(filter(found, self.exclude), None)) is not None:
             return None, f"excluded by {hit!r}"
         spec: Spec | None = default or self.spec
         for expression, override in self.overrides.items():

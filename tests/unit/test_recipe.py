@@ -106,6 +106,7 @@ def test_expressions_are_searched_in_every_name_and_the_last_override_wins():
     assert recipe.spec_for("layers.0.q_proj")[0] is None
     assert "down" in recipe.spec_for("down_proj")[1]
     assert "include" in recipe.spec_for("head")[1]
+    assert Recipe(exclude=("",)).spec_for("head") == (None, "excluded by ''"), "nothing is in every name"
 
 
 @given(SPECS, st.integers(1, 300))
