@@ -1,4 +1,4 @@
-"""Applying a solution: float weights in a model give way to low-bit ones."""
+"""Applying a solution: low-bit weights replace the float ones in a model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ from onnx_woq.targets.registry import TARGETS, required_runtime
 
 
 def apply_solution(plan: Plan, weight: PlannedWeight, solved: Solved) -> WeightReport:
-    """Replaces a weight in the model of a plan, and the tables that share its codes.
+    """Replaces a weight in the model of a plan by its solution, and makes the tables that share its codes read them.
+
+    Args:
+        plan: the plan, whose model is rewritten.
+        weight: one of the plan's weights that have codes of their own.
+        solved: its solution.
 
     Returns:
-        Its row for a report.
+        The row of the weight in a report.
     """
-    row = weight.report(solved.error)  # before its float weights go
+    row = weight.report(solved.error)  # asked for while the float weights are still there
     target = TARGETS[weight.target]
     if isinstance(weight.source, Embedding):
         target.embeddings.lower(plan.model, weight.source, solved.packed[0])
@@ -49,20 +54,22 @@ def apply_solution(plan: Plan, weight: PlannedWeight, solved: Solved) -> WeightR
 
 
 def final_metadata(model: Model, rows: list[WeightReport]) -> dict[str, str]:
-    """Returns the metadata that is known once a model is written: its weights and the runtime that it needs."""
+    """Returns the metadata that is known once all weights are replaced: the runtime that is needed, and the layers."""
     return {RUNTIME: required_runtime(model), LAYERS: layers_json(row for row in rows if row.kind == "linear")}
 
 
 def planned_file_bytes(source: Model, recipe: Recipe, out: Path, source_hash: str, calibration: str) -> int:
-    """Returns about the bytes of the files that quantizing a model writes, without solving anything.
+    """Returns about how many bytes the files of a quantized model will have, without solving any weight.
 
-    Only what depends on the numbers is not counted: the Mul that an input scale of AWQ may need.
+    It writes weights of the right size and no content. Only the Mul that an input scale of AWQ may need is not counted,
+    since it depends on the numbers.
 
     Args:
         source: the float model; it stays as it is.
-        recipe: what to do.
-        out: where the result goes.
-        source_hash, calibration: as its metadata will have them.
+        recipe: the recipe.
+        out: the .onnx file that the result would be.
+        source_hash: the hash of the model, which the metadata has.
+        calibration: the hash of the calibration data, likewise.
     """
     plan = prepared_plan(clone(source), recipe)
     rows = [apply_solution(plan, weight, _empty(weight)) for weight in plan.solved]
@@ -71,9 +78,9 @@ def planned_file_bytes(source: Model, recipe: Recipe, out: Path, source_hash: st
 
 
 def _empty(weight: PlannedWeight) -> Solved:
-    """Returns a solution of the right size without content."""
+    """Returns a solution of the right size, whose arrays are zeros that take no memory."""
     arrays = [[np.broadcast_to(np.zeros((), dtype), shape) for shape, dtype in shapes] for shapes in weight.shapes()]
     error = 0.123456789012345678 if weight.kind == "linear" else None
     packed, factors = weight.packed_from(arrays)
-    biases = [np.zeros(part.n, np.float32) for part in weight.weight_sources()] if weight.corrected else []
+    biases = [np.zeros(one.n, np.float32) for one in weight.weight_sources()] if weight.corrected else []
     return Solved(packed, error=error, factors=factors, bias=tuple(biases))

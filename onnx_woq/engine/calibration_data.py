@@ -1,4 +1,4 @@
-"""Calibration data of a run: read in the form a recipe asks for, and told apart by a hash."""
+"""Calibration data of a run: reading it as a recipe asks for, and the hash that identifies it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from onnx_woq.runtime.data.inputs import model_inputs
 
 
 def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:
-    """Returns a recipe with another amount of calibration data, if one is given."""
+    """Returns a recipe with another amount of calibration data.
+
+    Args:
+        recipe: the recipe.
+        samples: replaces `nsamples`, unless it is None.
+        seqlen: tokens of a sample, replaces `pad_max_length`, unless it is None.
+    """
     if samples is not None:
         recipe = replace(recipe, nsamples=samples)
     return recipe if seqlen is None else replace(recipe, pad_max_length=seqlen)
@@ -24,19 +30,19 @@ def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Re
 def read_data(
     model: Model, named: Path, data: Any, recipe: Recipe, samples: int, tokenizer: str | Path | None, *, at_most: bool
 ) -> list[Feed]:
-    """Reads up to `samples` calibration samples of the recipe's length; exactly as many unless `at_most`.
+    """Reads calibration samples of the length that a recipe asks for.
 
     Args:
-        model: tells what inputs it takes.
+        model: the float model, which tells what inputs a sample has.
         named: the model's path as the user named it; its folder is searched for a tokenizer.
-        data: in any form that `quantize` takes.
-        recipe: tells the length of a sample.
-        samples: how many are wanted.
-        tokenizer: the tokenizer's folder, when it is not beside the model.
-        at_most: fewer samples are no error.
+        data: the data, in any form that `quantize` takes.
+        recipe: tells the length of a sample, in tokens.
+        samples: the number of samples to read.
+        tokenizer: the tokenizer's folder, if it is not beside the model.
+        at_most: if True, fewer samples are no error.
 
     Raises:
-        DataError: there is no data, or it does not fit the model.
+        DataError: there is no data, too little of it, or it does not fit the model.
     """
     if data is None:
         needing = [recipe.method.upper() if METHODS[recipe.method].needs_data else ""]
@@ -59,5 +65,5 @@ def read_data(
 
 
 def feeds_hash(batches: list[Feed]) -> str:
-    """Returns a short hash of the calibration data, "" for none."""
+    """Returns a hash that identifies calibration samples, "" for none."""
     return data_hash(batches) if batches else ""

@@ -1,4 +1,7 @@
-"""Executing a plan: every weight solved where the executor says, put in, and written to the disk as it is made."""
+"""Execution of a plan: every weight is solved on an executor, replaced in the model, and stored on the disk at once.
+
+So memory holds the packed weights only where files cannot be mapped, and a killed run can be resumed.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +30,12 @@ if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
 
 SolveCache = dict[tuple[object, ...], Solved]
-"""Solutions by `cache_key`; their arrays lie in data files, even when these have no name any more."""
+"""Solutions by `cache_key`. Their arrays are memory-mapped from data files, which may have been removed since."""
 
 StatisticsProvider = Callable[[Sequence[PlannedWeight], Path], "Iterable[tuple[LinearGroup, Stats | None]]"]
-"""Gives each of some linear groups with its statistics; may keep hidden states in the folder."""
+"""A function that yields each of some linear groups with its statistics, None if the method needs none.
+
+It gets the groups that are left to solve, and a folder that it may keep hidden states in."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,9 @@ class ExecutionResult:
     """The result of executing a plan.
 
     Attributes:
-        weights: a row for each weight, linear groups before tables.
-        bytes: of the files that were written.
-        runtime: the oldest onnxruntime that runs them.
+        weights: the rows of a report, linear groups before tables.
+        bytes: the size of the files that were written.
+        runtime: the oldest onnxruntime that runs them, such as "1.22".
     """
 
     weights: tuple[WeightReport, ...]
@@ -59,20 +64,21 @@ def execute(
     resume: str,
     cache: SolveCache | None = None,
 ) -> ExecutionResult:
-    """Quantizes the model of a plan in place and writes it, weights as they are made.
+    """Quantizes the model of a plan in place and writes it.
 
     Args:
-        plan: model and recipe, prepared.
-        place: where the result goes.
-        statistics: gives the statistics of the groups that are left to do.
-        resources: solve it.
-        properties: what the result says of itself; a run is continued only if they are the same.
-        companions_from: folder of the files that go along into a folder.
-        resume: see `open_store`.
-        cache: solutions for the same model and data; grows.
+        plan: the plan, prepared (see `Plan.prepare`).
+        place: the files to write.
+        statistics: yields the statistics of the linear groups that are left to solve.
+        resources: the executor that solves them, the memory that this may take, and the progress callback.
+        properties: the metadata of the result; an unfinished run is resumed only if its metadata was the same.
+        companions_from: the folder of tokenizer and config files, which are copied if the output is a folder.
+        resume: "" to begin anew, "same" or "any" to resume, see `open_store`.
+        cache: solutions of the same model and data, which are not solved again; new ones are added.
 
     Raises:
-        OnnxWoqError: it cannot be done; nothing is left behind, but by a DiskError that says so.
+        OnnxWoqError: the model cannot be quantized or written. Nothing is left on the disk, except by a DiskError whose
+            message says so.
     """
     blocks = _blocks(plan)
     checkpoints = [*blocks, *([weight] for weight in plan.solved if weight.kind == "embedding")]
@@ -97,7 +103,7 @@ def execute(
 
 
 def _blocks(plan: Plan) -> list[list[PlannedWeight]]:
-    """Returns the linear groups by block of the graph, one by one where nothing is calibrated."""
+    """Returns the linear groups by block of the graph; each is a block of its own if nothing is calibrated."""
     if not plan.recipe.needs_data:
         return [[group] for group in plan.groups]
     by_name = {group.name: group for group in plan.groups}
@@ -113,12 +119,14 @@ def _solve(
     blocks: Sequence[Sequence[PlannedWeight]],
     cache: SolveCache | None,
 ) -> dict[str, WeightReport]:
-    """Solves each weight that is left and puts the result into the model, in order; `statistics` may still be running.
+    """Solves the weights that are left and replaces them in the model, in order; returns their rows by name.
 
-    Weights are solved side by side, each with one BLAS thread: that scales where threads inside one small product do
-    not. What is put in when does not depend on it. Where later groups must see the earlier ones put in, they wait:
-    under `true_sequential`, for a group or a block, and where folding decides by them. Tables come last: all groups are
-    calibrated on the float table, whatever the recipe says of their order.
+    Weights are solved side by side, each with one BLAS thread: that scales, while threads inside one small product do
+    not. Results are applied in the order of the plan all the same, so they do not depend on the executor.
+
+    `statistics` may calibrate while weights are solved. It must wait wherever later groups depend on earlier ones in
+    the model: under `true_sequential`, after each group or block; with `folding`, after each group, since what folds
+    depends on the nodes in front of it. Tables come last, so that all groups are calibrated on the float table.
     """
     cache = {} if cache is None else cache
     recipe, memory = plan.recipe, resources.memory

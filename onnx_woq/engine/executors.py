@@ -1,6 +1,7 @@
-"""Executors that solve weights: the built-in ones, Dask clusters, and what all of them have in common.
+"""Executors that solve weights: the built-in ones and Dask clusters, and the differences between them.
 
-An executor is anything with the protocol of `concurrent.futures.Executor`.
+An **executor** is anything with the protocol of `concurrent.futures.Executor`. It may run tasks in this process, in
+other processes or on other machines, and may lose them: whoever submits a task here must be ready to do it itself.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ from onnx_woq.core.cpu import ParallelMap, cores, one_blas_thread
 from onnx_woq.errors import RecipeError, nearest
 
 EXECUTORS = ("threads", "processes", "serial")
-"""The built-in ones, by name."""
+"""The names of the built-in executors."""
 
 PATIENCE = 2.0
-"""Seconds after which a cluster is asked whether it is still there."""
+"""Seconds between two checks, while waiting for a task, that a cluster is still connected."""
 
 T = TypeVar("T")
 
 
 class Serial(Executor):
-    """Runs each task at once, in the thread that submits it."""
+    """An executor that runs each task at once, in the thread that submits it."""
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Runs `fn(*args, **kwargs)` here; returns its finished future."""
@@ -54,10 +55,10 @@ class Serial(Executor):
 
 @contextmanager
 def built_in(name: str = "threads") -> Iterator[Executor]:
-    """Opens one of `EXECUTORS`, as wide as the machine has cores; it is shut down at the end.
+    """Opens a built-in executor with a worker for each core; it is shut down at the end of the `with` block.
 
     Raises:
-        RecipeError: there is none of that name.
+        RecipeError: `name` is not one of `EXECUTORS`.
     """
     if name not in EXECUTORS:
         raise RecipeError(f"unknown executor {name!r}: {nearest(name, EXECUTORS)}")
@@ -77,12 +78,12 @@ def _threads() -> Executor:
 
 def _processes() -> Executor:
     spawn = multiprocessing.get_context("spawn")
-    most = 61 if sys.platform == "win32" else cores()  # Windows waits for no more at a time
+    most = 61 if sys.platform == "win32" else cores()  # Windows cannot wait for more at a time
     return ProcessPoolExecutor(min(most, cores()), mp_context=spawn, initializer=_begin_process)
 
 
 def _begin_process() -> None:
-    """Prepares a worker: it ends with its parent, however that ends, and leaves an interrupt to it."""
+    """Makes a worker process end with its parent, however that ends, and leave interrupts to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -95,21 +96,21 @@ def _end_with_parent() -> None:
 
 
 def _end_processes(executor: Executor) -> None:
-    """Ends workers for whose work nobody waits any more, which may be a long evaluation."""
+    """Ends worker processes at once: after an error nobody waits for what may be a long evaluation."""
     if not isinstance(executor, ProcessPoolExecutor):
         return
     for process in list((executor._processes or {}).values()):
         process.terminate()
     if queue := getattr(executor, "_call_queue", None):
-        queue._reader.close()  # or else, before Python 3.11.5, the thread that fills it waits for ever for a reader
+        queue._reader.close()  # before Python 3.11.5, the thread that fills it would otherwise never end
 
 
 @contextmanager
 def dask_cluster(address: str) -> Iterator[Executor]:
-    """Opens the workers of the Dask scheduler at `address`; they need this package, of this version.
+    """Opens an executor on the workers of a Dask scheduler, which need this package in the same version.
 
     Raises:
-        RecipeError: `distributed` is not installed, or there is no scheduler there.
+        RecipeError: `distributed` is not installed, or no scheduler answers at `address`.
     """
     try:
         from distributed import Client
@@ -134,9 +135,10 @@ def workers_of(executor: Executor) -> int:
 
 
 def pool_map(pool: ThreadPoolExecutor) -> ParallelMap:
-    """Returns a `map` for a task in a thread of `pool`, in which threads with nothing to do help.
+    """Returns a parallel `map` for a task that runs in a thread of `pool`: idle threads of the pool help with it.
 
-    Such a thread may never come: the caller goes through the pieces itself and only waits for those that are begun.
+    The pool may have no idle thread. So the caller works through the pieces as well, and at the end waits only for
+    helpers that have begun.
     """
 
     def parallel_map(fn: Callable[[Any], T], pieces: Iterable[Any]) -> list[T]:
@@ -169,15 +171,17 @@ def pool_map(pool: ThreadPoolExecutor) -> ParallelMap:
 
 
 def leaves_process(executor: Executor) -> bool:
-    """Tells whether the tasks of an executor run in other processes, as far as that is known."""
+    """Tells whether an executor runs tasks in other processes: any but serial and thread executors may."""
     return not isinstance(executor, Serial | ThreadPoolExecutor)
 
 
 def pickled(thing: object, executor: Executor) -> bytes:
-    """Bytes for `pickle.loads` in a worker; Dask brings cloudpickle, which takes what is defined in a notebook too.
+    """Returns an object pickled for a worker of an executor, for `pickle.loads` there.
+
+    For Dask it is pickled by cloudpickle, which also takes functions that are defined in a notebook.
 
     Raises:
-        Exception: whatever comes of pickling what cannot be pickled.
+        Exception: the object cannot be pickled.
     """
     brought = "cloudpickle" if hasattr(executor, "_client") else "pickle"
     content: bytes = importlib.import_module(brought).dumps(thing)
@@ -186,20 +190,20 @@ def pickled(thing: object, executor: Executor) -> bytes:
 
 @lru_cache
 def keep_blas_to_one_thread() -> object:
-    """Limits BLAS to one thread for the rest of this process, which is not ours but an executor's."""
+    """Limits BLAS to one thread for the rest of this process; meant for worker processes only."""
     return one_blas_thread()
 
 
 def submitted(executor: Executor, function: Callable[..., T], /, *args: Any) -> Future[T]:
-    """Submits `function(*args)`; returns a failed future if the executor takes nothing any more."""
+    """Submits `function(*args)`; returns a failed future, rather than raising, if the executor is broken or closed."""
     try:
         if _is_gone(executor):
             raise BrokenExecutor("the connection to the scheduler is lost")
         if not hasattr(executor, "_client"):
             return executor.submit(function, *args)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # that is what a task is
-            return executor.submit(function, *args, pure=False)  # Dask: no hash over all of its bytes
+            warnings.filterwarnings("ignore", "Sending large graph", UserWarning)  # tasks carry their weights
+            return executor.submit(function, *args, pure=False)  # Dask would otherwise hash all bytes of the task
     except Exception as error:  # a pool that is broken, a client that is closed
         future: Future[T] = Future()
         future.set_exception(error)
@@ -210,7 +214,7 @@ def result_of(future: Future[T], executor: Executor) -> T:
     """Waits for the result of a future.
 
     Raises:
-        Exception: what the task has raised, or that the executor has lost it.
+        Exception: the task raised it, or the executor lost the task.
     """
     while not future.done():
         wait_for_any([future], executor)
@@ -218,7 +222,7 @@ def result_of(future: Future[T], executor: Executor) -> T:
 
 
 def wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
-    """Waits until one of `futures` is done; cancels them all where nobody is left to do them."""
+    """Waits until one of the futures is done; cancels them all if the cluster is gone, since they would never end."""
     while not any(future.done() for future in futures):
         wait(futures, timeout=PATIENCE, return_when=FIRST_COMPLETED)
         if _is_gone(executor):
@@ -227,5 +231,5 @@ def wait_for_any(futures: Sequence[Future[Any]], executor: Executor) -> None:
 
 
 def _is_gone(executor: Executor) -> bool:
-    """Tells whether an executor is a cluster whose scheduler is lost: its futures never end."""
+    """Tells whether an executor is a Dask cluster whose scheduler is lost."""
     return getattr(getattr(executor, "_client", None), "status", "running") in ("closing", "closed", "failed")

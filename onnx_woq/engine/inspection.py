@@ -1,4 +1,4 @@
-"""A look at a plan: what a recipe would do to a model."""
+"""Inspection: a report on what a recipe would do to a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspecti
 
     Args:
         model: an .onnx file, or a folder that holds one.
-        recipe: what to do, or the name of a preset.
+        recipe: the recipe, or the name of a preset.
 
     Raises:
         OnnxWoqError: the model or the recipe cannot be used.

@@ -1,4 +1,8 @@
-"""The memory plan of a quantization, said before it starts, and how to make do with less."""
+"""The memory plan: how many bytes a quantization takes, known before it starts, and how it stays within a limit.
+
+The largest weight must fit. Within what is left, the plan divides memory between **calibration** (parts of the model
+are run, see `onnx_woq.runtime.calibration.windows`) and **solving** (weights become codes, several at a time).
+"""
 
 from __future__ import annotations
 
@@ -26,18 +30,18 @@ if TYPE_CHECKING:
     from onnx_woq.runtime.data.feeds import Feed
 
 WINDOW = 2 << 30
-"""Bytes for calibration at once where no limit is given; more makes it hardly faster."""
+"""Bytes that calibration takes at once if no limit is given; with more it is hardly faster."""
 
 SLACK = 64 << 20
-"""Bytes for what is not counted: the allocator's leftovers."""
+"""Bytes added for memory that nobody counts: what the allocator has not given back."""
 
 USUAL = 256 << 20
-"""Bytes that the process takes before it begins, where the system does not say."""
+"""Bytes that the process is assumed to take at the start, on systems that do not tell."""
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of mallopt(3)
 
 SESSIONS = 112 << 20
-"""Bytes that onnxruntime takes for itself."""
+"""Bytes that onnxruntime takes for itself once a model has been run."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,11 @@ class MemoryPlan:
     """The memory that a run will take, in bytes.
 
     Attributes:
-        window: for calibration at once: weights being multiplied, activations, Gram matrices, hidden states.
-        solving: for all tasks in flight together; the largest task fits.
-        workers: tasks in flight at most.
-        peak: of the whole process, estimated.
-        disk: for hidden states that do not fit; beside the result.
+        window: for calibration: weights being multiplied, activations, Gram matrices and hidden states at one time.
+        solving: for all weights that are being solved at one time; at least what the largest takes.
+        workers: the most weights that are solved at one time (a number, not bytes).
+        peak: the estimate for the whole process.
+        disk: for hidden states that do not fit in memory, beside those of the result.
         text: one line for people.
     """
 
@@ -62,16 +66,16 @@ class MemoryPlan:
 
 
 def plan_memory(plan: Plan, batches: Sequence[Feed], max_memory: int | None, workers: int) -> MemoryPlan:
-    """Returns what carrying out a plan takes, within `max_memory` bytes for the whole process if that is given.
+    """Returns the memory plan of a quantization, within a limit if one is given.
 
     Args:
-        plan: model and recipe.
-        batches: calibration samples; none where the method needs no data.
-        max_memory: bytes; None takes what makes it fast.
-        workers: of the executor.
+        plan: the model and what is done to it.
+        batches: calibration samples; none if the recipe needs no data.
+        max_memory: the most bytes that the whole process may take; None for as much as makes it fast.
+        workers: the number of tasks that the executor runs at a time.
 
     Raises:
-        MemoryLimit: the largest weight does not fit; the message says how much is needed.
+        MemoryLimit: the largest weight does not fit; the message says how much memory it needs.
     """
     needs = _needs(plan, batches) if plan.recipe.needs_data and batches else None
     results = sum(weight.bytes for weight in plan.solved)
@@ -109,8 +113,8 @@ def task_bytes(weight: PlannedWeight, recipe: Recipe, workers: int = 1) -> int:
 
     Args:
         weight: the weight.
-        recipe: tells the method.
-        workers: that solve pieces of a table side by side.
+        recipe: tells the method and its options.
+        workers: the number of workers that solve pieces of a table side by side.
     """
     group = weight.source
     if isinstance(group, Embedding):
@@ -124,15 +128,15 @@ def task_bytes(weight: PlannedWeight, recipe: Recipe, workers: int = 1) -> int:
         solving = max(solving, held + low_rank.working_bytes(group.k, group.n, weight.rank))
     if recipe.asymmetric_calibration:
         solving = 4 * group.k * group.n + max(solving, asymmetric.working_bytes(group.k, group.n))
-        stats *= 2  # with the cross products
-    stats *= 2 if weight.corrected else 1  # those of the inputs less their mean as well
-    # A rotated weight is not mapped from its file but computed, one at a time.
+        stats *= 2  # the cross products of asymmetric calibration are as large
+    stats *= 2 if weight.corrected else 1  # bias correction makes a second Gram matrix, of the inputs less their mean
+    # A rotated weight is not memory-mapped from its file but computed, one at a time.
     computed = max(4 * linear.k * linear.n for linear in group.linears) if recipe.rotation else 0
     return stats + itemsize * group.k * group.n + max(solving, computed) + weight.bytes
 
 
 def _table_bytes(table: PlannedWeight, workers: int) -> int:
-    """Returns the bytes that solving a table takes: a piece of its rows for each worker, and its result."""
+    """Returns the bytes that solving a table takes: a piece of its rows for each worker, and the whole result."""
     k, rows = table.k, min(table.n, max(1, PIECE // table.k))
     stored = table.weight_bytes // max(1, table.k * table.n)
     piece = stored * k * rows + solve_bytes("rtn", k, rows, table.spec)
@@ -141,10 +145,10 @@ def _table_bytes(table: PlannedWeight, workers: int) -> int:
 
 
 def give_back_at_once() -> None:
-    """Makes this process give freed memory back to the system rather than keep it for later.
+    """Makes this process give freed memory back to the system at once rather than keep it for later.
 
-    Each thread of glibc keeps what it has freed, up to 64 MB: under a limit of 3 GB a run took 3.2. Anything of 1 MB
-    and more is now mapped by itself; that costs up to 8 % of time. Other systems are left as they are.
+    Each thread of glibc keeps up to 64 MB that it has freed: under a limit of 3 GB a run took 3.2. From now on, glibc
+    maps each array of 1 MB and more by itself, which costs up to 8 % of the time. Other C libraries stay as they are.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -154,7 +158,7 @@ def give_back_at_once() -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process takes now."""
+    """Returns the bytes of memory that this process takes now, `USUAL` where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -163,7 +167,7 @@ def resident() -> int:
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """Returns a number of bytes as people read it, such as "1.25 GB" or "640 MB"."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -1,4 +1,4 @@
-"""Metadata of a written model: where it comes from, what became of its weights, and the runtime that it needs."""
+"""Metadata of a quantized model: its origin, the number formats of its layers, and the runtime that it needs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from onnx_woq.version import version
 logger = logging.getLogger(__name__)
 
 LAYERS = "onnx_woq.layers"
-"""Key of the metadata that says what became of each linear group."""
+"""The key of the metadata that lists each linear group with its number format and error."""
 
 RUNTIME = "onnx_woq.minimum_onnxruntime"
-"""Key of the metadata that names the oldest onnxruntime which runs the model."""
+"""The key of the metadata that names the oldest onnxruntime which runs the model."""
 
 
 def metadata(recipe: Recipe, source_hash: str, calibration: str) -> dict[str, str]:
-    """Returns what a written model says of where it comes from.
+    """Returns the metadata on the origin of a quantized model.
 
     Args:
-        recipe: that made it.
-        source_hash: of the float model.
-        calibration: hash of the calibration data.
+        recipe: the recipe.
+        source_hash: the hash of the float model.
+        calibration: the hash of the calibration data, which is replaced by "" if the recipe needs none.
     """
     return {
         "onnx_woq.version": version(),
@@ -38,7 +38,7 @@ def metadata(recipe: Recipe, source_hash: str, calibration: str) -> dict[str, st
 
 
 def layers_json(reports: Iterable[WeightReport]) -> str:
-    """Returns what a written model says of each of its linear groups, in JSON."""
+    """Returns the metadata on the linear groups of a quantized model, in JSON."""
     rows = [
         {
             "name": report.name,
@@ -56,7 +56,7 @@ def layers_json(reports: Iterable[WeightReport]) -> str:
 
 
 def run_key(properties: Mapping[str, str]) -> dict[str, str]:
-    """Returns what a result follows from, by the names that people know it under."""
+    """Returns everything that a result follows from, by the names that messages call it."""
     names = {
         "model": "onnx_woq.source",
         "recipe": "onnx_woq.recipe",
@@ -67,10 +67,14 @@ def run_key(properties: Mapping[str, str]) -> dict[str, str]:
 
 
 def warn_of_old_runtime(needed: str) -> None:
-    """Says so when the installed onnxruntime is older than the result needs: it may fail, or compute wrong numbers."""
+    """Logs a warning if the installed onnxruntime is older than the result needs: it may compute wrong numbers.
+
+    Args:
+        needed: the oldest version that runs the result, such as "1.22"; "" for any.
+    """
     try:
         installed = version_of("onnxruntime")
-    except PackageNotFoundError:  # another distribution of it: nothing is known
+    except PackageNotFoundError:  # it may be installed under another name, such as onnxruntime-gpu
         return
     if needed and _numbers(installed) < _numbers(needed):
         logger.warning(

@@ -1,4 +1,4 @@
-"""The place of a result: output files and folders, the files beside a model, and the space that is needed."""
+"""Output: the file or folder that a result is written to, the files copied beside it, and the disk space it needs."""
 
 from __future__ import annotations
 
@@ -17,24 +17,33 @@ from onnx_woq.graph.io.model import Model, file_bytes
 from onnx_woq.graph.io.save import data_path, failure, save
 
 COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-"""Files that a tokenizer or `optimum` needs beside a model: they are copied into an output folder."""
+"""Patterns of the files that a tokenizer or `optimum` needs beside a model; they are copied into an output folder."""
 
 MAX_COMPANION_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Destination:
-    """The place of a result: `onnx` is the file; `folder` is set if the companions go along."""
+    """The place that a result is written to.
+
+    Attributes:
+        onnx: the .onnx file.
+        folder: the folder that its companions are copied into; None if the user asked for a file.
+    """
 
     onnx: Path
     folder: Path | None
 
 
 def destination(output: str | Path, source: Path) -> Destination:
-    """Reads `output` as an .onnx file, or as a folder that gets a model of the source's name and its companions.
+    """Returns the destination that a user's `output` names, after a check that it can be written.
+
+    Args:
+        output: an .onnx file; or a folder, which gets a model of the source's name and its companions.
+        source: the .onnx file of the float model.
 
     Raises:
-        OutputError: the place cannot be written, or is the source itself. Checked before any work is done.
+        OutputError: the destination cannot be written, or is the source itself.
     """
     output = Path(output)
     is_file = output.suffix == ".onnx" and not output.is_dir()
@@ -54,16 +63,16 @@ def destination(output: str | Path, source: Path) -> Destination:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Returns the tokenizer and config files in `folder`, weights left out."""
+    """Returns the tokenizer and config files in a folder; files of more than 64 MiB are taken for weights, left out."""
     found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
     return sorted(path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES)
 
 
 @contextmanager
 def companions_copied(source: Path, target: Path) -> Iterator[None]:
-    """Copies the companions of the folder `source` into `target`, but only when the block inside has succeeded.
+    """Copies the companions in the folder `source` into the folder `target`, once the `with` block has succeeded.
 
-    The copies are made first, in a private folder, so that a full disk is met before anything in `target` changes.
+    The copies are made before the block, in a private folder, so that a full disk is met before `target` changes.
     """
     if source.resolve() == target.resolve():
         yield
@@ -76,7 +85,7 @@ def companions_copied(source: Path, target: Path) -> Iterator[None]:
 
 
 def make_folder(path: Path) -> list[Path]:
-    """Creates `path` and its missing parents; returns what was created, innermost first. All of it or nothing."""
+    """Creates a folder and its missing parents, or none of them; returns the created ones, innermost first."""
     missing = []
     while not path.exists():
         missing.append(path)
@@ -93,7 +102,7 @@ def make_folder(path: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Removes folders, innermost first, as far as they are empty."""
+    """Removes folders, given innermost first, up to the first that is not empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -101,10 +110,10 @@ def remove_empty(folders: list[Path]) -> None:
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[None]:
-    """Creates the folder of a result where it is missing; a failure removes it again, unless something is left in it.
+    """Creates the folder of a result if need be; a failure in the `with` block removes it again if it is empty.
 
     Raises:
-        OutputError: it cannot be created.
+        OutputError: the folder cannot be created.
     """
     try:
         made = make_folder(folder)
@@ -124,10 +133,20 @@ def write(
     companions_from: Path,
     store: ResumeStore | None = None,
 ) -> list[Path]:
-    """Writes the result and, into a folder, its companions; on failure everything new is removed again.
+    """Writes a model and, if the output is a folder, its companions; a failure removes everything new again.
+
+    Args:
+        model: the model.
+        place: its destination.
+        properties: its metadata.
+        companions_from: the folder of the companions.
+        store: the resume store whose data file becomes that of the model; None if there is none.
 
     Returns:
         The files of the model.
+
+    Raises:
+        OutputError: a file cannot be written; a DiskError if the disk is full or fails.
     """
     stored = store.complete() if store else None
     try:
@@ -141,10 +160,12 @@ def write(
 
 
 def check_room(plan: Plan, place: Destination) -> None:
-    """Asks for the disk space of a result before the work begins.
+    """Checks that the disk has room for the result of a plan.
+
+    What an unfinished run has left counts as free: it is either resumed or replaced.
 
     Raises:
-        OutputError: the disk has less than that.
+        OutputError: the disk has less space than the result needs.
     """
     rows = [weight.report() for weight in (*plan.groups, *plan.embeddings)]
     saved = sum(row.bytes_before - row.bytes_after for row in rows)
@@ -162,6 +183,6 @@ def check_room(plan: Plan, place: Destination) -> None:
 
 
 def _on_disk(file: Path) -> int:
-    """Bytes that a file takes on its disk: holes take none."""
+    """Returns the bytes that a file takes on its disk, on which holes take none."""
     status = file.stat()
     return status.st_blocks * 512 if hasattr(status, "st_blocks") else status.st_size

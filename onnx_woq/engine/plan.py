@@ -1,7 +1,8 @@
-"""The plan of a quantization: a model and a recipe, resolved once.
+"""The plan of a quantization: a recipe resolved on a model, once.
 
-`make_plan` finds what a recipe quantizes and decides how each weight is stored. `inspect` prints a plan; `quantize`,
-`tune`, mixed precision, memory plans and resumed runs work from one. Nothing else looks for weights in a model.
+`make_plan` finds the weights that a recipe quantizes and decides how each is stored. Everything else works from the
+plan and never looks for weights itself: `inspect` reports on it; `quantize` and `tune` execute it; mixed precision,
+memory plans and resumed runs count with it.
 """
 
 from __future__ import annotations
@@ -43,16 +44,16 @@ _SPEEDS: Mapping[Speed, str] = {
 
 @dataclass(frozen=True, eq=False)
 class PlannedWeight:
-    """One weight `[K, N]` that becomes codes, whatever reads it: linear layers, or Gathers of an embedding.
+    """One weight `[K, N]` that becomes codes: that of a linear group, or an embedding table.
 
-    The weights of a linear group are one, side by side. A table `[V, D]` is the weight `[K = D, N = V]`.
+    The distinct weights of a linear group count as one, side by side. A table `[V, D]` is the weight `[K = D, N = V]`.
 
     Attributes:
         source: the linear group or the embedding, in the model of the plan.
-        target: name of the target it is written with.
-        storage: how its scales and codes are stored.
-        rank: of the low-rank factors beside it; 0 for none.
-        corrected: a constant is added to its outputs that puts their mean right.
+        target: the name of the target that it is written with.
+        storage: the type of its scales, and the opset of the written model.
+        rank: the rank of the low-rank factors beside it; 0 for none.
+        corrected: True if a bias is added to its outputs that corrects their mean.
     """
 
     source: LinearGroup | Embedding
@@ -63,27 +64,27 @@ class PlannedWeight:
 
     @property
     def kind(self) -> Kind:
-        """Returns what reads the weight."""
+        """Returns "linear" for the weight of a linear group, "embedding" for a table."""
         return "linear" if isinstance(self.source, LinearGroup) else "embedding"
 
     @property
     def name(self) -> str:
-        """Returns the output value name of the first node that reads it; unique."""
+        """Returns the unique name of the weight: the name of the output of the first node that reads it."""
         return self.source.name
 
     @property
     def spec(self) -> Spec:
-        """Returns its number format."""
+        """Returns the number format of the weight."""
         return self.source.spec
 
     @property
     def k(self) -> int:
-        """Returns its input channels."""
+        """Returns K, the number of input channels; of a table, of columns."""
         return self.source.k
 
     @property
     def n(self) -> int:
-        """Returns its output channels."""
+        """Returns N, the number of output channels over all weights of a group; of a table, of rows."""
         return self.source.n
 
     @property
@@ -93,17 +94,17 @@ class PlannedWeight:
 
     @property
     def operator(self) -> LinearOperator | EmbeddingOperator:
-        """Returns what it is written with."""
+        """Returns the operator that the weight is written with."""
         return operator_of(self.target, self.kind)
 
     @property
     def lender(self) -> Linear | None:
-        """Returns the head whose codes a table reads instead of codes of its own, None otherwise."""
+        """Returns the head whose codes a table reads instead of codes of its own; None for any other weight."""
         shares = isinstance(self.source, Embedding) and self.source.shared and TARGETS[self.target].embeddings.SHARES
         return self.source.head if shares and isinstance(self.source, Embedding) else None
 
     def weight_sources(self) -> list[WeightSource]:
-        """Returns its distinct float weights, read when they are asked for."""
+        """Returns the distinct float weights, in order; each is read when it is asked for."""
         return self.source.weight_sources()
 
     def on(self, spec: Spec) -> PlannedWeight:
@@ -112,50 +113,50 @@ class PlannedWeight:
 
     @property
     def factor_dims(self) -> list[tuple[int, int]]:
-        """Returns the shapes of its low-rank factors, none at rank 0."""
+        """Returns (K, r) of the first low-rank factor, then (r, n) of the second of each weight; none at rank 0."""
         return factor_dims(self.source, self.rank) if isinstance(self.source, LinearGroup) else []
 
     def shapes(self) -> list[Shapes]:
-        """Returns the arrays that are stored of each distinct weight, then of each factor."""
-        weights = [(part.k, part.n, self.spec) for part in self.weight_sources()]
+        """Returns the shapes and types of the arrays that are stored of each distinct weight, then of each factor."""
+        weights = [(one.k, one.n, self.spec) for one in self.weight_sources()]
         factors = [(k, n, GRID) for k, n in self.factor_dims]
         return [self.operator.shapes(k, n, spec, self.storage) for k, n, spec in (*weights, *factors)]
 
     def packed_from(self, arrays: Sequence[Sequence[np.ndarray]]) -> tuple[tuple[Packed, ...], tuple[Packed, ...]]:
-        """Returns its weights and its factors from the arrays of each, of the shapes that `shapes` gives."""
-        made = [(part.k, part.n, self.spec) for part in self.weight_sources()]
-        count = len(made)
-        made += [(k, n, GRID) for k, n in self.factor_dims]
-        found = [
+        """Returns the packed weights, and the packed factors, that have these arrays; `shapes` gives their shapes."""
+        formats = [(one.k, one.n, self.spec) for one in self.weight_sources()]
+        count = len(formats)
+        formats += [(k, n, GRID) for k, n in self.factor_dims]
+        packed = [
             self.operator.packed_from(one, k, n, spec, self.storage)
-            for one, (k, n, spec) in zip(arrays, made, strict=True)
+            for one, (k, n, spec) in zip(arrays, formats, strict=True)
         ]
-        return tuple(found[:count]), tuple(found[count:])
+        return tuple(packed[:count]), tuple(packed[count:])
 
     @cached_property
     def own_bytes(self) -> int:
-        """Returns the bytes of codes, scales and zero points of its own, whether or not a head lends it some."""
+        """Returns the bytes that codes, scales and zero points take if they are not shared with a head."""
         return stored_bytes(self.operator.shapes(self.k, self.n, self.spec, self.storage))
 
     @property
     def code_bytes(self) -> int:
-        """Returns the bytes of its codes, scales and zero points; what a head lends is not its own."""
+        """Returns the bytes that codes, scales and zero points add to the file; 0 if a table reads those of a head."""
         return 0 if self.lender else self.own_bytes
 
     @cached_property
     def bytes(self) -> int:
-        """Returns the bytes that it takes once quantized, with its factors and what is added to its outputs."""
+        """Returns the bytes that the quantized weight adds to the file, its low-rank factors and bias included."""
         factors = sum(stored_bytes(self.operator.shapes(k, n, GRID, self.storage)) for k, n in self.factor_dims)
         kernel = self.source.kernel_dtype if isinstance(self.source, LinearGroup) else np.float32
         bias = self.n * np.dtype(kernel).itemsize if self.corrected else 0
         return self.code_bytes + factors + bias
 
     def report(self, error: float | None = None, scaling: str = "") -> WeightReport:
-        """Returns its row in a report.
+        """Returns the row of the weight in a report.
 
         Args:
-            error: of its outputs on the calibration data, None where it is not known.
-            scaling: where its input scale went, see `WeightReport`.
+            error: the relative error of its outputs on the calibration data, None if it is not known.
+            scaling: the place that its input scale was folded into, see `WeightReport`.
         """
         group = self.source if isinstance(self.source, LinearGroup) else None
         table = self.source if isinstance(self.source, Embedding) else None
@@ -185,12 +186,12 @@ class Plan:
 
     Attributes:
         model: the float model; executing the plan rewrites it.
-        recipe: what was asked for.
-        groups: linear groups that become codes, in graph order.
-        embeddings: tables that become codes, in graph order.
-        skipped: every matrix product and large table that stays float, with the reason.
-        copies: bytes of float weights that stay in the file because something else reads them, by name.
-        bytes_before: bytes of the model's files.
+        recipe: the recipe.
+        groups: the linear groups that become codes, in graph order.
+        embeddings: the tables that become codes, in graph order.
+        skipped: the matrix products and large tables that stay float, with the reason.
+        copies: name -> bytes of each float weight that stays in the file because another node reads it.
+        bytes_before: the size of the model's files.
     """
 
     model: Model
@@ -203,20 +204,20 @@ class Plan:
 
     @property
     def solved(self) -> tuple[PlannedWeight, ...]:
-        """Returns the weights that get codes of their own, in the order in which they are solved."""
+        """Returns the weights with codes of their own, in the order in which they are solved: groups, then tables."""
         return (*self.groups, *(table for table in self.embeddings if table.lender is None))
 
     @property
     def opset(self) -> int:
-        """Returns the version of the ONNX operators that the written model needs: that of the model, or a newer one."""
+        """Returns the opset that the written model needs: that of the model, or a newer one."""
         needed = (one.operator.minimum_opset(one.spec, one.storage.scale_dtype) for one in self.solved)
         return max(opset_of(self.model), *needed, 0)
 
     def raised(self) -> Plan:
-        """Returns the plan of a model whose opset is new enough for what will be written; this one if it is already.
+        """Returns a plan of the same model at the opset that it needs; this plan if the model has it already.
 
         Raises:
-            ModelError: the model cannot be converted.
+            ModelError: the model cannot be converted, or the installed onnxruntime does not run it at that opset.
         """
         before = opset_of(self.model)
         if self.opset == before:
@@ -228,7 +229,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Returns what people should know of the speed of the result before the work begins, a line each."""
+        """Returns lines for people on weights that the written model will run slowly, to be told before the work."""
         speeds: dict[tuple[str, Speed], int] = {}
         for weight in self.solved:
             speed = weight.operator.speed(weight.spec)
@@ -241,7 +242,7 @@ class Plan:
 
     @property
     def linear_groups(self) -> list[LinearGroup]:
-        """Returns the linear groups as calibration knows them."""
+        """Returns the linear groups, which calibration collects statistics of."""
         return [group.source for group in self.groups if isinstance(group.source, LinearGroup)]
 
     def borrowers(self, group: PlannedWeight) -> list[Embedding]:
@@ -270,33 +271,34 @@ class Plan:
             )
 
     def prepare(self) -> None:
-        """Applies to the float model what comes before calibration: the rotation, if the recipe asks for one.
+        """Changes the float model as the recipe asks for before calibration: rotates it, or does nothing.
 
         Raises:
-            RotationError: the model is to be rotated and cannot be.
+            RotationError: the recipe asks for a rotation, and the model cannot be rotated.
         """
         if self.recipe.rotation:
             prepare(self.model, [self])
 
     @property
     def preparation(self) -> tuple[str, ...]:
-        """Returns a key that is equal for plans of one model which `prepare` alike: groups have the same statistics.
+        """Returns a key that is equal for plans of one model that `prepare` changes alike.
 
-        It stays the same when the model is prepared, which renames outputs of nodes.
+        Equal linear groups of such plans have equal statistics. The key stays the same when the model is prepared,
+        which renames outputs of nodes.
         """
         shared = (name for table in self.embeddings if table.lender for name in (table.lender.name, table.name))
         return ("rotated", *shared) if self.recipe.rotation else ()
 
 
 def make_plan(model: Model, recipe: Recipe) -> Plan:
-    """Resolves a recipe on a model; the model is not changed.
+    """Returns the plan of a recipe on a model; the model is not changed.
 
     Args:
         model: the float model.
-        recipe: what to do with it.
+        recipe: the recipe.
 
     Raises:
-        RecipeError: the target of the recipe cannot hold a number format that it asks for.
+        RecipeError: the target of the recipe cannot hold a number format that the recipe asks for.
     """
     found, skipped = find_linear_groups(model, recipe)
     tables, left_float = find_embeddings(model, recipe, found)
@@ -307,10 +309,15 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
 
 
 def prepared_plan(source: Model, recipe: Recipe) -> Plan:
-    """Returns the plan of a model as the recipe calibrates it: of a rotated copy, if the recipe asks for a rotation.
+    """Returns the plan of a recipe on the model as it is calibrated: rotated, and raised to the opset that is needed.
+
+    Args:
+        source: the float model, which is not changed: it is copied if need be.
+        recipe: the recipe.
 
     Raises:
-        RotationError: see `Plan.prepare`.
+        ModelError: the model cannot be raised to the opset.
+        RotationError: the recipe asks for a rotation, and the model cannot be rotated.
     """
     plan = make_plan(clone(source) if recipe.rotation else source, recipe).raised()
     plan.prepare()
@@ -318,11 +325,11 @@ def prepared_plan(source: Model, recipe: Recipe) -> Plan:
 
 
 def prepare(model: Model, plans: Sequence[Plan]) -> None:
-    """Rotates a model for several plans of it at once; their groups and tables stay those of the model.
+    """Rotates a model for several plans of it at once, whose groups and tables stay valid.
 
     Args:
-        model: that all plans are of.
-        plans: with equal `Plan.preparation`.
+        model: the float model of all plans.
+        plans: plans with equal `Plan.preparation`.
 
     Raises:
         RotationError: the model cannot be rotated.
@@ -339,10 +346,15 @@ def prepare(model: Model, plans: Sequence[Plan]) -> None:
 
 
 def _require_session(source: Model, raised: Model, opset: int) -> None:
-    """Opens a model whose opset was raised, before any work: a newer operator may have no kernel.
+    """Checks that onnxruntime can open a model whose opset was raised: a newer operator may have no kernel.
+
+    Args:
+        source: the model as it was.
+        raised: the model at the newer opset.
+        opset: that opset.
 
     Raises:
-        ModelError: the installed onnxruntime runs the model as it was and not as it is now.
+        ModelError: the installed onnxruntime opens the model as it was, but not at the newer opset.
     """
     from onnx_woq.runtime.session import make_session  # brings onnxruntime
 
@@ -351,7 +363,7 @@ def _require_session(source: Model, raised: Model, opset: int) -> None:
     except ModelError as error:
         try:
             make_session(source, for_calibration=True)
-        except ModelError:  # nor does the model as it was: bfloat16 has too few kernels without optimizations
+        except ModelError:  # nor as it was, as in bfloat16, which has few kernels without optimizations
             return
         raise ModelError(
             f"{source.path} does not run at opset {opset}, which its codes need ({error}): upgrade onnxruntime, "
@@ -360,7 +372,7 @@ def _require_session(source: Model, raised: Model, opset: int) -> None:
 
 
 def opset_of(model: Model) -> int:
-    """Returns the version of the ONNX operators that a model uses."""
+    """Returns the opset of a model: the version of ONNX's own operators that it uses, 0 if it names none."""
     return model.ir.opset_imports.get("") or 0
 
 
@@ -378,7 +390,7 @@ def _planned_table(model: Model, recipe: Recipe, table: Embedding) -> PlannedWei
 
 
 def _sharing(tables: Sequence[PlannedWeight]) -> set[ir.Node]:
-    """Returns the nodes that will read the codes of one table, heads and Gathers."""
+    """Returns the nodes that will share codes, heads and the Gathers of their tables."""
     heads = {table.lender.node for table in tables if table.lender}
     shared = [table.source for table in tables if table.lender and isinstance(table.source, Embedding)]
     return heads | {node for table in shared for node in table.nodes}

@@ -1,4 +1,4 @@
-"""Quantizing a model by one recipe: plan, calibrate, execute."""
+"""Quantization of a model by one recipe: plan, read the data, calibrate, execute."""
 
 from __future__ import annotations
 
@@ -39,33 +39,36 @@ def quantize(
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> QuantizeReport:
-    """Replaces a model's heavy MatMul weights by low-bit ones that ONNX Runtime runs natively.
+    """Quantizes a model: replaces the weights of its MatMuls and Gemms by low-bit ones, and writes the result.
 
-    Quantized weights go to the disk as they are made, beside the output. If the run is killed or interrupted, or the
-    disk is full or fails, they stay there, and the same call with `resume` goes on at the last finished block; any
-    other failure leaves nothing.
+    Solved weights are written beside the output at once. If the run is killed or interrupted, or the disk is full or
+    fails, they stay there, and the same call with `resume=True` goes on after the last finished block of the model. Any
+    other failure leaves nothing on the disk.
 
     Args:
         model: an .onnx file, or a folder that holds one. It is never modified.
-        output: an .onnx file, or a folder (then tokenizer and config files are copied along).
-        recipe: what to do, or the name of a preset.
-        data: calibration data; needed by GPTQ, AWQ, bias correction and low-rank compensation. An iterable of input
-            dictionaries, of `(inputs, labels)` or of arrays; the path of a .npz, .npy, .txt or .jsonl file, or of a
-            folder of arrays; or "random".
-        samples: replaces the recipe's `nsamples`; an error then when there are fewer.
-        seqlen: tokens per sample, replaces the recipe's `pad_max_length`.
-        tokenizer: folder of the tokenizer for text data, when it is not beside the model.
-        max_memory: bytes that the whole process may take; by default it takes what makes it fast.
-        executor: solves weights, anything with the protocol of `concurrent.futures`; threads by default. It is not shut
-            down.
-        resume: continue what an earlier run has left of the same model, recipe, data and package version, if there is
-            anything.
-        progress: called with (stage, done, total).
-        announce: called with a line for people on what memory and disk it will take, before the work begins.
+        output: an .onnx file; or a folder, which gets the tokenizer and config files as well.
+        recipe: the recipe, or the name of a preset.
+        data: calibration data, which GPTQ, AWQ, TEQ, bias correction, low-rank compensation and asymmetric calibration
+            need. An iterable of input dictionaries, of `(inputs, labels)` or of arrays; the path of a .npz, .npy, .txt
+            or .jsonl file, or of a folder of arrays; or "random".
+        samples: replaces the recipe's `nsamples`; fewer samples are then an error.
+        seqlen: tokens of a sample, replaces the recipe's `pad_max_length`.
+        tokenizer: the tokenizer's folder for text data, if it is not beside the model.
+        max_memory: the most bytes that the whole process may take; by default as many as make it fast.
+        executor: solves weights, anything with the protocol of `concurrent.futures.Executor`; by default threads. It is
+            not shut down.
+        resume: continue an unfinished run of the same model, recipe, data and package version, if there is one.
+        progress: called with (stage, steps done, steps in all).
+        announce: called before the work begins, with each line for people: the memory it will take, and weights that
+            will run slowly.
+
+    Returns:
+        A report with a row for each weight, and the bytes before and after.
 
     Raises:
-        OnnxWoqError: the model, data, recipe or output cannot be used; nothing has been written then.
-        DiskError: the disk is full, or fails; says what is kept.
+        OnnxWoqError: the model, data, recipe or output cannot be used; nothing is written.
+        DiskError: the disk is full, or fails; the message says what is kept.
     """
     start = time.monotonic()
     recipe = calibrated_on(preset(recipe) if isinstance(recipe, str) else recipe, samples, seqlen)
@@ -84,7 +87,7 @@ def quantize(
     with open_resources(
         plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce
     ) as resources:
-        made = execute(
+        result = execute(
             plan,
             place,
             lambda left, states: collect(plan, left, batches, resources, states),
@@ -93,16 +96,16 @@ def quantize(
             companions_from=path.parent,
             resume="same" if resume else "",
         )
-    warn_of_old_runtime(made.runtime)
+    warn_of_old_runtime(result.runtime)
     return QuantizeReport(
         model=path,
         output=place.onnx,
         recipe=recipe,
-        weights=made.weights,
+        weights=result.weights,
         skipped=plan.skipped,
         copies=plan.copies,
         bytes_before=plan.bytes_before,
-        bytes_after=made.bytes,
+        bytes_after=result.bytes,
         calibration=calibration,
         seconds=time.monotonic() - start,
     )

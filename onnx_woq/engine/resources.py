@@ -1,4 +1,4 @@
-"""Resources of a quantization run: the executor, the memory plan, and whoever wants to hear of progress."""
+"""Resources of a quantization run: the executor, the memory plan and the progress callback."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from onnx_woq.runtime.data.feeds import Feed
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources for one run.
+    """The resources for one quantization run.
 
     Attributes:
         executor: solves weights.
-        memory: bounds what calibration and solving take.
-        scarce: somebody has set a limit of memory.
-        progress: called with (stage, done, total).
+        memory: the memory plan, which bounds calibration and solving.
+        scarce: True if the user has set a memory limit.
+        progress: called with (stage, steps done, steps in all); None if nobody listens.
     """
 
     executor: Executor
@@ -31,7 +31,7 @@ class Resources:
     progress: Progress | None
 
     def say(self, stage: str, done: int, total: int) -> None:
-        """Reports progress to whoever asked for it."""
+        """Calls the progress callback, if there is one."""
         if self.progress:
             self.progress(stage, done, total)
 
@@ -46,15 +46,15 @@ def open_resources(
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> Iterator[Resources]:
-    """Opens the resources of a plan; the built-in executor lives as long as the `with` block.
+    """Opens the resources of a plan; without an executor given, threads are started and end with the `with` block.
 
     Args:
-        plan: model and recipe.
-        batches: calibration samples; none where the method needs no data.
-        max_memory: bytes for the whole process; None takes what makes it fast.
+        plan: the plan.
+        batches: calibration samples; none if the recipe needs no data.
+        max_memory: the most bytes that the whole process may take; None for as many as make it fast.
         executor: solves weights; threads of this process by default.
-        progress: called with (stage, done, total).
-        announce: called with a line for people on what memory and disk the run will take.
+        progress: called with (stage, steps done, steps in all).
+        announce: called with lines for people on memory and speed, see `quantize`.
 
     Raises:
         MemoryLimit: `max_memory` is too little for this model.

@@ -1,4 +1,4 @@
-"""Results of the engine: reports of a quantization and of an inspection."""
+"""Results of the engine: the report of a quantization, that of an inspection, and the row of a weight in both."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WeightReport:
-    """The row of one weight `[K, N]` in a report: what became of it, or what will.
+    """The row of one weight `[K, N]` in a report, after it was quantized or before.
 
     Attributes:
-        name: output value name of the first node that reads it; unique.
-        kind: "linear" for the weights of a linear group side by side, "embedding" for a table, one column a row of it.
-        nodes: output value names of the nodes that are replaced.
+        name: the unique name of the weight: that of the output of the first node that reads it.
+        kind: "linear" for the weights of a linear group, side by side; "embedding" for a table.
+        nodes: the names of the outputs of the nodes that are replaced.
         spec: the number format.
         k: input channels; of a table, columns.
         n: output channels over all weights of the group; of a table, rows.
-        bytes_before: bytes of the float weight; 0 for a table that a linear group counts among its weights.
-        bytes_after: bytes once quantized; 0 for a table whose codes are those of a head.
-        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most 256 of the output channels; None without data.
-        scaling: where an input scale went: "" (none), "norm", "linear" or "mul".
-        rank: of the factors that make up for rounding errors; 0 for none.
-        weight_name: initializer name, of a table.
-        target: name of the target it is written with.
-        shared_with: the linear layer that lends a table its codes, by its output value; "" for none.
+        bytes_before: bytes of the float weight; 0 for a table that is counted with a linear group already.
+        bytes_after: bytes of the quantized weight; 0 for a table that reads the codes of its head.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most 256 output channels; None without data.
+        scaling: the node that an input scale was folded into: "norm", "linear", "mul" (a new one), "" for no scale.
+        rank: the rank of the low-rank factors; 0 for none.
+        weight_name: the name of the initializer of a table; "" for a linear group.
+        shared_with: the name of the output of the head whose codes a table reads; "" for none.
+        target: the name of the target that it is written with.
     """
 
     name: str
@@ -73,7 +73,7 @@ class WeightReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready dictionary."""
-        target = {} if self.target == "matmulnbits" else {"target": self.target}  # which came after version 0.1
+        target = {} if self.target == "matmulnbits" else {"target": self.target}  # files of version 0.1 have no target
         size = {"bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
         if self.kind == "linear":
             row = {"name": self.name, "sites": self.nodes, "spec": self.spec.to_dict(), "k": self.k, "n": self.n}
@@ -83,7 +83,7 @@ class WeightReport:
 
 
 class _Weights:
-    """The rows of a report by kind."""
+    """The rows of a report, by kind of weight."""
 
     weights: tuple[WeightReport, ...]
 
@@ -105,7 +105,20 @@ class _Weights:
 
 @dataclass(frozen=True)
 class QuantizeReport(_Weights):
-    """The report of a quantization. Bytes are of files on disk; `copies` are float weights that others still read."""
+    """The report of a quantization.
+
+    Attributes:
+        model: the .onnx file of the float model.
+        output: the .onnx file that was written.
+        recipe: the recipe.
+        weights: the rows, linear groups before tables.
+        skipped: the matrix products and large tables that stay float, with the reason.
+        copies: name -> bytes of each float weight that stays in the file because another node reads it.
+        bytes_before: the size of the model's files.
+        bytes_after: the size of the output's files.
+        calibration: the hash of the calibration data, "" for none.
+        seconds: the time that the run took.
+    """
 
     model: Path
     output: Path
@@ -131,7 +144,18 @@ class QuantizeReport(_Weights):
 
 @dataclass(frozen=True)
 class Inspection(_Weights):
-    """The report of a plan: what becomes of each weight, and how a calibration cuts the graph."""
+    """The report of an inspection: a plan, and the blocks that calibration would cut the graph into.
+
+    Attributes:
+        model: the .onnx file of the float model.
+        recipe: the recipe.
+        weights: the rows, linear groups before tables.
+        skipped: the matrix products and large tables that would stay float, with the reason.
+        copies: name -> bytes of each float weight that would stay because another node reads it.
+        bytes_before: the size of the model's files.
+        bytes_after: about the size of the output's files.
+        cuts: the blocks of each graph, see `onnx_woq.graph.find.blocks`.
+    """
 
     model: Path
     recipe: Recipe
@@ -148,13 +172,13 @@ class Inspection(_Weights):
 
 
 def _cut(cut: Cut) -> dict[str, Any]:
-    """Returns the blocks of a graph, without the names of everything in them."""
+    """Returns the blocks of a graph as JSON has them, without the names of all values in them."""
     blocks = [{"outputs": b.outputs, "weight_bytes": b.weight_bytes} for b in cut.blocks]
     return {"graph": cut.graph, "kind": cut.kind, "reason": cut.reason, "blocks": blocks}
 
 
 def _plan(result: QuantizeReport | Inspection) -> dict[str, Any]:
-    """Returns what the reports of a quantization and of an inspection have in common."""
+    """Returns the part of the JSON that both reports have in common."""
     return {
         "model": str(result.model),
         "taps": [group.to_dict() for group in result.groups],

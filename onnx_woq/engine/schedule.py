@@ -1,4 +1,4 @@
-"""Solving side by side: which task starts when, and what happens to one that an executor loses."""
+"""Scheduling: tasks are solved side by side within a memory budget, results come in order, lost tasks are repeated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Outcome:
-    """A result, or what the solver raised: errors of the executor itself come as exceptions."""
+    """The outcome of a task: a solution, or the error that the solver raised.
+
+    The task returns both, so that an exception of its future is always an error of the executor itself.
+    """
 
     solved: Solved | None
     error: Exception | None
@@ -28,7 +31,14 @@ class _Outcome:
 
 @dataclass
 class _Job(Generic[T]):
-    """A task on its way, kept for the case that it is lost."""
+    """A task that was submitted.
+
+    Attributes:
+        item: whatever the task is for.
+        size: the bytes that solving takes.
+        task: the task, kept in case the executor loses it; None once it is solved.
+        future: its outcome.
+    """
 
     item: T
     size: int
@@ -36,7 +46,7 @@ class _Job(Generic[T]):
     future: Future[_Outcome]
 
     def is_done(self) -> bool:
-        """Tells whether nothing runs for it any more; lets go of what a finished task was made of."""
+        """Tells whether the task runs no more; releases the weights and statistics of one that is solved."""
         if not self.future.done():
             return False
         if not self.future.cancelled() and self.future.exception() is None:
@@ -44,12 +54,12 @@ class _Job(Generic[T]):
         return True
 
     def result(self, executor: Executor) -> Solved:
-        """Waits for the result, and solves the task here if the executor has lost it."""
+        """Waits for the solution; solves the task in this process if the executor has lost it."""
         task = self.task
         try:
             outcome = result_of(self.future, executor)
         except Exception as error:
-            if task is None:  # cannot be: it is let go only with a result
+            if task is None:  # cannot happen: a task is released only once it is solved
                 raise
             logger.warning("the executor lost a task (%s: %s): it is solved here", type(error).__name__, error)
             outcome = _attempt(task)
@@ -67,22 +77,24 @@ def solve_all(
     barrier_after: Callable[[T], bool] = lambda _: False,
     helping: bool = True,
 ) -> Iterator[tuple[T, Solved]]:
-    """Solves tasks side by side and gives the results in order.
+    """Solves tasks side by side; yields (item, solution) in the order of the tasks.
 
-    A task is made only when there is room for it: never more than `workers` are being solved, together they never take
-    more than `most_bytes` unless there is only one, and as many at most wait for their turn to be taken. A task that
-    the executor loses (a killed worker, a broken pool) is solved again in this process, with the same result.
+    A task is made only when there is room for it: at most `workers` tasks are being solved, and together they take at
+    most `most_bytes`, except that one task alone may take more. At most `workers` solutions more wait to be taken. If
+    the executor loses a task (a killed worker, a broken pool), it is solved in this process, with the same result.
 
     Args:
-        tasks: what each one is for, the bytes it takes, and how to make it; what is known already may be its result.
-        executor: where they run.
-        workers: at a time.
-        most_bytes: at a time.
-        settled_after: for which of them the next task is only asked for when all results have been taken.
-        helping: threads with nothing to do take pieces of a task that is being solved, and memory for these.
+        tasks: (item, bytes that solving takes, function that makes the task) for each; the function may return a
+            solution instead, if it is known already.
+        executor: runs the tasks.
+        workers: the most tasks at a time.
+        most_bytes: the most bytes at a time.
+        barrier_after: tells whether the next task depends on the solution of an item; it is then asked for only after
+            all solutions so far have been taken.
+        helping: let idle threads of a thread pool take pieces of a task that is being solved, which takes more memory.
 
     Raises:
-        OnnxWoqError: what a solver raises, in the order of the tasks.
+        OnnxWoqError: a solver raised it; errors come in the order of the tasks too.
     """
     jobs: deque[_Job[T]] = deque()
     helpers = (pool_map(executor),) if helping and isinstance(executor, ThreadPoolExecutor) else ()
@@ -110,7 +122,7 @@ def solve_all(
             yield job.item, job.result(executor)
     finally:
         left = [job.future for job in jobs if not job.future.cancel()]
-        if isinstance(executor, ThreadPoolExecutor):  # they read files that the caller may be about to remove
+        if isinstance(executor, ThreadPoolExecutor):  # threads still read files that the caller may be about to remove
             wait(left)
 
 

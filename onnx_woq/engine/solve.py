@@ -1,6 +1,6 @@
-"""Solving one weight, wherever an executor runs it: a task takes along what it needs and gives back what is stored.
+"""Solving of one weight: a `Task` carries all that it takes to any executor, and comes back as a `Solved`, packed.
 
-Wherever a task runs, BLAS works with one thread, so the numbers are the same bit for bit on cores of one kind.
+Wherever a task runs, BLAS uses one thread, so the numbers are the same bit for bit on processors of one kind.
 """
 
 from __future__ import annotations
@@ -39,32 +39,36 @@ UNSCALED: Mapping[str, Mapping[str, Any]] = {
     "teq": {"enable_auto_scale": False},
     "gptq": {"scaling": "none"},
 }
-"""Options that keep a method from scaling the rows of a weight."""
+"""The options that keep each method from searching for an input scale."""
 
 ERROR_CHANNELS = 256
-"""Output channels, evenly spread, on which the reported error of a weight is measured: on all of them it would take
-several times as long as solving."""
+"""The most output channels, evenly spread, that the reported error of a weight is measured on: on all of them it would
+take several times as long as solving."""
 
 PERCDAMP = 0.01
-"""Damping of methods without an option for it."""
+"""The damping of asymmetric calibration under methods that have no option for it."""
 
 _TABLE_METHOD = "rtn"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A weight to solve. Pickling it reads its float weights, in the type they are stored in, and takes them along.
+    """A weight to solve. Pickling a task reads its float weights, in the type they are stored in, and takes them along.
 
     Attributes:
-        name: of the weight.
-        method, options, spec: how it is solved.
-        kind, target, storage: what it is stored as, see `PlannedWeight`.
-        weights: its distinct float weights, in order.
-        stats: statistics of their input; None where the method needs no data.
-        rank: of the low-rank factors; 0 for none.
-        corrected: the mean of the outputs is put right.
-        share: how far the weights move to what makes up for the errors of their inputs, see `core.refine.asymmetric`.
-        moved: it has come from another process, where nobody has limited BLAS.
+        name: the name of the weight.
+        method: the name of the method.
+        options: names and values of the method's options.
+        spec: the number format.
+        kind: "linear" or "embedding".
+        target: the name of the target that the solution is packed for.
+        storage: see `PlannedWeight`.
+        weights: the distinct float weights, in order.
+        stats: the statistics of their input; None if the recipe needs no data.
+        rank: the rank of the low-rank factors; 0 for none.
+        corrected: True if a bias is to correct the mean of the outputs.
+        share: the strength of asymmetric calibration, up to 1; 0 for none (see `core.refine.asymmetric`).
+        moved: True if the task came from another process, so that BLAS is not limited to one thread yet.
     """
 
     name: str
@@ -83,12 +87,12 @@ class Task:
 
     def __reduce__(self) -> tuple[Any, ...]:
         weights = tuple(replace(w, read=partial(_same, np.asarray(w.read()))) for w in self.weights)
-        what = (self.name, self.method, self.options, self.spec, self.kind, self.target, self.storage, weights)
-        return Task, (*what, self.stats, self.rank, self.corrected, self.share, True)
+        fields = (self.name, self.method, self.options, self.spec, self.kind, self.target, self.storage, weights)
+        return Task, (*fields, self.stats, self.rank, self.corrected, self.share, True)
 
     @property
     def operator(self) -> LinearOperator | EmbeddingOperator:
-        """Returns what packs the result."""
+        """Returns the operator that packs the solution."""
         return operator_of(self.target, self.kind)
 
 
@@ -97,12 +101,12 @@ class Solved:
     """The solution of a weight.
 
     Attributes:
-        packed: its distinct weights, in order.
-        input_scale: float32 [K] that its input is to be divided by, or None.
-        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most `ERROR_CHANNELS` output channels and after all
-            that is added; None without data.
-        factors: that make up for rounding, [K, r] and for each weight [r, n]; empty at rank 0.
-        bias: float32 [n] to be added to the output of each weight; empty where nothing is to be.
+        packed: the distinct weights, in order.
+        input_scale: float32 `[K]` that the input is to be divided by; None for none.
+        error: `‖X·ΔW‖² / ‖X·W‖²` on the calibration data, over at most `ERROR_CHANNELS` output channels, low-rank
+            factors included; None without data.
+        factors: the low-rank factors, `[K, r]` and then `[r, n]` for each weight; empty at rank 0.
+        bias: float32 `[n]` for each weight, to be added to its output; empty without bias correction.
     """
 
     packed: tuple[Packed, ...]
@@ -115,8 +119,13 @@ class Solved:
 def task_of(recipe: Recipe, weight: PlannedWeight, stats: Stats | None) -> Task:
     """Returns the task of solving a weight as a recipe says.
 
-    A table is rounded to nearest, for its rows are looked up and not multiplied; on a grid found by a clip search, or
-    with the options of RTN where that is the method.
+    A table is rounded to nearest whatever the method, since its rows are looked up and not multiplied: with the
+    recipe's options under RTN, with a clip search under any other method.
+
+    Args:
+        recipe: the recipe.
+        weight: the weight.
+        stats: the statistics of its input; None for a table, or if the recipe needs no data.
     """
     method, options, share = recipe.method, dict(recipe.options), 0.0
     if isinstance(weight.source, Embedding):
@@ -145,15 +154,15 @@ def task_of(recipe: Recipe, weight: PlannedWeight, stats: Stats | None) -> Task:
 
 
 def solves_alike(one: Recipe, other: Recipe) -> bool:
-    """Tells whether two recipes solve a weight that both choose alike, given equal statistics and no override."""
+    """Tells whether two recipes solve a weight alike, if its statistics are equal and no override names it."""
     made_of = ("method", "spec", "options", "lowrank", "bias_correction", "rotation", "half_scales", "target")
     return all(getattr(one, name) == getattr(other, name) for name in made_of)
 
 
 def cache_key(recipe: Recipe, weight: PlannedWeight) -> tuple[object, ...] | None:
-    """Returns a key that is equal for weights of one model that are solved alike.
+    """Returns a key that is equal for weights of one model that recipes solve alike, given the same data.
 
-    None where the result depends on what has been put in before.
+    It is None if the solution depends on the weights that were replaced before, and for tables, which are solved fast.
     """
     if recipe.true_sequential or folding(recipe) or not isinstance(weight.source, LinearGroup):
         return None
@@ -164,20 +173,20 @@ def cache_key(recipe: Recipe, weight: PlannedWeight) -> tuple[object, ...] | Non
 
 
 def folding(recipe: Recipe) -> bool:
-    """Tells whether an input scale that folds nowhere exactly is left out, rather than multiplied by in a new node."""
+    """Tells whether a recipe uses an input scale only where it can be folded into the nodes in front of the input."""
     return bool(recipe.options.get("folding", False))
 
 
 def solve_task(task: Task, parallel_map: ParallelMap = map) -> Solved:
-    """Solves a task. Where it has not been moved, the caller keeps BLAS to one thread (`one_blas_thread`).
+    """Solves a task; in the process that made it, the caller keeps BLAS to one thread (`one_blas_thread`).
 
     Args:
-        task: to solve.
-        each: how to go through what can be done side by side.
+        task: the task.
+        parallel_map: a `map` that may run pieces of the task side by side.
 
     Raises:
         ModelError: a weight is not finite or cannot be read.
-        ValueError: something is to be added and there are no statistics.
+        ValueError: low-rank factors or a bias are asked for, and there are no statistics.
     """
     if task.moved:
         keep_blas_to_one_thread()
@@ -187,12 +196,12 @@ def solve_task(task: Task, parallel_map: ParallelMap = map) -> Solved:
 
 
 def _alone(task: Task, parallel_map: ParallelMap) -> Solved:
-    """Solves each weight by itself, as it is stored: nothing is widened or put side by side."""
+    """Solves each weight by itself, without statistics, in the type that it is stored in."""
     return Solved(tuple(_in_pieces(task, weight, parallel_map) for weight in task.weights))
 
 
 def _in_pieces(task: Task, weight: WeightSource, parallel_map: ParallelMap) -> Packed:
-    """Solves a weight a few output channels at a time: codes that are not packed yet, and mapped rows, are let go."""
+    """Solves a weight a few output channels at a time, so that memory holds little of it unpacked."""
     width = max(1, PIECE // max(1, weight.k))
     if weight.n <= width or not task.operator.BY_CHANNEL or task.spec.group_dim == 0:
         q = _solved(task, weight.name, weight.read(), None, parallel_map)
@@ -200,7 +209,7 @@ def _in_pieces(task: Task, weight: WeightSource, parallel_map: ParallelMap) -> P
     shapes = task.operator.shapes(weight.k, weight.n, task.spec, task.storage)
     arrays = [np.empty(shape, dtype) for shape, dtype in shapes]
 
-    computed = weight.read() if weight.computed else None
+    computed = weight.read() if weight.computed else None  # read once: each read would compute the whole weight
 
     def put(columns: slice) -> None:
         rows = weight.read() if computed is None else computed
@@ -214,9 +223,9 @@ def _in_pieces(task: Task, weight: WeightSource, parallel_map: ParallelMap) -> P
 
 
 def _together(task: Task, stats: Stats, parallel_map: ParallelMap) -> Solved:
-    """Solves all weights side by side, for they share their input, its statistics and its scale.
+    """Solves all weights side by side as one matrix, since they share their input, its statistics and its scale.
 
-    Where a constant is going to take the mean of the error, all else is for what deviates from it.
+    If a bias will correct the mean of the outputs, everything else is solved for the inputs less their mean.
     """
     original = _side_by_side(task)
     felt = stats.less_mean() if task.corrected else stats
@@ -227,22 +236,22 @@ def _together(task: Task, stats: Stats, parallel_map: ParallelMap) -> Solved:
     q = _solved(task, task.weights[0].name, weight, felt, parallel_map)
     factors = _factors(task, weight, q, felt) if task.rank else None
     packed, ups, bias, start = [], [], [], 0
-    for part in task.weights:
-        columns = slice(start, start + part.n)
+    for one in task.weights:
+        columns = slice(start, start + one.n)
         packed.append(task.operator.pack(q.columns(columns), task.storage))
         if factors:
             ups.append(task.operator.pack(factors.up.columns(columns), task.storage))
         if task.corrected:
-            part_factors = factors and factors.columns(columns)
-            bias.append(_bias(original[:, columns], q.columns(columns), part_factors, stats))
-        start += part.n
+            own_factors = factors and factors.columns(columns)
+            bias.append(_bias(original[:, columns], q.columns(columns), own_factors, stats))
+        start += one.n
     error = _relative_error(weight, q, factors, felt, stats)
     down = (task.operator.pack(factors.down, task.storage),) if factors else ()
     return Solved(tuple(packed), q.input_scale, error, (*down, *ups), tuple(bias))
 
 
 def _factors(task: Task, weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> Factors:
-    """Returns the low-rank factors that make up for the error of `q`."""
+    """Returns the low-rank factors that make up for the error of a quantized weight `[K, n]`."""
     delta = q.effective()
     np.subtract(weight, delta, out=delta)
     return compensate(delta, stats.gram, task.rank, input_scale=q.input_scale, scale_dtype=task.storage.scale_dtype)
@@ -253,13 +262,13 @@ def _bias(weight: np.ndarray, q: QuantizedTensor, factors: Factors | None, stats
         return weight[:, columns] - _acting(q, factors, columns)
 
     bias = correction(error, weight.shape[1], stats)
-    if stats.float_mean is not None:  # the mean output is to be that of the float model, on its own inputs
+    if stats.float_mean is not None:  # asymmetric calibration: the mean is to be that of the float model, on its inputs
         bias += ((stats.float_mean - stats.known_mean()) @ weight).astype(np.float32)
     return bias
 
 
 def _acting(q: QuantizedTensor, factors: Factors | None, columns: slice) -> np.ndarray:
-    """Columns of the weight [K, n] that acts on the original input in the end."""
+    """Returns columns of the weight `[K, n]` that acts on the unscaled input in the end, low-rank factors included."""
     acting = q.columns(columns).effective()
     if factors:
         acting += factors.columns(columns).product()
@@ -283,7 +292,7 @@ def _side_by_side(task: Task) -> np.ndarray:
     for weight in task.weights:
         columns = out[:, start : start + weight.n]
         columns[...] = weight.read()
-        if not (np.isfinite(columns.min()) and np.isfinite(columns.max())):  # min and max pass NaN on
+        if not (np.isfinite(columns.min()) and np.isfinite(columns.max())):  # min and max of numbers with a NaN are NaN
             raise not_finite(task, weight.name)
         start += weight.n
     return out
@@ -300,7 +309,7 @@ def _relative_error(
 
 
 def not_finite(task: Task, weight: str) -> ModelError:
-    """Returns the error to raise for a weight of a task that holds NaN or infinite numbers."""
+    """Returns the error to raise for a weight of a task that has NaN or infinite values."""
     return ModelError(
         f"weight {weight!r} of {task.name!r} has NaN or infinite values: export the model again, or exclude this node"
     )

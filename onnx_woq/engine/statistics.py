@@ -1,4 +1,7 @@
-"""One calibration for all configurations: a Gram matrix depends on neither bits nor group size nor method."""
+"""Statistics of calibration data: collected for one plan, or once for all configurations of a tuning run.
+
+They can be shared because the Gram matrix of an activation depends on neither bits nor group size nor method.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 
 
 Sources = tuple[tuple[str, str], ...]
-"""The activations that the statistics of a linear group are taken of, each with what weights its tokens."""
+"""The activations that statistics of a linear group are taken of, each with the attention that weights its tokens."""
 
 
 def collect(
@@ -33,14 +36,15 @@ def collect(
     resources: Resources,
     states: Path | None = None,
 ) -> Iterator[tuple[LinearGroup, Stats | None]]:
-    """Gives each linear group that is left with its statistics, in graph order; without data these are None.
+    """Yields linear groups with their statistics, in graph order; the statistics are None if there are no samples.
 
     Args:
-        plan: its model is taken as it is at the time of the call, unless the recipe is sequential.
-        left: linear groups of the plan.
+        plan: the plan. Its model is run as it is at the time of the call; under `true_sequential`, as it is by the time
+            that each group is asked for.
+        left: the linear groups to calibrate.
         batches: calibration samples.
-        resources: memory, and whom to tell.
-        states: a private folder for hidden states that a later run can go on from.
+        resources: tell how much memory this may take, and get its progress.
+        states: a private folder for hidden states that a resumed run goes on from; None to keep none.
     """
     groups = [weight.source for weight in left if isinstance(weight.source, LinearGroup)]
     if not batches:
@@ -64,10 +68,17 @@ def collect(
 
 
 class SharedStatistics:
-    """Statistics of every linear group of every recipe, collected once, when the first is asked for.
+    """The statistics of every linear group of several recipes, collected in one calibration run.
 
-    A resumed run with nothing left to do therefore calibrates nothing. Gram matrices beyond what calibration may take,
-    and all of them where memory is limited, live in private temporary files, removed at the end of the `with` block.
+    That run starts when the first of them is asked for, so a resumed tuning run with nothing left to do calibrates
+    nothing. Gram matrices are kept in memory as long as they fit into the memory for calibration, and beyond that, or
+    if the user has set a memory limit, in private temporary files, which the end of the `with` block removes.
+
+    Args:
+        source: the float model, which is not changed.
+        recipes: the recipes; those that need no data or are sequential are left out.
+        batches: calibration samples.
+        resources: tell how much memory this may take, and get its progress.
     """
 
     def __init__(
@@ -80,7 +91,7 @@ class SharedStatistics:
         self.batches = batches
         self._source, self._resources = source, resources
         self._recipes = [r for r in recipes if r.needs_data and not r.true_sequential]
-        self._stats: dict[tuple[str, ...], dict[Sources, Stats | Path]] = {}  # by what is done to the model first
+        self._stats: dict[tuple[str, ...], dict[Sources, Stats | Path]] = {}  # by `Plan.preparation`
         self._files = ExitStack()
 
     def __enter__(self) -> SharedStatistics:
@@ -93,14 +104,15 @@ class SharedStatistics:
     def of(
         self, plan: Plan, left: Sequence[PlannedWeight], states: Path | None = None
     ) -> Iterable[tuple[LinearGroup, Stats | None]]:
-        """Gives each of some linear groups of a plan with its statistics; None where the method needs none.
+        """Yields linear groups of a plan with their statistics, None if its recipe needs no data.
 
-        `true_sequential` needs those of the model as quantized so far, so it calibrates for itself.
+        Under `true_sequential`, statistics depend on the weights replaced so far. They cannot be shared, so the plan is
+        calibrated by itself.
 
         Args:
-            plan: of the same source.
-            left: its linear groups that are asked for, in graph order.
-            states: a private folder for hidden states that a later run can go on from.
+            plan: a plan of the same model, by one of the recipes.
+            left: the linear groups that are asked for, in graph order.
+            states: a private folder for hidden states that a resumed run goes on from; None to keep none.
         """
         if not plan.recipe.needs_data:
             return collect(plan, left, [], self._resources)
@@ -113,7 +125,7 @@ class SharedStatistics:
         return ((group, _loaded(stats[group.sources])) for group in groups)
 
     def _collect(self, preparation: tuple[str, ...]) -> dict[Sources, Stats | Path]:
-        """Collects the statistics of every group of every recipe that prepares the model in one way."""
+        """Returns the statistics of all linear groups of the recipes that prepare the model in the same way."""
         model = clone(self._source)
         plans = [plan for recipe in self._recipes if (plan := make_plan(model, recipe)).preparation == preparation]
         first: dict[Sources, PlannedWeight] = {}

@@ -1,5 +1,6 @@
-"""Resumable output: solved weights and the records that a later run goes on from.
+"""Resumable output: the solved weights of an unfinished run on the disk, and the journal that a later run replays.
 
-It may import what engine/ may. It never solves anything, and nothing that stands in a journal can make it read or write
-outside its private folder.
+`store.py` keeps both, `records.py` is the format of the journal, `locked_folder.py` the folder that they are in. The
+room may import what engine/ may. It never solves a weight, and never reads or writes outside that folder, whatever a
+journal says.
 """

@@ -1,7 +1,7 @@
-"""A folder that one process works in: nobody else may write to it, one process at a time does, and no link leads out.
+"""Locked folders: private to the user, used by one process at a time, and with no link that leads out of them.
 
-The lock is the system's own, on an empty file in the folder, so it is freed when the process ends, however it ends. On
-Windows a file that is open can be neither renamed nor removed: whoever renames or removes one closes it first.
+The lock is one of the operating system, on an empty file in the folder, so it is freed when its process ends, however
+that ends. Windows neither renames nor removes a file that is open, so such a file is closed first.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _LOCK = "lock"
 
 
 def locked(folder: Path, out: Path) -> FileIO:
-    """Makes the folder if need be and locks it until the file that is returned is closed.
+    """Makes a folder, if it is not there, and locks it; closing the returned file frees the lock.
 
     Args:
-        folder: private if it is there.
-        out: what is being written in it, for messages.
+        folder: the folder.
+        out: the file that is being written in it, for messages.
 
     Raises:
-        OutputError: another process has locked it, or what is there is no private folder.
-        OSError: it cannot be made.
+        OutputError: another process has locked the folder, or others than this user may write to it.
+        OSError: the folder cannot be made.
     """
     while True:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
-        with suppress(FileNotFoundError):  # removed by the process that had it
+        with suppress(FileNotFoundError):  # the process that had locked it removes it meanwhile
             _check(folder)
             if (folder / _LOCK).is_symlink():
                 raise OutputError(f"{folder} is in the way: its lock is a link; remove it")
@@ -55,7 +55,7 @@ def locked(folder: Path, out: Path) -> FileIO:
 
 
 def remove(folder: Path, lock: FileIO) -> None:
-    """Removes a locked folder, as far as that is possible, and frees the lock."""
+    """Removes a locked folder, as far as the system allows it, and frees the lock."""
     with suppress(OSError):
         for path in folder.iterdir():
             if path.name != _LOCK:
@@ -63,44 +63,44 @@ def remove(folder: Path, lock: FileIO) -> None:
                     _discard(path)
     free = False
     with suppress(OSError):
-        (folder / _LOCK).unlink()  # last: from here on, others may come
+        (folder / _LOCK).unlink()  # last, since another process may use the folder from here on
         free = True
     lock.close()
     with suppress(OSError):
-        if not free:  # Windows: now it can be, but not if another process has opened it meanwhile
+        if not free:  # Windows removes it now that it is closed, unless another process has opened it meanwhile
             (folder / _LOCK).unlink()
         folder.rmdir()
 
 
 def clear(folder: Path, but: Collection[str]) -> None:
-    """Empties a locked folder but for some files; links in it are removed, not followed."""
+    """Removes everything in a locked folder except some files; links are removed, not followed."""
     for path in list(folder.iterdir()):
         if path.name not in (*but, _LOCK):
             _discard(path)
 
 
 def own_folder(path: Path) -> None:
-    """Makes a folder in a private one; anything else of that name is replaced."""
+    """Makes a folder in a locked one; anything else of that name is replaced."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         path.unlink()
     path.mkdir(mode=0o700, exist_ok=True)
 
 
 def own_file(path: Path) -> FileIO:
-    """Opens a file in a private folder for reading and writing; anything but a file with one name is replaced."""
+    """Opens a file in a locked folder for reading and writing; links and anything else of that name are replaced."""
     with suppress(FileNotFoundError):
-        what = os.stat(path, follow_symlinks=False)
-        if not stat.S_ISREG(what.st_mode) or what.st_nlink > 1:
+        status = os.stat(path, follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
             _discard(path)
     return _opened(path)
 
 
 def _check(folder: Path) -> None:
-    """Raises OutputError for anything but a folder of this user's that nobody else may write to."""
-    what = os.stat(folder, follow_symlinks=False)
-    if not stat.S_ISDIR(what.st_mode):
+    """Raises OutputError unless a path is a folder of this user that nobody else may write to."""
+    status = os.stat(folder, follow_symlinks=False)
+    if not stat.S_ISDIR(status.st_mode):
         raise OutputError(f"{folder} is in the way, and no folder of this program: remove it")
-    if hasattr(os, "geteuid") and (what.st_uid != os.geteuid() or stat.S_IMODE(what.st_mode) & 0o077):
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077):
         raise OutputError(f"{folder} is in the way: others may write to it; remove it")
 
 

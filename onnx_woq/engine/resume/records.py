@@ -1,14 +1,16 @@
-"""The journal of a resumable output: a record for each solved weight, and which of them still count.
+"""The journal of a resumable output: one line, a **record**, for each solved weight.
 
-Line 1 says what the result is of. Each further line has a weight's name, where its data end in the data file and their
-checksum, the arrays too small for that file, the input scale, what is added to outputs, and the error. A line counts
-only if the data it speaks of are there, whatever order they reached the disk in. Shapes and places follow from model
-and recipe alone: nothing that stands in a journal can lead to reading or writing anywhere else.
+The first line names the model, recipe, data and package version that the output follows from. A record has the name of
+its weight (under the key "tap"), the end of its arrays in the data file and their checksum, the arrays that are too
+small for that file, the input scale, the bias and the error. It counts only if the data file has its arrays, since the
+system may write the two files in any order. The shapes of arrays and their offsets follow from model and recipe alone,
+so nothing that stands in a journal can make anyone read or write elsewhere.
 """
 
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import math
 import zlib
@@ -27,18 +29,20 @@ from onnx_woq.graph.io.save import next_place
 _FORMAT = 1
 
 Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
-"""Gives the array of a shape and type at a place of the data file; ValueError where the file ends before."""
+"""A function that reads an array of a shape and type at an offset of the data file, in bytes.
+
+It raises ValueError if the file ends before the array does."""
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A solved weight as journal and data file have it.
+class Record:
+    """A record that was read back.
 
     Attributes:
-        name: of the weight.
-        solved: what became of it.
-        end: where its data end in the data file.
-        line_end: where its line ends in the journal.
+        name: the name of the weight.
+        solved: its solution.
+        end: the offset at which its arrays end in the data file, in bytes.
+        line_end: the offset at which its line ends in the journal, in bytes.
     """
 
     name: str
@@ -48,37 +52,47 @@ class Entry:
 
 
 def assign_offsets(sizes: Iterable[int], end: int) -> tuple[list[int | None], int]:
-    """Assigns each of some arrays an offset in a data file; returns the offsets and the new end of the file.
+    """Returns the offsets at which arrays are appended to a data file, and the end of the file after them.
 
-    None for an array that is too small for the data file.
+    The offset of an array that is too small for the data file is None.
+
+    Args:
+        sizes: the bytes of each array, in order.
+        end: the end of the data file before them, in bytes.
     """
-    places: list[int | None] = []
+    offsets: list[int | None] = []
     for nbytes in sizes:
-        place = next_place(end, nbytes) if nbytes > LARGE else None
-        places.append(place)
-        end = end if place is None else place + nbytes
-    return places, end
+        offset = next_place(end, nbytes) if nbytes > LARGE else None
+        offsets.append(offset)
+        end = end if offset is None else offset + nbytes
+    return offsets, end
 
 
 def most_bytes(weights: Iterable[PlannedWeight]) -> int:
-    """Returns the longest that a data file of these weights can be, in whatever order they come."""
+    """Returns an upper bound of the bytes of a data file of these weights, in whatever order they come."""
     shapes = (shape for weight in weights for shapes in weight.shapes() for shape in shapes)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
     return sum(next_place(1, size) + size for size in sizes if size > LARGE)
 
 
 def head(key: Mapping[str, str]) -> bytes:
-    """Returns the first line: what the output follows from, by the names that people know it under."""
+    """Returns the first line of a journal: everything that the output follows from, named as messages name it."""
     return _line({"format": _FORMAT, "key": dict(key)})
 
 
 def first_line(journal: bytes) -> bytes:
-    """Returns the first line of a journal, empty if it was cut short."""
+    """Returns the first line of a journal, with its newline; empty if it was cut short."""
     return journal[: journal.find(b"\n") + 1]
 
 
 def record_line(weight: PlannedWeight, solved: Solved, end: int) -> bytes:
-    """Returns the record of a solved weight whose data end at `end`."""
+    """Returns the record of a weight as a line of the journal.
+
+    Args:
+        weight: the weight.
+        solved: its solution.
+        end: the offset at which its arrays end in the data file.
+    """
     arrays = arrays_of(solved)
     check = 0
     for array in arrays:
@@ -98,41 +112,43 @@ def record_line(weight: PlannedWeight, solved: Solved, end: int) -> bytes:
 
 def finished(
     journal: bytes, weights: Iterable[PlannedWeight], blocks: Sequence[Sequence[PlannedWeight]], read: Read
-) -> tuple[list[Entry], int]:
-    """Returns the weights of all blocks that are finished, in order, as far as the data bear the journal out.
+) -> tuple[list[Record], int]:
+    """Reads the records of finished blocks, up to the first that the data file does not confirm.
 
     Args:
-        journal: all of it; the first line is the caller's to judge.
-        weights: all there are.
-        blocks: the same in weights.
-        read: gives an array of the data file.
+        journal: the whole journal; its first line is not checked here.
+        weights: all weights of the plan.
+        blocks: the same weights by block; a block is finished if all its weights have records.
+        read: reads an array of the data file.
 
     Returns:
-        The entries, and where the last of their lines ends.
+        The records, in the order of the journal, and the offset at which the line of the last one ends.
     """
     by_name = {weight.name: weight for weight in weights}
     start = len(first_line(journal))
-    found: dict[str, Entry] = {}
+    found: dict[str, Record] = {}
     position, end = start, 0
     for line in journal[start:].splitlines(keepends=True):
-        said = _parsed(line)
-        weight = by_name.get(str(said.get("tap")))
-        solved = None if weight is None or weight.name in found else _read_back(said, weight, end, read)
+        entry = _parsed(line)
+        weight = by_name.get(str(entry.get("tap")))
+        solved = None if weight is None or weight.name in found else _read_back(entry, weight, end, read)
         if weight is None or solved is None:
             break
-        position, end = position + len(line), said["end"]
-        found[weight.name] = Entry(weight.name, solved, end, position)
+        position, end = position + len(line), entry["end"]
+        found[weight.name] = Record(weight.name, solved, end, position)
     whole = {weight.name for block in blocks if all(weight.name in found for weight in block) for weight in block}
-    entries = []
-    for entry in found.values():
-        if entry.name not in whole:
-            break
-        entries.append(entry)
-    return entries, entries[-1].line_end if entries else start
+    records = list(itertools.takewhile(lambda record: record.name in whole, found.values()))
+    return records, records[-1].line_end if records else start
 
 
 def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
-    """Returns why the resumable output in `folder` is not the one of `key`, by its journal's first line."""
+    """Returns the message that an unfinished result follows from something else than a run.
+
+    Args:
+        folder: the folder of the unfinished result.
+        key: everything that the run's output follows from.
+        first: the first line of the journal in the folder.
+    """
     was = _parsed(first).get("key")
     was = was if isinstance(was, dict) else {}
     other = [name for name in key if was.get(name) != key[name]] or ["format"]
@@ -143,13 +159,13 @@ def difference(folder: Path, key: Mapping[str, str], first: bytes) -> str:
 
 
 def arrays_of(solved: Solved) -> list[np.ndarray]:
-    """Returns the arrays to store of a solved weight, in order, each in one piece."""
+    """Returns the arrays of a solution that are stored, in order, each contiguous."""
     both = (*solved.packed, *solved.factors)
     return [np.ascontiguousarray(array) for packed in both for array in packed.arrays]
 
 
 def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
-    """Returns a solved weight with other arrays, given as `arrays_of` gives them."""
+    """Returns a solution with other arrays, given as `arrays_of` gives them."""
     left = list(arrays)
     out = [one.with_arrays([left.pop(0) for _ in one.arrays]) for one in (*solved.packed, *solved.factors)]
     weights = len(solved.packed)
@@ -157,31 +173,41 @@ def with_arrays(solved: Solved, arrays: Sequence[np.ndarray]) -> Solved:
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """Returns the bytes of an array in one piece."""
+    """Returns the bytes of a contiguous array."""
     return array.reshape(-1).view(np.uint8).data
 
 
-def _read_back(said: Mapping[str, Any], weight: PlannedWeight, start: int, read: Read) -> Solved | None:
-    """Reads a solved weight from its record and the data, which begin at `start`; None if anything is not right."""
+def _read_back(entry: Mapping[str, Any], weight: PlannedWeight, start: int, read: Read) -> Solved | None:
+    """Reads a solution from its record and its arrays in the data file.
+
+    Args:
+        entry: the record.
+        weight: its weight, which tells the shapes of the arrays.
+        start: the end of the arrays of all records before.
+        read: reads an array of the data file.
+
+    Returns:
+        The solution; None if the record is malformed or the data file does not have its arrays.
+    """
     arrays: list[list[np.ndarray]] = []
     check, end = 0, start
     try:
-        small = list(said["small"])
+        small = list(entry["small"])
         for shapes in weight.shapes():
             arrays.append([])
-            places, end = assign_offsets((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
-            for (shape, dtype), place in zip(shapes, places, strict=True):
-                array = _array(small.pop(0), dtype).reshape(shape) if place is None else read(shape, dtype, place)
+            offsets, end = assign_offsets((math.prod(shape) * dtype.itemsize for shape, dtype in shapes), end)
+            for (shape, dtype), offset in zip(shapes, offsets, strict=True):
+                array = _array(small.pop(0), dtype).reshape(shape) if offset is None else read(shape, dtype, offset)
                 check = zlib.crc32(raw(array), check)
                 arrays[-1].append(array)
         packed, factors = weight.packed_from(arrays)
-        scale = said["input_scale"]
+        scale = entry["input_scale"]
         input_scale = None if scale is None else _array(scale, np.dtype(np.float32)).reshape(weight.k)
         wanted = weight.weight_sources() if weight.corrected else []
-        vectors = [_array(text, np.dtype(np.float32)) for text in said["bias"]]
-        bias = tuple(vector.reshape(part.n) for part, vector in zip(wanted, vectors, strict=True))
-        error = None if said["error"] is None else float(said["error"])
-        if (end, check) != (said["end"], said["check"]):
+        vectors = [_array(text, np.dtype(np.float32)) for text in entry["bias"]]
+        bias = tuple(vector.reshape(one.n) for one, vector in zip(wanted, vectors, strict=True))
+        error = None if entry["error"] is None else float(entry["error"])
+        if (end, check) != (entry["end"], entry["check"]):
             return None
     except (ValueError, TypeError, KeyError, IndexError):
         return None
@@ -193,7 +219,7 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
-    """Returns an entry of the journal, empty if it is none or cut short."""
+    """Returns a line of the journal as a dictionary, empty if the line is malformed or cut short."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else {}
     except ValueError:
