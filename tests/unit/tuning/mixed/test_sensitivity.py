@@ -78,11 +78,12 @@ def test_of_wide_weights_a_sample_stands_for_all(group, stats, monkeypatch):
     assert unit_losses(task, SPECS[:1]).group[0] == pytest.approx(whole, rel=0.3)
 
 
-def test_without_any_signal_nothing_is_lost(group):
+def test_without_any_signal_nothing_is_lost(group, caplog):
     nothing = Stats.empty(group.k)
     nothing.update(np.zeros((3, group.k), np.float32))
     found = unit_losses(task_of(BASE, group, nothing), SPECS, shares=True)
     assert set(found.group) == {0.0}
+    assert not caplog.text, "no solver is asked to do without data"
     assert found.table[0] > found.table[2] > 0
 
 
@@ -119,6 +120,8 @@ def test_of_what_nothing_is_known_the_recipe_is_kept(tied):
     first, *_ = mixed_layers(tied, BASE)
     found = module._with_losses(first, entry(first, 0.0))
     assert (found.specs, found.losses, found.stored) == ((BASE.spec,), (0.0,), (first.group.bytes,))
+    *_, head = mixed_layers(tied, BASE)
+    assert module._with_losses(head, entry(head, 0.0, 0.25)).settled, "what its table loses is half of what it does"
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 9])
