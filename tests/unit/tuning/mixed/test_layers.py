@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
+import onnx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from onnx_woq.core.spec import Spec
 from onnx_woq.engine.plan import make_plan
+from onnx_woq.engine.quantize import quantize
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning.mixed import layers as module
+from onnx_woq.tuning.mixed.candidates import MixCandidates
 from onnx_woq.tuning.mixed.layers import BITS, GROUPS, bytes_of, bytes_on, freed, mixed_layers
+from tests.support import measure
 from tests.unit.tuning.mixed.conftest import BASE
 from tests.zoo import small as zoo
 from tests.zoo.nodes import INT64, graph, node, random, value, write
@@ -82,6 +88,29 @@ def test_float_weights_that_stay_for_others_cost_nothing(tied):
     assert head.stored[-1] == 4 * zoo.VOCAB * zoo.HIDDEN
     *_, together = mixed_layers(tied, BASE)
     assert together.written[-1] == together.stored[-1] == freed(tied, together)
+
+
+@pytest.mark.parametrize("base", [BASE, Recipe("rtn")], ids=["tables too", "products alone"])
+def test_what_is_freed_are_the_float_weights_that_leave_the_file(base, tied, tmp_path):
+    """One layer quantized, and everything else left float by the recipe."""
+    before = float_bytes(tied.path)
+    units = mixed_layers(tied, base)
+    for place, unit in enumerate(units):
+        picks = [len(one.specs) - 1 for one in units]
+        picks[place] = 0
+        recipe = MixCandidates(tied, base, tuple(units), ("", ""), None).recipe(picks)
+        out = tmp_path / f"{place}.onnx"
+        quantize(tied.path, out, replace(recipe, method="rtn", options={}))
+        assert before - float_bytes(out) == freed(tied, unit)
+
+
+def float_bytes(path):
+    """Of the float matrices of a model."""
+    return sum(array.nbytes for name, array in measure.tensors(onnx.load(path)).items() if is_float_weight(name, array))
+
+
+def is_float_weight(name, array):
+    return array.dtype == np.float32 and array.ndim == 2 and "_Q" not in name
 
 
 def test_a_layer_without_a_weight_is_a_mistake():

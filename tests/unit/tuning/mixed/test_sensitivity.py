@@ -10,14 +10,19 @@ import pytest
 from onnx_woq.core.methods import gptq, rtn
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats, output_error
+from onnx_woq.engine.executors import Serial
 from onnx_woq.engine.plan import make_plan
+from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.solve import task_of
+from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.errors import ModelError
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning.mixed import sensitivity as module
 from onnx_woq.tuning.mixed.layers import mixed_layers
-from onnx_woq.tuning.mixed.sensitivity import NOISE, Losses, shortened, statistics_recipe, unit_losses
+from onnx_woq.tuning.mixed.sensitivity import NOISE, Losses, measured, shortened, statistics_recipe, unit_losses
+from onnx_woq.tuning.trials import Run
 from tests.unit.tuning.mixed.conftest import BASE
+from tests.zoo import small as zoo
 
 SPECS = (Spec(2, 32), Spec(3, 64), Spec(4, 32), Spec(6, 32), Spec(8, 32))
 
@@ -122,6 +127,27 @@ def test_of_what_nothing_is_known_the_recipe_is_kept(tied):
     assert (found.specs, found.losses, found.stored) == ((BASE.spec,), (0.0,), (first.group.bytes,))
     *_, head = mixed_layers(tied, BASE)
     assert module._with_losses(head, entry(head, 0.0, 0.25)).settled, "what its table loses is half of what it does"
+
+
+def test_what_the_journal_has_is_not_measured_again(tied, tmp_path):
+    """Of another recipe it knows nothing; losses fall with every bit, and float loses none."""
+    data, units = zoo.lm_feeds(zoo.token_ids(2)), mixed_layers(tied, BASE)
+    said = []
+    plan = make_plan(tied, BASE)
+    with open_resources(plan, data, executor=Serial(), progress=lambda *what: said.append(what[0])) as resources:
+        run = Run(tied, tmp_path, "model", "data", 0.0, None, resources)
+        with SharedStatistics(tied, [BASE], data, resources) as shared:
+            first = measured(run, BASE, units, shared, data)
+            assert {"calibrate", "losses", "sensitivities"} == set(said)
+            said.clear()
+            assert measured(run, BASE, units, shared, []) == first
+            assert said == []
+            measured(run, replace(BASE, options={"percdamp": 0.2}), units[:1], shared, data)
+            assert said
+    for unit in first:
+        assert unit.alpha > 0
+        loss = dict(zip(unit.specs, unit.losses, strict=True))
+        assert loss[None] == 0 < loss[Spec(8, 32)] < loss[Spec(4, 32)] < loss[Spec(2, 32)]
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 9])
