@@ -86,7 +86,7 @@ def test_the_permutation_leaves_the_model_what_it_was(models, text):
 
 def test_every_body_matmul_is_found_and_the_tied_copy_is_counted(models):
     found = inspect(models / "smollm2-permuted")
-    assert sum(len(group.linears) for group in found.groups) == 30 * 7 + 1
+    assert sum(len(group.nodes) for group in found.groups) == 30 * 7 + 1
     assert list(found.copies.values()) == [49152 * 576 * 4]
     reasons = {skipped.reason for skipped in found.skipped}
     assert reasons == {"both inputs are computed", "an embedding, left float without --embedding-bits"}
@@ -94,12 +94,12 @@ def test_every_body_matmul_is_found_and_the_tied_copy_is_counted(models):
 
 def test_five_presets_in_one_calibration_and_one_forward_per_sample(models, text, tmp_path, monkeypatch):
     tokens, walks = [], []
-    update, walk = Stats.update, onnx_woq.runtime.calibration.collect.walk
+    update, walk = Stats.update, onnx_woq.runtime.calibration.collect.collect_statistics
     monkeypatch.setattr(
         Stats, "update", lambda stats, x, *more: (tokens.append(np.shape(x)), update(stats, x, *more))[1]
     )
     monkeypatch.setattr(
-        onnx_woq.runtime.calibration.collect, "walk", lambda *a, **k: (walks.append(1), walk(*a, **k))[1]
+        onnx_woq.runtime.calibration.collect, "collect_statistics", lambda *a, **k: (walks.append(1), walk(*a, **k))[1]
     )
     result = tune(
         models / "smollm2-permuted",
@@ -134,6 +134,6 @@ def test_the_fused_graph_of_the_genai_builder_gives_the_same_quality(models, tex
     recipe = Recipe("gptq", lm_head=False, accuracy_level=0, nsamples=16, pad_max_length=512)
     model = models / "smollm2-permuted-genai"
     report = quantize(model, tmp_path / "out", recipe, text / "calib.txt")
-    assert sum(len(group.linears) for group in report.groups) == 30 * 5
+    assert sum(len(group.nodes) for group in report.groups) == 30 * 5
     metrics = evaluate(tmp_path / "out", model, text / "dev.txt", samples=8, seqlen=512)
     assert metrics.kl == pytest.approx(divergence["gptq"].kl, rel=0.1)
