@@ -12,6 +12,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
+pytestmark = pytest.mark.slow
+
 MODELS = Path(__file__).parents[2] / "models"
 DEMO = MODELS / "demo"
 

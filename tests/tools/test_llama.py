@@ -167,6 +167,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_another(tmp_path):
         write_llama(tmp_path / "0", TINY)
 
 
+@pytest.mark.slow
 def test_a_gigabyte_is_written_in_little_memory(tmp_path):
     """1.1 GB of weights; the process, interpreter and onnx included, takes less than 300 MB."""
     # Asked from inside: what the system says of a child counts the copy of this process that it began as.

@@ -35,6 +35,7 @@ def divergence(text, out):
     return f"KL {found.kl:.4f} ± {found.kl_se:.4f}"
 
 
+@pytest.mark.slow
 def test_methods_are_judged_as_evaluate_does(text, tmp_path):
     rtn, gptq = rows(text, "quality.py", "--methods", "RTN", "GPTQ", "--bits", "3")
     recipe = Recipe("gptq", lm_head=False, accuracy_level=0, nsamples=4, pad_max_length=64).with_spec(bits=3)

@@ -53,6 +53,7 @@ def files(texts: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return made
 
 
+@pytest.mark.slow
 def test_gptq_on_a_trained_model(files, texts, cli):
     """KL by the package's judge: RTN at 3 bits visibly hurts, GPTQ takes back a good part on text it has not seen."""
     data = ("--reference", DEMO / "model.onnx", "--data", texts[1], "--samples", 16, "--seqlen", 128)
@@ -97,6 +98,7 @@ def test_the_judge_agrees_with_one_of_our_own(files, texts, cli):
     assert found["kl"] == pytest.approx(np.mean(kl), rel=0.1)
 
 
+@pytest.mark.slow
 def test_both_streams_do_not_follow_chance_by_default(files, texts, tmp_path):
     """On 3072 tokens, judged on other text, the default share is better than none of the way and than all of it."""
     from onnx_woq import Spec, evaluate, quantize
@@ -111,6 +113,7 @@ def test_both_streams_do_not_follow_chance_by_default(files, texts, tmp_path):
     assert loss["default"] < min(loss["none"], loss["all"]), loss
 
 
+@pytest.mark.slow
 def test_its_embedding_in_low_bits(files, texts, cli, tmp_path):
     """The head is the embedding transposed: in 8 bits it costs next to nothing, with the head's 4 bits no bytes."""
     judge = ("--reference", DEMO / "model.onnx", "--data", texts[1], "--samples", 16, "--seqlen", 128)

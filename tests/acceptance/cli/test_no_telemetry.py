@@ -33,6 +33,7 @@ def inside(home: Path) -> list[str]:
     return sorted(str(path.relative_to(home)) for path in home.rglob("*"))
 
 
+@pytest.mark.slow
 def test_commands_leave_nothing_in_the_home_folder(enc, xs, home, tmp_path):
     out, surroundings = tmp_path / "q.onnx", environment(home)
     quantize = ("quantize", enc, "-o", out, "--calib", xs, "--executor", "processes", "--config")

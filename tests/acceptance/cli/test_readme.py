@@ -145,6 +145,7 @@ def test_every_block_is_looked_at():
 
 
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.name)
+@pytest.mark.slow
 def test_shell(block, desk, request):
     reasons = []
     for command in block.commands():
@@ -159,6 +160,7 @@ def test_shell(block, desk, request):
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
+@pytest.mark.slow
 def test_python(block, desk):
     if "optimum" in block.code:
         if importlib.util.find_spec("optimum") is None:

@@ -9,12 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support import measure
 from tests.support.commands import CONFIGS, ROOT
 
 JUDGE = """
 import os, signal, time
 from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
 
 def size(path):
     main = int(Path("main").read_text())

@@ -213,6 +213,7 @@ def test_bad_grids_are_bad_input(cli, tied_lm, tmp_path):
 
 @pytest.mark.parametrize("embedding", [FOUR, EIGHT])
 @pytest.mark.parametrize("unit", ["off", "tap"])
+@pytest.mark.slow
 def test_interrupted_again_and_again(unit, embedding, tied_lm, lm_data, tmp_path):
     recipe = Recipe("gptq", FOUR, embedding=embedding, true_sequential=unit == "tap")
     (tmp_path / "a").mkdir()

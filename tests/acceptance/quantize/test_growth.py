@@ -18,6 +18,8 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.runtime.calibration.collect import collect_statistics
 from tests.zoo import architectures as arch
 
+pytestmark = pytest.mark.slow
+
 LAYERS = (3, 6, 12)
 SAMPLES = 2
 

@@ -126,6 +126,7 @@ def measured(model: Large, out: Path, recipe: Recipe, data: Path | None, limit: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.slow
 def test_rounding_keeps_below_the_limit(dtype, large, tmp_path):
     model, limit = large[dtype], 300 * MB
     assert model.bytes + 100 * MB > limit  # whole it would not fit
@@ -137,6 +138,7 @@ def test_rounding_keeps_below_the_limit(dtype, large, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.slow
 def test_gptq_keeps_below_the_limit(dtype, large, tmp_path):
     """Some layers are quantized, all are run."""
     model, limit = large[dtype], 450 * MB

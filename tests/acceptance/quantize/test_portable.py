@@ -17,6 +17,8 @@ from onnx_woq.graph.io.model import load
 from tests.support.commands import ROOT
 from tests.zoo import small as zoo
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def as_on_windows(tmp_path_factory):

@@ -657,6 +657,7 @@ def test_interrupted_again_and_again(recipe, tmp_path):
     assert_runs(tmp_path / "b" / "q.onnx", data[:1])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(cli, tmp_path):
     arch.decoder(tmp_path / "m.onnx", opset=17, layers=4, external="w.bin")
     zoo.array_folder(tmp_path / "data", "input_ids", [ids % arch.VOCAB for ids in zoo.token_ids(6, 20)])

@@ -172,6 +172,7 @@ groups[0].weight()
 
 @pytest.mark.skipif(not STATUS.exists(), reason="needs Linux's limit on private memory")
 @pytest.mark.parametrize("kind", [FLOAT16, BFLOAT16])
+@pytest.mark.slow
 def test_a_large_model_of_half_precision_takes_next_to_no_memory(tmp_path, kind):
     """20 MB are less than one of the weights in float32, which 60 MB hold."""
     path = sharded(tmp_path, k=2560, layers=16, shards=4, kind=kind, fill=False)

@@ -108,6 +108,7 @@ def leftovers(folder: Path) -> list[str]:
     [("gptq", 10), ("gptq", TAPS), ("rtn", 15), ("gptq by tap", 10), ("gptq by block", 11),
      ("gptq in small", 9), ("awq folding", 11)],
 )  # fmt: skip
+@pytest.mark.slow
 def test_killed_and_resumed(kind, at, job, cli, tmp_path):
     out = tmp_path / "out" / "q.onnx"
     dead = job.killed(out, kind, at)
@@ -168,6 +169,7 @@ def file_events(job, tmp_path_factory) -> list[str]:
 
 
 @pytest.mark.parametrize("share", [0.0, "first rename", "last rename", "after"])
+@pytest.mark.slow
 def test_killed_while_files_are_changed(share, file_events, job, cli, tmp_path):
     """Among them: before anything is there, during the final write, between its two files, before the tidying up."""
     renames = [
@@ -255,6 +257,7 @@ def test_means_may_change_in_between(flags, half, job, cli, tmp_path):
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(where=st.floats(0, 1), which=st.integers(0, 10), cut=st.booleans())
+@pytest.mark.slow
 def test_a_damaged_leftover_gives_the_same_result_or_a_named_error(where, which, cut, half, job, cli, tmp_path_factory):
     """A disk that lost power: bytes missing at an end, or wrong."""
     out = copy_of(half, tmp_path_factory.mktemp("damaged"))
@@ -303,6 +306,7 @@ def stopped(at: int) -> Callable[[str, int, int], None]:
 
 
 @pytest.mark.parametrize("unit", ["off", "block", "tap"])
+@pytest.mark.slow
 def test_interrupted_again_and_again(unit, job, tmp_path):
     """Each time a few steps further, until it is done."""
     how = {} if unit == "off" else {"true_sequential": True, "sequential_unit": unit}

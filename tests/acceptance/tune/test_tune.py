@@ -460,6 +460,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
     assert all(np.array_equal(a[name], w) for name, w in b.items())
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(lm, tmp_path):
     code, _, seen = tuning_process(lm, tmp_path / "w", tmp_path / "o" / "q.onnx", die_at=3)
     assert code == -signal.SIGKILL

@@ -53,6 +53,7 @@ def test_no_more_are_solved_at_once_than_there_is_room_for(workers, most_bytes, 
     assert most[0] == at_once
 
 
+@pytest.mark.slow
 def test_few_results_wait_behind_a_slow_one(task, monkeypatch):
     """What has been solved takes memory until it is taken."""
     drawn, gate = [], threading.Event()

@@ -106,6 +106,7 @@ def drawn_in(document: str) -> set[str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome to open the page in")
+@pytest.mark.slow
 def test_a_browser_draws_every_chart_without_a_complaint(tuned, mixed, tmp_path):
     for number, result in enumerate((tuned, mixed)):
         document, said = opened(write_report(result, tmp_path / f"{number}.html", command=EVIL), tmp_path)
@@ -115,6 +116,7 @@ def test_a_browser_draws_every_chart_without_a_complaint(tuned, mixed, tmp_path)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome to open the page in")
+@pytest.mark.slow
 def test_names_that_mean_harm_do_nothing_in_a_browser(evil, tmp_path):
     (tmp_path / "r.html").write_text(evil, encoding="utf-8")
     document, said = opened(tmp_path / "r.html", tmp_path)
@@ -124,6 +126,7 @@ def test_names_that_mean_harm_do_nothing_in_a_browser(evil, tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium or Chrome to open the page in")
+@pytest.mark.slow
 def test_the_policy_of_the_page_stops_what_escaping_would_let_through(tuned, tmp_path):
     text = write_report(tuned, tmp_path / "r.html").read_text(encoding="utf-8")
     hurt = "<script>document.title = 'hurt'</script>"

@@ -192,6 +192,7 @@ def test_weights_are_taken_in_any_dtype_and_order(name, dtype, order):
 )
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize(("k", "n"), [(576, 960), (1024, 300), (300, 4000), (440, 1200)])
+@pytest.mark.slow
 def test_the_memory_a_solver_says_it_takes_is_what_it_takes(name, options, group_size, k, n):
     rng = np.random.default_rng(0)
     weight, stats = rng.standard_normal((k, n), dtype=np.float32), Stats.empty(k)

@@ -192,6 +192,7 @@ quantize(sys.argv[1], sys.argv[2], Recipe("gptq"), data, resume=True)
 
 
 @pytest.mark.parametrize("calls", [[2], [5, 4], [25, 3, 12], [32]])
+@pytest.mark.slow
 def test_a_killed_run_continues_to_the_same_bytes(calls, model, data, tmp_path):
     np.savez(tmp_path / "data.npz", **data[0])
     for name in ("a", "b"):
