@@ -14,13 +14,11 @@ import pytest
 from tests.support import measure
 from tests.support.commands import CONFIGS, ROOT
 
+pytestmark = pytest.mark.slow
+
 JUDGE = """
 import os, signal, time
 from pathlib import Path
-
-import pytest
-
-pytestmark = pytest.mark.slow
 
 def size(path):
     main = int(Path("main").read_text())
