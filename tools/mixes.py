@@ -1,7 +1,7 @@
 """What mixed precision gains: prints a mix beside the uniform configuration that it is held against.
 
-    python tools/mixes.py build/models/smollm2-permuted/model.onnx --calib calib.txt --dev dev.txt --bpw 3.5
-    python tools/mixes.py build/models/smollm2-permuted/model.onnx --calib calib.txt --dev dev.txt --equal-bytes
+    python tools/mixes.py build/models/smollm2-permuted/model.onnx --calib calib.jsonl --dev wiki.txt code.txt --bpw 3.5
+    python tools/mixes.py … --equal-bytes
 
 `--bpw`: a mix of the body MatMuls (the head stays float) of so many bits per weight, and RTN with 4 bits in groups of
 32. `--equal-bytes`: BEST_4BIT of everything, head and embedding included, and a mix in at most as many bytes of files.
@@ -18,23 +18,25 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from quality import distance, measure, parser_of, recipe_of, show
+from quality import Measured, head, measure, parser_of, recipe_of, show
 
 from onnx_woq import PRESETS, Recipe, quantize, tune
 from onnx_woq.tuning.mixed.search import MIX
 
 
-def row(arguments: argparse.Namespace, name: str, make: Callable[[Path], object], first: float) -> tuple[float, int]:
-    """Makes a model, judges and prints it; its distance, and its bytes."""
+def row(
+    arguments: argparse.Namespace, name: str, make: Callable[[Path], object], first: Measured | None
+) -> tuple[Measured, int]:
+    """Makes a model, judges and prints it; returns what was measured, and its bytes."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "model.onnx"
         wall, cpu = time.monotonic(), time.process_time()
         make(out)
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-        metrics = measure(arguments, out)
+        measured = measure(arguments, out)
         size = sum(file.stat().st_size for file in out.parent.iterdir())
-    show(name, metrics, first or distance(metrics), size, wall, cpu)
-    return distance(metrics), size
+    show(name, measured, first or measured, size, wall, cpu)
+    return measured, size
 
 
 def main() -> None:
@@ -51,7 +53,8 @@ def main() -> None:
     uniform = replace(best, embedding=best.spec) if arguments.equal_bytes else Recipe("rtn")
     recipe = recipe_of(uniform, arguments)
     name = "BEST_4BIT, head and embedding too" if arguments.equal_bytes else "RTN"
-    first, size = row(arguments, name, lambda out: quantize(arguments.model, out, recipe, arguments.calib), 0.0)
+    head(arguments)
+    first, size = row(arguments, name, lambda out: quantize(arguments.model, out, recipe, arguments.calib), None)
     target = {"target_size": size} if arguments.equal_bytes else {"target_bpw": arguments.bpw}
     base = recipe_of(MIX, arguments)
     row(

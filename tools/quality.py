@@ -1,15 +1,16 @@
 """What each method costs in accuracy: prints one row per configuration, all on one calibration.
 
-    python tools/quality.py build/models/smollm2-permuted/model.onnx --calib calib.txt --dev dev.txt
+    python tools/quality.py build/models/smollm2-permuted/model.onnx --calib calib.jsonl --dev wiki.txt code.txt
     python tools/quality.py … --bits 2 --methods RTN GPTQ BEST_2BIT
-    python tools/quality.py build/models/minilm/model.onnx --calib calib.txt --dev dev.txt --samples 128 --seqlen 128
+    python tools/quality.py build/models/minilm/model.onnx --calib calib.jsonl --dev wiki.txt code.txt --seqlen 128
 
 Body MatMuls only (the head stays float) at accuracy level 0 unless said otherwise, so that nothing but the weights
-differs from the float model. The gap closed is `1 − distance / distance of RTN`, the distance being the mean KL
-divergence of language models and 1 − cosine of the embeddings of others. Calibration takes the first samples of its
-text and the judge the first rows of its own: nothing is drawn by chance, and the same command prints the same rows
-(of a rotation, the seed is in its name). Seconds are of solving and writing; `--alone` gives every row a calibration
-of its own and counts it.
+differs from the float model. Every row is judged on each text of `--dev` by itself. The distance is the mean KL
+divergence (nats per token) of language models, and 1 − cosine of the embeddings of others. The share removed is
+`1 − distance / distance of RTN`; the one that counts is that of the worst text. Calibration takes the first samples of
+its text and the judge the first rows of each of its own: nothing is drawn by chance, and the same command prints the
+same rows (of a rotation, the seed is in its name). Seconds are of solving and writing; `--alone` gives every row a
+calibration of its own and counts it.
 """
 
 from __future__ import annotations
@@ -71,33 +72,44 @@ METHODS: Mapping[str, Recipe] = {
 }
 
 
+Measured = Mapping[str, Metrics]
+"""What was measured of one model, by text."""
+
+
 class Judge:
-    """`evaluate` as a metric for `tune`, remembering all that it measured."""
+    """A metric for `tune` that remembers all that it measured."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.measured: dict[str, Metrics] = {}
+        self.measured: dict[str, Measured] = {}
 
     def __call__(self, path: Path) -> float:
-        """The distance; 0 of the float model from itself."""
+        """Returns the distance on the worst text; 0 of the float model from itself."""
         if Path(path) == self.arguments.model:
             return 0.0
-        metrics = self.measured[Path(path).parent.name] = measure(self.arguments, path)
-        print(f"  {Path(path).parent.name}: {distance(metrics):.4f}", file=sys.stderr, flush=True)
-        return distance(metrics)
+        measured = self.measured[Path(path).parent.name] = measure(self.arguments, path)
+        worst = max(map(distance, measured.values()))
+        print(f"  {Path(path).parent.name}: {worst:.4f}", file=sys.stderr, flush=True)
+        return worst
 
 
-def measure(arguments: argparse.Namespace, path: Path) -> Metrics:
-    """The distance of a written model from the float one."""
+def measure(arguments: argparse.Namespace, path: Path) -> Measured:
+    """Returns the distance of a written model from the float one on each text."""
     model = arguments.model
-    return evaluate(path, model, arguments.dev, samples=arguments.rows, seqlen=arguments.seqlen, tokenizer=model.parent)
+    judged = {"samples": arguments.rows, "seqlen": arguments.seqlen, "tokenizer": model.parent}
+    return {text.stem: evaluate(path, model, text, **judged) for text in arguments.dev}
 
 
 def distance(metrics: Metrics) -> float:
-    """What a gap is a share of."""
+    """Returns what a share is taken of."""
     if metrics.kl is not None:
         return metrics.kl
     return 1 - (metrics.cosine or 0.0)
+
+
+def removed(measured: Measured, rtn: Measured) -> float:
+    """Returns the share of RTN's distance that is removed, on the worst text."""
+    return min(1 - distance(measured[text]) / distance(rtn[text]) for text in measured)
 
 
 def recipe_of(base: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -114,53 +126,56 @@ def recipe_of(base: Recipe, arguments: argparse.Namespace) -> Recipe:
     )
 
 
-def show(name: str, metrics: Metrics, first: float, size: int, seconds: float, cpu: float | None) -> dict[str, object]:
-    """Prints a row; the same as a dictionary ready for JSON."""
-    far = distance(metrics)
-    if metrics.kl is not None:
-        what = f"KL {metrics.kl:.4f} ± {metrics.kl_se or 0:.4f}  top-1 {metrics.top1:.4f}  ppl {metrics.ppl:.3f}"
-    else:
-        what = f"1 − cosine {far:.4f}  SQNR {metrics.sqnr_db:.2f} dB"
-    used = f"{seconds:.1f} s" + ("" if cpu is None else f", CPU {cpu:.1f} s")
-    print(
-        f"{name:<48} closed {1 - far / first:6.3f}  ÷ RTN {far / first:5.3f}  {what}  {size / 1e6:.1f} MB  {used}",
-        flush=True,
-    )
-    row = {"method": name, "gap": 1 - far / first, "bytes": size, "seconds": seconds, "cpu": cpu}
-    return row | metrics.to_dict()
+def head(arguments: argparse.Namespace) -> None:
+    """Prints the head of the table, in Markdown."""
+    texts = [text.stem for text in arguments.dev]
+    columns = ["method", *texts, "removed, worst text", "same top-1, worst", "MB", "s", "CPU s"]
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
 
 
-def together(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[dict[str, object]]:
-    """One calibration for all; rows as soon as they are known."""
+def show(name: str, measured: Measured, rtn: Measured, size: int, seconds: float, cpu: float | None) -> dict[str, Any]:
+    """Prints a row of the table; returns it as a dictionary ready for JSON."""
+    cells = [f"{distance(one):.4f} ± {one.kl_se or 0:.4f}" for one in measured.values()]
+    top1 = [one.top1 for one in measured.values() if one.top1 is not None]
+    share = removed(measured, rtn)
+    cells += [f"{share:.3f}", f"{min(top1):.4f}" if top1 else "", f"{size / 1e6:.1f}", f"{seconds:.0f}"]
+    print("| " + " | ".join([name, *cells, "" if cpu is None else f"{cpu:.0f}"]) + " |", flush=True)
+    texts = {text: one.to_dict() for text, one in measured.items()}
+    return {"method": name, "removed": share, "bytes": size, "seconds": seconds, "cpu": cpu, "texts": texts}
+
+
+def together(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[dict[str, Any]]:
+    """Prints the rows on one calibration for all."""
     judge = Judge(arguments)
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         result = tune(
             arguments.model, judge, arguments.calib, configs=recipes, higher_is_better=False, objective="best",
             tolerance=1e9, criterion="absolute", workdir=folder, tokenizer=arguments.model.parent,
         )  # fmt: skip
-    first = next((trial.metric for trial in result.trials if trial.metric), None) or 1.0
+    rtn: Measured = {}
     for trial in result.trials:
         found = [m for name, m in judge.measured.items() if name.endswith(trial.recipe.fingerprint())]
         if trial.status != "ok" or not found:
-            print(f"{trial.name:<48} {trial.status}: {trial.error}")
+            print(f"| {trial.name} | {trial.status}: {trial.error} |")
             continue
-        rows.append(show(trial.name, found[0], first, trial.bytes or 0, trial.seconds, None))
+        rtn = rtn or found[0]
+        rows.append(show(trial.name, found[0], rtn, trial.bytes or 0, trial.seconds, None))
     return rows
 
 
-def alone(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[dict[str, object]]:
-    """A calibration for each."""
-    rows: list[dict[str, object]] = []
-    first = 0.0
+def alone(arguments: argparse.Namespace, recipes: Mapping[str, Recipe]) -> list[dict[str, Any]]:
+    """Prints the rows on a calibration for each."""
+    rows: list[dict[str, Any]] = []
+    rtn: Measured = {}
     for name, recipe in recipes.items():
         with tempfile.TemporaryDirectory() as folder:
             wall, cpu = time.monotonic(), time.process_time()
             report = quantize(arguments.model, Path(folder) / "model.onnx", recipe, arguments.calib)
             wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-            metrics = measure(arguments, report.output)
-        first = first or distance(metrics)
-        rows.append(show(name, metrics, first, report.bytes_after, wall, cpu))
+            measured = measure(arguments, report.output)
+        rtn = rtn or measured
+        rows.append(show(name, measured, rtn, report.bytes_after, wall, cpu))
     return rows
 
 
@@ -169,7 +184,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calib", required=True, help="calibration text")
-    parser.add_argument("--dev", required=True, help="text to judge on, another than the calibration's")
+    parser.add_argument("--dev", required=True, nargs="+", type=Path, help="texts to judge on, not the calibration's")
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--rows", type=int, default=8, help="sequences judged")
@@ -191,6 +206,7 @@ def main() -> None:
     known = {**METHODS, **PRESETS}
     four = [name for name, recipe in METHODS.items() if recipe.spec.bits == 4]
     recipes = {name: recipe_of(known[name], arguments) for name in arguments.methods or four}
+    head(arguments)
     table = (alone if arguments.alone else together)(arguments, recipes)
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=2))

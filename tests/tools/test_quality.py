@@ -23,26 +23,35 @@ def text(tmp_path_factory):
 
 
 def rows(text, tool, *flags):
-    data = ("--calib", text / "calib.txt", "--dev", text / "dev.txt")
+    data = ("--calib", text / "calib.txt", "--dev", text / "dev.txt", text / "calib.txt")
     command = [sys.executable, ROOT / "tools" / tool, MODEL, *data, *SHORT, *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def divergence(text, out):
-    found = evaluate(out, MODEL, text / "dev.txt", samples=4, seqlen=64, tokenizer=MODEL.parent)
-    return f"KL {found.kl:.4f} ± {found.kl_se:.4f}"
+def cells(row):
+    return row.strip("| ").split(" | ")
+
+
+def divergence(text, out, judged):
+    found = evaluate(out, MODEL, text / f"{judged}.txt", samples=4, seqlen=64, tokenizer=MODEL.parent)
+    return f"{found.kl:.4f} ± {found.kl_se:.4f}"
 
 
 @pytest.mark.slow
 def test_methods_are_judged_as_evaluate_does(text, tmp_path):
-    rtn, gptq = rows(text, "quality.py", "--methods", "RTN", "GPTQ", "--bits", "3")
+    _, _, rtn, gptq = rows(text, "quality.py", "--methods", "RTN", "GPTQ", "--bits", "3")
     recipe = Recipe("gptq", lm_head=False, accuracy_level=0, nsamples=4, pad_max_length=64).with_spec(bits=3)
     quantize(MODEL, tmp_path / "q.onnx", recipe, text / "calib.txt")
-    assert rtn.startswith("RTN ")
-    assert "closed  0.000" in rtn
-    assert divergence(text, tmp_path / "q.onnx") in gptq
+    assert rtn.startswith("| RTN | ")
+    assert "| 0.000 |" in rtn
+    assert f"| GPTQ | {divergence(text, tmp_path / 'q.onnx', 'dev')} | " in gptq
+    assert divergence(text, tmp_path / "q.onnx", "calib") in gptq
+    shares = [
+        1 - float(b.split()[0]) / float(a.split()[0]) for a, b in zip(cells(rtn)[1:3], cells(gptq)[1:3], strict=True)
+    ]
+    assert abs(float(cells(gptq)[3]) - min(shares)) < 2e-3
 
 
 @pytest.mark.parametrize("tool", ["quality.py", "mixes.py"])
