@@ -176,9 +176,7 @@ def fused_decoder(path: Path, *, layers: int = 4, dtype: int = F32) -> Path:
     return net.save(path, inputs, outputs, opset=17, domains=[MS], check=False)
 
 
-def bert(
-    path: Path, *, layers: int = 4, fused: bool = False, dtype: int = F32, opset: int = 17, order: str = "qkv"
-) -> Path:
+def bert(path: Path, *, layers: int = 4, fused: bool = False, dtype: int = F32, opset: int = 17) -> Path:
     """input_ids, attention_mask, token_type_ids -> last_hidden_state; norms after the sum, written out or fused."""
     net = Layers(dtype, opset)
     absent = net.op("Equal", "attention_mask", net.const("zero", np.int64(0)), out="absent")
@@ -195,8 +193,8 @@ def bert(
 
     for layer in range(layers):
         p, s = f"layer{layer}.", 100 * (layer + 1)
-        parts = {n: net.linear(h, p + n, D, D, s + "qkv".index(n), bias=True) for n in order}
-        q, k, v = (net.heads(parts[n], p + n + "_heads", shape) for n in "qkv")
+        parts = [net.linear(h, p + n, D, D, s + i, bias=True) for i, n in enumerate("qkv")]
+        q, k, v = (net.heads(part, p + n + "_heads", shape) for n, part in zip("qkv", parts, strict=True))
         h = joined(h, net.linear(net.attend(q, k, v, mask, p), f"{p}o", D, D, s + 3, bias=True), f"{p}norm1")
         wide = net.linear(h, f"{p}up", D, WIDE, s + 4, bias=True)
         root = net.op("Div", wide, net.const("root2", np.float32(2**0.5)), out=f"{p}erf_in")

@@ -44,7 +44,7 @@ def collect_window(
     frozen: bool = False,
     block_inputs: Collection[str] = (),
     float_replay: FloatReplay | None = None,
-) -> list[Stats]:
+) -> dict[str, Stats]:
     """Collects the statistics of some linear groups over all samples.
 
     Args:
@@ -59,7 +59,7 @@ def collect_window(
         float_replay: runs the float model in step, to collect its inputs together with those of `model`.
 
     Returns:
-        The statistics of each group, in the order of `groups`; groups with the same sources share one object.
+        Statistics by the name of the linear group; groups with the same sources share one object.
 
     Raises:
         DataError: the model cannot be run on a sample, or computes NaN or infinite numbers.
@@ -96,7 +96,7 @@ def collect_window(
         if not one.tokens:
             names = ", ".join(name for name, _ in sources)
             logger.warning("no sample reaches %s: there is nothing to calibrate it on", names)
-    return [stats[group.sources] for group in groups]
+    return {group.name: stats[group.sources] for group in groups}
 
 
 def _float_values(

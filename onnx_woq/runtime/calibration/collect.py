@@ -178,7 +178,7 @@ def _collect_unedited(run: _CalibrationRun) -> Iterator[tuple[LinearGroup, Stats
             run.advance(replay, model, window, later, frozen=True)
             collected = collect_window(replay, model, window, later, steps.step, frozen=True)
             for group in window:
-                yield group, collected.pop(0)
+                yield group, collected.pop(group.name)
 
 
 def _collect_block_by_block(run: _CalibrationRun) -> Iterator[tuple[LinearGroup, Stats]]:
@@ -211,7 +211,7 @@ def _collect_block_by_block(run: _CalibrationRun) -> Iterator[tuple[LinearGroup,
                 for group in window:
                     done += 1
                     steps.reach(done * len(run.batches))
-                    yield group, collected.pop(0)
+                    yield group, collected.pop(group.name)
 
 
 def _collect_group_by_group(run: _CalibrationRun) -> Iterator[tuple[LinearGroup, Stats]]:
@@ -229,12 +229,15 @@ def _collect_group_by_group(run: _CalibrationRun) -> Iterator[tuple[LinearGroup,
                 replay, model, window, later, steps.step, keep_used=True, float_replay=run.float_replay
             )
             digests = _input_digests(model, window[1:])
-            for number, group in enumerate(window):
-                if number and _input_digests(current_model(), [group]) != digests[number - 1 : number]:
+            for group in window:
+                if (
+                    group is not window[0]
+                    and _input_digests(current_model(), [group])[group.name] != digests[group.name]
+                ):
                     break  # an edit for an earlier group has changed the input of this one after all
                 done += 1
                 steps.reach(done * len(run.batches))
-                yield group, collected.pop(0)
+                yield group, collected.pop(group.name)
 
 
 def _values(groups: Iterable[LinearGroup]) -> set[str]:
@@ -253,10 +256,10 @@ def _independent(model: Model, groups: list[LinearGroup]) -> list[LinearGroup]:
     return members
 
 
-def _input_digests(model: Model, groups: list[LinearGroup]) -> list[tuple[str, ...]]:
-    """Returns digests of the inputs of each linear group, see `structure.contents`."""
+def _input_digests(model: Model, groups: list[LinearGroup]) -> dict[str, tuple[str, ...]]:
+    """Returns digests of the inputs of each linear group, by its name, see `structure.contents`."""
     digests = contents(model) if groups else {}
-    return [tuple(digests.get(value, "") for value in sorted(group.reads)) for group in groups]
+    return {group.name: tuple(digests.get(value, "") for value in sorted(group.reads)) for group in groups}
 
 
 class _Steps:

@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_woq import PRESETS, Recipe, Spec, TuneResult, tune
+from onnx_woq import Recipe, Spec, TuneResult, tune
 from tests.support import measure
 from tests.support.commands import CONFIGS, ROOT
-from tests.zoo import architectures as arch
 from tests.zoo import small as zoo
 
 RTNS = {f"b{bits}": Recipe("rtn", Spec(bits, 32)) for bits in (2, 3, 4, 8)}
@@ -321,25 +320,6 @@ def test_tuned_models_equal_quantized_ones(lm, lm_data, tmp_path):
         assert all(measure.agreement(tuned[key], w) > 0.999 for key, w in alone.items())
 
 
-@pytest.mark.parametrize("order", ["kqv", "vkq", "kvq"])
-def test_groups_of_two_configurations_may_have_one_name(order, tmp_path):
-    """Exports name a group after its first product: `[k, q, v]` and, where tokens are weighted, `[k, v]`, both `k`."""
-    from onnx_woq import quantize
-
-    model = arch.bert(tmp_path / "m.onnx", layers=1, order=order)
-    data = [arch.ids_feed(2, 12, kind="bert", seed=seed) for seed in range(4)]
-    configs = ["GPTQ_G32ASYM", "BALANCED_4BIT", "AWQ_G32ASYM"]
-    for last in configs:
-        wanted = json.loads(json.dumps(PRESETS[last].to_dict()))
-        evaluate = by_recipe(lambda recipe, wanted=wanted: float(recipe == wanted))
-        every = [config for config in configs if config != last] + [last]
-        result = tune(model, evaluate, data, configs=every, objective="best", workdir=tmp_path / last)
-        assert [trial.status for trial in result.trials] == ["ok"] * 3
-        assert result.best.name == last
-        quantize(model, tmp_path / "alone.onnx", last, data)
-        assert_same_weights(result.path, tmp_path / "alone.onnx")
-
-
 def test_later_trials_do_not_see_earlier_ones(lm, lm_data, tmp_path):
     """The file of a configuration is the same byte for byte whether it was tried alone or after others.
 
@@ -439,7 +419,6 @@ import json, os, signal, sys
 from pathlib import Path
 from onnx_woq import tune
 from tests.support import measure
-from tests.zoo import architectures as arch
 from tests.zoo import small as zoo
 
 model, work, log, output, die_at = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])
