@@ -331,7 +331,8 @@ def _typed(value: Any, info: InputInfo, label: str) -> np.ndarray:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{label}: {info.name} is not an array ({error})") from error
-    if array.dtype.kind not in _SAFE_KINDS.get(info.dtype.kind, "") and array.dtype != info.dtype:
+    kind = "f" if array.dtype.name == "bfloat16" else array.dtype.kind
+    if kind not in _SAFE_KINDS.get(info.dtype.kind, "") and array.dtype != info.dtype:
         raise DataError(f"{label}: {info.name} is {array.dtype.name}, the model takes {info}: convert it")
     if info.shape is not None and array.ndim == len(info.shape) - 1:
         array = array[None]
