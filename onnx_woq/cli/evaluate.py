@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import click
 
 from onnx_woq.cli.console import print_result, progress_bar
@@ -25,9 +27,7 @@ def evaluate(model: str, reference: str, path: str, as_json: bool, data: DataFla
     from onnx_woq.report import terminal
     from onnx_woq.runtime.evaluation import compare
 
-    seqlen = data.seqlen or TOKENS
+    keywords = asdict(data) | {"seqlen": data.seqlen or TOKENS}
     with progress_bar() as progress:
-        metrics = compare.evaluate(
-            model, reference, path, samples=data.samples, seqlen=seqlen, tokenizer=data.tokenizer, progress=progress
-        )
+        metrics = compare.evaluate(model, reference, path, **keywords, progress=progress)
     print_result(metrics, as_json, terminal.evaluation)

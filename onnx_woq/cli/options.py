@@ -54,11 +54,12 @@ class RecipeFlags:
 
 @dataclass(frozen=True)
 class DataFlags:
-    """Flags that say how data is read; keywords of `quantize`, `tune` and `evaluate`."""
+    """Flags that say how data is read and the model run on it; keywords of `quantize`, `tune` and `evaluate`."""
 
     samples: int | None = None
     seqlen: int | None = None
     tokenizer: str | None = None
+    custom_ops: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,13 @@ DATA = (
     click.option("--samples", type=click.IntRange(1), help="Samples used; an error when there are fewer."),
     click.option("--seqlen", type=click.IntRange(1), help="Tokens per sample, for text."),
     click.option("--tokenizer", type=click.Path(), metavar="DIR", help="When it is not beside the model."),
+    click.option(
+        "--custom-ops",
+        multiple=True,
+        type=click.Path(),
+        metavar="FILE",
+        help="A library of custom operators that the model needs. Repeatable.",
+    ),
 )
 _TOLERANCE = "Accepted loss of --eval's metric (0.01); without --eval, of the judge."
 _OBJECTIVES = "first|smallest|best|pareto"

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from onnx_woq.engine.apply import planned_file_bytes
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.results import Inspection
 from onnx_woq.graph.find.blocks import cuts
-from onnx_woq.graph.io.find_model import find_model
+from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import load
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
 
 
-def inspect(model: str | Path, recipe: Recipe | str = "RTN_G32ASYM") -> Inspection:
+def inspect(model: ModelSource, recipe: Recipe | str = "RTN_G32ASYM") -> Inspection:
     """Tells what a recipe would quantize in a model, what it would leave float and why, and the bytes of both.
 
     Args:
-        model: an .onnx file, or a folder that holds one.
+        model: an .onnx file, a folder that holds one, or a model in memory (`onnx.ModelProto`, `onnx_ir.Model`).
         recipe: the recipe, or the name of a preset.
 
     Raises:
         OnnxWoqError: the model or the recipe cannot be used.
     """
     recipe = preset(recipe) if isinstance(recipe, str) else recipe
-    path = find_model(model)
-    plan = make_plan(load(path), recipe)
-    rows = tuple(weight.report() for weight in (*plan.groups, *plan.embeddings))
-    after = planned_file_bytes(plan.model, recipe, plan.model.path, "0" * 32, "0" * 32)
-    before = plan.bytes_before
-    return Inspection(path, recipe, rows, plan.skipped, plan.copies, before, after, tuple(cuts(plan.model)))
+    with model_file(model) as path:
+        plan = make_plan(load(path), recipe)
+        rows = tuple(weight.report() for weight in (*plan.groups, *plan.embeddings))
+        after = planned_file_bytes(plan.model, recipe, plan.model.path, "0" * 32, "0" * 32)
+        before = plan.bytes_before
+        return Inspection(path, recipe, rows, plan.skipped, plan.copies, before, after, tuple(cuts(plan.model)))

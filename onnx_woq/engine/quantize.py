@@ -16,16 +16,17 @@ from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.results import QuantizeReport
 from onnx_woq.engine.statistics import collect
-from onnx_woq.graph.io.find_model import find_model
+from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import load, model_hash
 from onnx_woq.graph.io.save import check_output
 from onnx_woq.presets import preset
 from onnx_woq.progress import Progress
 from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.custom_ops import CustomOps, custom_operators
 
 
 def quantize(
-    model: str | Path,
+    model: ModelSource,
     output: str | Path,
     recipe: Recipe | str = "RTN_G32ASYM",
     data: Any = None,
@@ -33,6 +34,7 @@ def quantize(
     samples: int | None = None,
     seqlen: int | None = None,
     tokenizer: str | Path | None = None,
+    custom_ops: CustomOps = None,
     max_memory: int | None = None,
     executor: Executor | None = None,
     resume: bool = False,
@@ -46,7 +48,8 @@ def quantize(
     other failure leaves nothing on the disk.
 
     Args:
-        model: an .onnx file, or a folder that holds one. It is never modified.
+        model: an .onnx file, a folder that holds one, or a model in memory (`onnx.ModelProto`, `onnx_ir.Model`). It is
+            never modified.
         output: an .onnx file; or a folder, which gets the tokenizer and config files as well.
         recipe: the recipe, or the name of a preset.
         data: calibration data, which GPTQ, AWQ, TEQ, bias correction, low-rank compensation and asymmetric calibration
@@ -55,6 +58,7 @@ def quantize(
         samples: replaces the recipe's `nsamples`; fewer samples are then an error.
         seqlen: tokens of a sample, replaces the recipe's `pad_max_length`.
         tokenizer: the tokenizer's folder for text data, if it is not beside the model.
+        custom_ops: a library of custom operators that the model needs, or several.
         max_memory: the most bytes that the whole process may take; by default as many as make it fast.
         executor: solves weights, anything with the protocol of `concurrent.futures.Executor`; by default threads. It is
             not shut down.
@@ -72,40 +76,40 @@ def quantize(
     """
     start = time.monotonic()
     recipe = calibrated_on(preset(recipe) if isinstance(recipe, str) else recipe, samples, seqlen)
-    path = find_model(model)
-    source = load(path)
-    place = destination(output, path)
-    if place.onnx.parent.is_dir():
-        check_output(source, place.onnx)
-    plan = make_plan(source, recipe)
-    plan.require_work()
-    plan = plan.raised()
-    plan.prepare()
-    wanted = recipe.nsamples if recipe.needs_data else 0
-    batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
-    calibration = feeds_hash(batches)
-    with open_resources(
-        plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce
-    ) as resources:
-        result = execute(
-            plan,
-            place,
-            lambda left, states: collect(plan, left, batches, resources, states),
-            resources,
-            properties=metadata(recipe, model_hash(source), calibration),
-            companions_from=path.parent,
-            resume="same" if resume else "",
+    with model_file(model) as path, custom_operators(custom_ops):
+        source = load(path)
+        place = destination(output, path)
+        if place.onnx.parent.is_dir():
+            check_output(source, place.onnx)
+        plan = make_plan(source, recipe)
+        plan.require_work()
+        plan = plan.raised()
+        plan.prepare()
+        wanted = recipe.nsamples if recipe.needs_data else 0
+        batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
+        calibration = feeds_hash(batches)
+        with open_resources(
+            plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce
+        ) as resources:
+            result = execute(
+                plan,
+                place,
+                lambda left, states: collect(plan, left, batches, resources, states),
+                resources,
+                properties=metadata(recipe, model_hash(source), calibration),
+                companions_from=path.parent,
+                resume="same" if resume else "",
+            )
+        warn_of_old_runtime(result.runtime)
+        return QuantizeReport(
+            model=path,
+            output=place.onnx,
+            recipe=recipe,
+            weights=result.weights,
+            skipped=plan.skipped,
+            copies=plan.copies,
+            bytes_before=plan.bytes_before,
+            bytes_after=result.bytes,
+            calibration=calibration,
+            seconds=time.monotonic() - start,
         )
-    warn_of_old_runtime(result.runtime)
-    return QuantizeReport(
-        model=path,
-        output=place.onnx,
-        recipe=recipe,
-        weights=result.weights,
-        skipped=plan.skipped,
-        copies=plan.copies,
-        bytes_before=plan.bytes_before,
-        bytes_after=result.bytes,
-        calibration=calibration,
-        seconds=time.monotonic() - start,
-    )

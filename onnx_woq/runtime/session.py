@@ -17,6 +17,7 @@ from onnx_woq.core.cpu import cores
 from onnx_woq.errors import DataError, ModelError
 from onnx_woq.graph.find.quantized import low_bit_nodes
 from onnx_woq.graph.io.model import Model, memory_tensors, serialize
+from onnx_woq.runtime.custom_ops import registered
 
 THREADS_VARIABLE = "ONNX_WOQ_THREADS"
 """Environment variable with the number of threads, for callers that do not give one."""
@@ -41,10 +42,12 @@ def make_session(
             and round differently; it costs a copy of the weights.
 
     Raises:
-        ModelError: ONNX Runtime cannot use the model.
+        ModelError: ONNX Runtime cannot use the model, or a library of custom operators.
     """
     ort.set_default_logger_severity(_FATAL)
     options = ort.SessionOptions()
+    for library in registered():
+        _register(library, options)
     options.log_severity_level = _FATAL
     options.intra_op_num_threads = threads or _asked_threads()
     if for_calibration:
@@ -110,6 +113,13 @@ def _asked_threads() -> int:
     return cores() if cores() < (os.cpu_count() or 1) else 0
 
 
+def _register(library: str, options: ort.SessionOptions) -> None:
+    try:
+        options.register_custom_ops_library(library)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise ModelError(f"{library} is not a library of custom operators: {_explain(error)}") from error
+
+
 def _structure(model: Model, options: ort.SessionOptions) -> tuple[bytes, list[np.ndarray]]:
     """Returns a model without its weights as bytes, and its weights in memory.
 
@@ -134,6 +144,8 @@ def _explain(error: Exception) -> str:
     """Returns the message of ONNX Runtime without its codes and source lines."""
     text = _PREFIX.sub("", str(error)).strip()
     text = re.sub(r"\S+\.(?:cc|h):\d+ \S+ ?", "", text)
+    if "is not a registered function/op" in text:
+        text += " (name the library that has it with --custom-ops, in Python custom_ops)"
     if "Unsupported model IR version" in text or ("opset" in text.lower() and "official support" in text):
         text += " (a newer onnxruntime may read it: pip install -U onnxruntime)"
     return " ".join(text.split())

@@ -38,13 +38,14 @@ def estimate(pairs: NDArray[Any]) -> float:
 def resampled(pairs: NDArray[Any]) -> F64:
     """Returns the estimates [RESAMPLES] of as many draws of S sequences, with replacement, from pairs [S, 2].
 
-    Equal numbers of sequences are drawn alike: differences between the results of two models are paired.
+    Equal numbers of sequences are drawn alike: differences between the results of two models are paired. A draw that
+    has nothing to divide by, such as outputs of zeros, counts as 0 if nothing is lost either.
     """
     pairs = np.asarray(pairs, np.float64).reshape(-1, 2)
     draws = np.random.default_rng(SEED).integers(0, len(pairs), (RESAMPLES, len(pairs)))
     sums = pairs[draws].sum(axis=1)
-    out: F64 = sums[:, 0] / sums[:, 1]
-    return out
+    out: F64 = np.where(sums[:, 0] > 0, np.inf, 0.0)
+    return np.divide(sums[:, 0], sums[:, 1], out=out, where=sums[:, 1] != 0)
 
 
 def standard_error(pairs: NDArray[Any]) -> float | None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from onnx_woq.errors import DataError, OnnxWoqError
 from onnx_woq.graph.io.model import Model
+from onnx_woq.runtime.custom_ops import custom_operators, registered
 from onnx_woq.tuning import bootstrap, journal
 
 KL_LIMIT = 0.05
@@ -88,6 +89,10 @@ class Judge:
     def met(self, metric: float) -> bool:
         """Tells whether a metric is within the limit."""
         return metric >= self.limit if self.higher_is_better else metric <= self.limit
+
+    def counts(self, metric: float) -> bool:
+        """Tells whether a metric is a number that models are compared by: finite, or that of the float model."""
+        return math.isfinite(metric) or metric == self.baseline
 
     def metric(self, pairs: Sequence[Pair]) -> float:
         """Returns the metric that the samples of a race add up to."""
@@ -209,10 +214,14 @@ def built_in_judge(
     """Makes a judge by mean KL divergence (language models) or output SQNR (others) on held-out samples.
 
     An infinite `limit` accepts everything.
+
+    Raises:
+        DataError: the model has no output that it could be judged by.
     """
     from onnx_woq.runtime.data.feeds import data_hash
-    from onnx_woq.runtime.evaluation.metrics import is_language_model
+    from onnx_woq.runtime.evaluation.outputs import float_outputs, is_language_model
 
+    float_outputs(float_model)
     language = is_language_model(float_model, held_out[0])
     name, default, baseline = ("kl", KL_LIMIT, 0.0) if language else ("sqnr_db", SQNR_LIMIT, math.inf)
 
@@ -222,7 +231,7 @@ def built_in_judge(
     return Judge(
         name=name,
         key=f"{name}/{data_hash(held_out)}",
-        score=partial(_race, float_model.path, held_out, name, limit),
+        score=partial(_race, float_model.path, held_out, name, limit, registered()),
         baseline=baseline,
         limit=limit,
         higher_is_better=not language,
@@ -240,11 +249,25 @@ def _race(
     held_out: list[dict[str, np.ndarray]],
     name: str,
     limit: float,
+    custom_ops: tuple[str, ...],
     path: Path,
     report: Report | None,
     leader: Runner | None = None,
 ) -> Measured:
     """Sees the model at `path` on samples until it is clear what it is, beside the limit and beside the leader."""
+    with custom_operators(custom_ops):  # a worker has not been told of them
+        return _raced(float_model, held_out, name, limit, path, report, leader)
+
+
+def _raced(
+    float_model: Path,
+    held_out: list[dict[str, np.ndarray]],
+    name: str,
+    limit: float,
+    path: Path,
+    report: Report | None,
+    leader: Runner | None,
+) -> Measured:
     from onnx_woq.runtime.evaluation.metrics import distances
 
     own, best = list[Pair](), list(leader.pairs if leader else ())

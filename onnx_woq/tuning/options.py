@@ -12,6 +12,7 @@ from typing import Any, Literal
 from onnx_woq.errors import RecipeError, nearest
 from onnx_woq.progress import Progress
 from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.custom_ops import CustomOps
 
 Objective = Literal["first", "smallest", "best", "pareto"]
 Criterion = Literal["relative", "absolute"]
@@ -108,12 +109,14 @@ class RunResources:
             here, and what `eval_fn` writes into variables stays there.
         progress: called with (stage, done, total).
         announce: called with a line for people on what memory and disk the run will take, before the work begins.
+        custom_ops: a library of custom operators that the model needs, or several.
     """
 
     max_memory: int | None = None
     executor: Executor | None = None
     progress: Progress | None = None
     announce: Callable[[str], None] | None = None
+    custom_ops: CustomOps = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ class Trial:
     Attributes:
         name: of the configuration.
         status: "ok", "failed" (it raised) or "nan" (its metric is not a finite number).
-        metric: what `eval_fn` or the judge gave; None unless status is "ok".
+        metric: what `eval_fn` or the judge gave; None unless status is "ok". The SQNR of a model without any noise is
+            infinite.
         met: whether the metric is within the limit, as sure as its samples make it.
         verdict: "within", "outside" or "undecided": too close to the limit for the samples there were. "" without a
             metric.
@@ -54,7 +55,7 @@ class Trial:
         return {
             "name": self.name,
             "status": self.status,
-            "metric": self.metric,
+            "metric": None if self.metric is None or not math.isfinite(self.metric) else self.metric,
             "met": self.met,
             "bytes": self.bytes,
             "seconds": self.seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import shutil
 import time
@@ -131,8 +130,8 @@ def each_trial(
         trials = (_judged_here(run, judge, one) if isinstance(one, _Candidate) else one for one in found)
     for trial in trials:
         if not trial.resumed:
-            entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs}
-            journal.append(run.journal, entry | trial.to_dict())
+            entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs, "metric": trial.metric}
+            journal.append(run.journal, trial.to_dict() | entry)  # an infinite metric too, which reports leave out
         yield trial
 
 
@@ -283,7 +282,7 @@ def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> T
     pairs = measured.pairs if measured else ()
     if run.leader and measured and len(measured.leader) > len(run.leader.pairs):
         run.leader = measured_further(judge, run.leader, measured.leader)
-    ok = math.isfinite(verdict.metric)
+    ok = judge.counts(verdict.metric)
     error = verdict.error or ("" if ok else f"the metric is {verdict.metric}")
     if verdict.error:
         logger.warning("%s failed: %s", candidate.name, error)

@@ -16,8 +16,9 @@ from onnx_woq.engine.output import Destination, destination, write
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
-from onnx_woq.graph.io.find_model import find_model
+from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import file_bytes, load, model_hash
+from onnx_woq.runtime.custom_ops import custom_operators
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.targets.registry import required_runtime
 from onnx_woq.tuning.budget import Budget, budget_of
@@ -34,7 +35,7 @@ from onnx_woq.tuning.work_folder import work_folder
 
 
 def tune(
-    model: str | Path,
+    model: ModelSource,
     eval_fn: Callable[[Path], float] | None = None,
     dataloader: Any = None,
     *,
@@ -52,7 +53,7 @@ def tune(
     recorded and the next goes on. The best model so far is always returned.
 
     Args:
-        model: an .onnx file, or a folder that holds one.
+        model: an .onnx file, a folder that holds one, or a model in memory (`onnx.ModelProto`, `onnx_ir.Model`).
         eval_fn: gets the path of an .onnx file and returns its metric. Without it the built-in judge is used: mean KL
             divergence to the float model (language models, limit `KL_LIMIT`) or output SQNR (others, `SQNR_LIMIT`) on
             data held out from calibration.
@@ -60,7 +61,7 @@ def tune(
         data: another name for `dataloader`; or a `CalibrationData`, which also says how much of it is used.
         evaluation: how much worse than the float model is accepted, see `Evaluation`.
         search: what is tried, and what wins, see `Search`.
-        resources: memory, executor and progress, see `RunResources`.
+        resources: memory, executor, custom operators and progress, see `RunResources`.
         output: where the best model goes, an .onnx file or a folder; by default it stays in `workdir`.
         workdir: folder of the journal and the trial models; a run killed there resumes. Temporary by default. The
             journal knows `eval_fn` by its name: give another folder when what it does has changed.
@@ -76,9 +77,10 @@ def tune(
     if dataloader is not None:
         named["source"] = dataloader
     options = gather_options(given, evaluation, search, resources, named | keywords)
-    path = find_model(model)
-    place = destination(output, path) if output is not None else None
     with ExitStack() as stack:
+        path = stack.enter_context(model_file(model))
+        place = destination(output, path) if output is not None else None
+        stack.enter_context(custom_operators(options.resources.custom_ops))
         folder = stack.enter_context(work_folder(workdir, keep=place is None))
         return _tune(options, path, place, folder, stack)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnx_woq.errors import DataError
+from onnx_woq.runtime.data.arrays import SUFFIXES, read_arrays
 from onnx_woq.runtime.data.inputs import (
     MASKS,
     POSITIONS,
@@ -167,59 +168,26 @@ def _open(
         path = Path(source)
         if not path.exists():
             raise DataError(f"there is no data at {path}: give {_FORMS}")
+        if not path.is_file() and not path.is_dir():
+            raise DataError(f"{path} is neither a regular file nor a folder: copy the data to a file first")
         if path.is_file() and path.suffix in (".txt", ".jsonl"):
             return _text(path, inputs, wanted, seqlen, exact_length, tokenizer, model_dir)
-        return _stacked(_arrays(path), inputs)
+        if path.is_dir() or path.suffix in SUFFIXES:
+            return read_arrays(path, inputs)
+        raise DataError(f"{path} is in no known format: give {_FORMS}")
     if isinstance(source, (Mapping, np.ndarray)):
         return iter([("the sample", source)])
-    if not isinstance(source, Iterable):
-        raise DataError(f"{type(source).__name__} is not data: give {_FORMS}")
-    return ((f"sample {number}", element) for number, element in enumerate(source, 1))
+    return ((f"sample {number}", element) for number, element in enumerate(_elements(source), 1))
 
 
-def _stacked(loaded: Iterator[tuple[str, Any]], inputs: list[InputInfo]) -> Iterator[tuple[str, Any]]:
-    """Cuts arrays from files into samples, one per entry of their common first axis.
-
-    Arrays stay whole if the model fixes its batch size, if their first axes differ or if a past is among them.
-    """
-    needed = [info for info in inputs if not can_fill(info, inputs)]
-    for label, content in loaded:
-        named = content if isinstance(content, Mapping) else {needed[0].name: content} if len(needed) == 1 else {}
-        known = {info.name: info for info in inputs if info.name in named and info.shape}
-        whole = known and all(
-            named[name].ndim == len(info.shape or ()) and not isinstance((info.shape or (1,))[0], int)
-            for name, info in known.items()
-        )
-        count = {named[name].shape[0] for name in known} if whole else set()
-        if len(count) != 1 or any(name.startswith("past") for name in named):
-            yield label, content
-            continue
-        for row in range(count.pop()):
-            yield f"{label}, row {row + 1}", {name: named[name][row : row + 1] for name in known}
-
-
-def _arrays(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields the content of a .npz or .npy file, or of all of these in a folder, sorted by name."""
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".npz", ".npy"))
-        if not files:
-            raise DataError(f"the folder {path} holds no .npz or .npy file: give {_FORMS}")
-    elif path.suffix in (".npz", ".npy"):
-        files = [path]
-    else:
-        raise DataError(f"{path} is in no known format: give {_FORMS}")
-    for file in files:
-        yield str(file), _loaded(file)
-
-
-def _loaded(file: Path) -> Any:
-    """Loads the array in a .npy file, or the dictionary of arrays in a .npz file."""
+def _elements(source: Any) -> Iterable[Any]:
+    """Returns the elements of an iterable, or of a map-style dataset: one with `__getitem__` and `__len__` only."""
+    if not hasattr(source, "__iter__") and hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return (source[index] for index in range(len(source)))
     try:
-        with file.open("rb") as stream:
-            loaded = np.load(stream, allow_pickle=False)
-            return loaded if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except Exception as error:  # zipfile, zlib and numpy raise all sorts of errors on a damaged archive
-        raise DataError(f"{file} is not a file of plain arrays ({error}): write it with numpy.savez") from error
+        return iter(source)
+    except TypeError as error:
+        raise DataError(f"{type(source).__name__} is not data: give {_FORMS}") from error
 
 
 def _text(
@@ -275,7 +243,7 @@ def _row(ids: list[int], length: int) -> Feed:
 def _named(sample: Any, inputs: list[InputInfo], label: str) -> dict[str, Any]:
     """Returns an element of the source as a dictionary from input names to values."""
     needed = [info for info in inputs if not can_fill(info, inputs)]
-    if isinstance(sample, tuple) and len(sample) == 2 and (_is_group(sample[0]) or len(needed) == 1):
+    if isinstance(sample, tuple | list) and len(sample) == 2 and _has_labels(sample, inputs, len(needed)):
         sample = sample[0]
     if isinstance(sample, Mapping):
         return dict(sample)
@@ -292,9 +260,24 @@ def _named(sample: Any, inputs: list[InputInfo], label: str) -> dict[str, Any]:
     return {needed[0].name: sample}
 
 
+def _has_labels(pair: Sequence[Any], inputs: Sequence[InputInfo], needed: int) -> bool:
+    """Tells whether two things are the inputs of a sample and its labels; data loaders give lists of them as well."""
+    if isinstance(pair, tuple):
+        return _is_group(pair[0]) or needed == 1
+    return isinstance(pair[0], Mapping) or (len(inputs) == 1 and all(map(_is_array, pair)))
+
+
+def _plain(value: Any) -> Any:
+    """Returns the array of a tensor of another library, on whatever device it is; anything else as it is."""
+    for step in ("detach", "cpu", "numpy"):
+        if callable(method := getattr(value, step, None)):
+            value = method()
+    return value
+
+
 def _is_array(value: Any) -> bool:
     """Tells whether `value` is an array (also one of torch, say) with at least one dimension."""
-    return hasattr(value, "__array__") and np.ndim(value) > 0
+    return (hasattr(value, "__array__") or hasattr(value, "numpy")) and np.ndim(_plain(value)) > 0
 
 
 def _is_group(value: Any) -> bool:
@@ -310,7 +293,7 @@ def _list(inputs: list[InputInfo]) -> str:
 def _fitted(named: Mapping[str, Any], inputs: list[InputInfo], seqlen: int, label: str) -> Feed:
     """Returns a complete feed: arrays of the model's types, cut to `seqlen` and checked, missing inputs filled in."""
     known = {info.name: info for info in inputs}
-    feed = {name: _typed(value, known[name], label) for name, value in named.items() if name in known}
+    feed = {name: _shaped(value, known[name], label) for name, value in named.items() if name in known}
     if not feed and inputs:
         raise DataError(f"{label} has {', '.join(map(str, named)) or 'nothing'}, but the model takes {_list(inputs)}")
     ids = feed.get("input_ids")
@@ -318,27 +301,35 @@ def _fitted(named: Mapping[str, Any], inputs: list[InputInfo], seqlen: int, labe
         batch, length = ids.shape
         for name in _BY_TOKEN:
             if length > seqlen and name in feed and feed[name].shape == (batch, length):
-                feed[name] = np.ascontiguousarray(feed[name][:, :seqlen])
-    feed = fill(feed, inputs, label)
+                feed[name] = feed[name][:, :seqlen]
+    empty = [name for name, array in feed.items() if not array.size]
+    if empty and (len(empty) == len(feed) or "input_ids" in empty):
+        shapes = ", ".join(f"{name} {list(feed[name].shape)}" for name in empty)
+        raise DataError(f"{label} is empty ({shapes}): leave empty samples out")
+    feed = fill({name: _typed(array, known[name], label) for name, array in feed.items()}, inputs, label)
     for name, array in feed.items():
         _check(array, known[name], label)
     return feed
 
 
-def _typed(value: Any, info: InputInfo, label: str) -> np.ndarray:
-    """Converts a value to an array of the input's type; a missing leading batch dimension is added."""
+def _shaped(value: Any, info: InputInfo, label: str) -> np.ndarray:
+    """Returns a value as an array of the input's rank; a missing leading batch dimension is added."""
     try:
-        array = np.asarray(value)
+        array = np.asarray(_plain(value))
     except (ValueError, TypeError, RuntimeError) as error:
         raise DataError(f"{label}: {info.name} is not an array ({error})") from error
-    if array.dtype.kind not in _SAFE_KINDS.get(info.dtype.kind, "") and array.dtype != info.dtype:
-        raise DataError(f"{label}: {info.name} is {array.dtype.name}, the model takes {info}: convert it")
     if info.shape is not None and array.ndim == len(info.shape) - 1:
         array = array[None]
     if info.shape is not None and array.ndim != len(info.shape):
         raise DataError(f"{label}: {info.name} has shape {list(array.shape)}, the model takes {info}")
-    if not array.size and not info.name.startswith("past"):
-        raise DataError(f"{label}: {info.name} is empty, of shape {list(array.shape)}: leave empty samples out")
+    return array
+
+
+def _typed(array: np.ndarray, info: InputInfo, label: str) -> np.ndarray:
+    """Converts an array to the input's type, where that loses nothing but precision."""
+    kind = "f" if array.dtype.name == "bfloat16" else array.dtype.kind
+    if kind not in _SAFE_KINDS.get(info.dtype.kind, "") and array.dtype != info.dtype:
+        raise DataError(f"{label}: {info.name} is {array.dtype.name}, the model takes {info}: convert it")
     if array.dtype.kind in "iu" and info.dtype.kind in "iu" and array.size:
         limits = np.iinfo(info.dtype)
         if int(array.min()) < limits.min or int(array.max()) > limits.max:

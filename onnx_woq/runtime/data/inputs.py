@@ -5,9 +5,8 @@ The past of a decoder is the keys and values of earlier tokens, which it takes a
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import onnx_ir as ir
 
 from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import Model
+from onnx_woq.runtime.data.settings import read_settings
 
 MASKS = ("attention_mask", "input_mask")
 """Names of attention masks `[B, T]`: 1 where a token counts, 0 where it does not."""
@@ -27,6 +27,7 @@ TOKEN_TYPES = ("token_type_ids", "segment_ids")
 """Names of inputs that hold the segment of each token, `[B, T]`."""
 
 _TOKENS = ("input_ids", "decoder_input_ids", "inputs_embeds", "input")
+_MASK_OF = re.compile(r"(.+_)attention_mask")
 _PAST = re.compile(r"past")
 _ZEROS = ("num_logits_to_keep", "logits_to_keep")  # 0 means the logits of every token
 _SAME_NUMBERS = {"Cast", "Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Expand", "Transpose"}  # keep them
@@ -41,12 +42,14 @@ class InputInfo:
         dtype: its NumPy dtype; bfloat16 is that of ml_dtypes.
         shape: numbers for fixed dimensions, names for symbolic ones, None for unknown ones; None for an unknown rank.
         limit: rows of the table that its integers index, which they must be below; None where there is no table.
+        capacity: tokens that a past must have room for, however few there are in it.
     """
 
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...] | None
     limit: int | None = None
+    capacity: int = 0
 
     def __str__(self) -> str:
         dims = "?" if self.shape is None else ", ".join("?" if dim is None else str(dim) for dim in self.shape)
@@ -80,13 +83,13 @@ def _has_open_head(info: InputInfo) -> bool:
 def _head_size(folder: Path) -> int | None:
     """Reads the channels of an attention head from genai_config.json or config.json; None if neither tells."""
     for name, path in (("genai_config.json", ("model", "decoder")), ("config.json", ())):
+        config = read_settings(folder / name)
         try:
-            config = json.loads((folder / name).read_text(encoding="utf-8"))
             for key in path:
                 config = config[key]
             size = config.get("head_size") or config.get("head_dim")
             size = size or config["hidden_size"] // config["num_attention_heads"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
             continue
         if isinstance(size, int) and size > 0:
             return size
@@ -94,15 +97,27 @@ def _head_size(folder: Path) -> int | None:
 
 
 def can_fill(info: InputInfo, inputs: Sequence[InputInfo]) -> bool:
-    """Tells whether `fill` can make this input from the tokens of another one."""
-    if info.name in _TOKENS or not any(other.name in _TOKENS for other in inputs):
+    """Tells whether `fill` can make this input from another one, the tokens for example."""
+    if info.name in _TOKENS or _source(info.name, [other.name for other in inputs]) is None:
         return False
     rank = None if info.shape is None else len(info.shape)
-    if info.name in (*MASKS, *TOKEN_TYPES, POSITIONS):
+    if _MASK_OF.fullmatch(info.name) or info.name in (*MASKS, *TOKEN_TYPES, POSITIONS):
         return rank in (2, None)
     if info.name in ("use_cache_branch", "cache_position", *_ZEROS):
         return rank in (0, 1, None)
     return is_past(info) and info.shape is not None
+
+
+def _source(name: str, names: Collection[str]) -> str | None:
+    """Returns the input that another one follows from, or None.
+
+    That is the tokens; for the mask of an encoder or decoder the input whose name begins alike: `encoder_hidden_states`
+    for `encoder_attention_mask`.
+    """
+    if prefix := _MASK_OF.fullmatch(name):
+        alike = [name for name in names if name.startswith(prefix[1]) and not name.endswith("_mask")]
+        return next((other for other in alike if not _PAST.match(other)), None)
+    return next((token for token in _TOKENS if token in names), None)
 
 
 def is_decoder(inputs: Sequence[InputInfo]) -> bool:
@@ -113,8 +128,8 @@ def is_decoder(inputs: Sequence[InputInfo]) -> bool:
 def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], label: str) -> dict[str, np.ndarray]:
     """Returns `feed` with its missing inputs made from its tokens, in the model's order.
 
-    Made are an attention mask of ones, positions counted along the mask, token types 0, an empty past, and the cache
-    branch of a merged decoder switched off.
+    Made are attention masks of ones, positions counted along the mask, token types 0, an empty past (zeros where it
+    must have room for a window), and the cache branch of a merged decoder switched off.
 
     Args:
         feed: some inputs of a sample.
@@ -125,8 +140,9 @@ def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], label: str
         DataError: an input is missing that does not follow from the tokens.
     """
     missing = [info for info in inputs if info.name not in feed]
-    tokens = next((feed[name] for name in _TOKENS if name in feed and np.ndim(feed[name]) >= 2), None)
-    hopeless = [info for info in missing if tokens is None or not can_fill(info, inputs)]
+    sizes = {name: np.shape(array)[:2] for name, array in feed.items() if np.ndim(array) >= 2}
+    sources = {info.name: _source(info.name, sizes) for info in missing}
+    hopeless = [info for info in missing if sources[info.name] is None or not can_fill(info, inputs)]
     if hopeless:
         raise DataError(
             f"{label} has no {' and no '.join(map(str, hopeless))}: the model needs "
@@ -135,17 +151,16 @@ def fill(feed: Mapping[str, np.ndarray], inputs: Sequence[InputInfo], label: str
             "(in a .npz file: arrays of these names)"
         )
     full = dict(feed)
-    size = () if tokens is None else tokens.shape[:2]
     mask = next((feed[name] for name in MASKS if name in feed and np.ndim(feed[name]) == 2), None)
     for info in missing:
-        full[info.name] = _made(info, size, mask)
+        full[info.name] = _made(info, sizes[sources[info.name] or ""], mask)
     return {info.name: full[info.name] for info in inputs}
 
 
 def _made(info: InputInfo, size: tuple[int, ...], mask: np.ndarray | None) -> np.ndarray:
     """Makes the array of one input that follows from tokens of `size` (B, T) and their attention mask [B, T]."""
     batch, length = size
-    if info.name in MASKS:
+    if info.name in MASKS or _MASK_OF.fullmatch(info.name):
         return np.ones((batch, length), info.dtype)
     if info.name in TOKEN_TYPES:
         return np.zeros((batch, length), info.dtype)
@@ -160,14 +175,14 @@ def _made(info: InputInfo, size: tuple[int, ...], mask: np.ndarray | None) -> np
 
 
 def _past_dim(info: InputInfo, axis: int, batch: int) -> int:
-    """Returns one dimension of an empty past: a fixed one, the batch as fed, or 0 for the sequence."""
+    """Returns one dimension of an empty past: a fixed one, the batch as fed, or for the sequence its capacity."""
     shape = info.shape or ()
     dim = shape[axis]
     if isinstance(dim, int):
         return dim
     named = any(isinstance(d, str) and "batch" in d for d in shape)
     is_batch = (isinstance(dim, str) and "batch" in dim) if named else axis == 0
-    return batch if is_batch else 0
+    return batch if is_batch else info.capacity
 
 
 def is_past(info: InputInfo) -> bool:
@@ -183,7 +198,18 @@ def _describe(value: ir.Value) -> InputInfo:
         raise DataError(f"input {name!r} of the model is not a tensor of numbers ({value.type}): it cannot be fed")
     shape = None if value.shape is None else tuple(_dim(dim) for dim in value.shape)
     dtype = np.dtype(value.type.dtype.numpy())
-    return InputInfo(name, dtype, shape, _rows_indexed(value) if dtype.kind in "iu" else None)
+    return InputInfo(name, dtype, shape, _rows_indexed(value) if dtype.kind in "iu" else None, _window(value))
+
+
+def _window(value: ir.Value) -> int:
+    """Returns the tokens that a past must have room for: the window of an attention whose cache holds no more."""
+    windows = [
+        node.attributes.get_int("local_window_size", 0)
+        for node, position in value.uses()
+        if node.op_type == "GroupQueryAttention" and position in (3, 4)
+        if node.attributes.get_int("sliding_window_cache", 0)
+    ]
+    return max([0, *windows])
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:

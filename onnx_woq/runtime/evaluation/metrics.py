@@ -16,16 +16,25 @@ import numpy as np
 import onnxruntime as ort
 
 from onnx_woq.errors import DataError
-from onnx_woq.graph.io.model import Model, load
+from onnx_woq.graph.io.model import load
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.runtime.data.inputs import MASKS
-from onnx_woq.runtime.session import make_session, run
+from onnx_woq.runtime.evaluation.outputs import (
+    is_language_model,
+    judging_session,
+    logits_mask,
+    mask_of,
+    signals,
+    token_ids,
+)
+from onnx_woq.runtime.session import run
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 _CHUNK = 1 << 22  # logits compared at a time: 32 MB in float64
 
 
@@ -115,7 +124,7 @@ def _tallies(
     if not feeds:
         return
     language = is_language_model(load(reference), feeds[0])
-    pair = make_session(reference), make_session(model)
+    pair = judging_session(reference), judging_session(model)
     tally = _LanguageTally() if language else _TensorTally(_float_outputs(pair))
     for number, feed in enumerate(feeds):
         label = f"sample {number + 1}"
@@ -125,39 +134,24 @@ def _tallies(
         yield tally
 
 
-def is_language_model(model: Model, feed: Feed) -> bool:
-    """Tells whether `model` gives `logits [B, T, V]` for `input_ids [B, T]`, V being above all ids in `feed`."""
-    ids = feed.get("input_ids")
-    output = next(iter(model.ir.graph.outputs), None)
-    if ids is None or ids.ndim != 2 or output is None or output.name != "logits":
-        return False
-    if output.shape is None:
-        return True
-    size = output.shape[-1] if len(output.shape) == 3 else 0
-    return not isinstance(size, int) or size > ids.max(initial=0)
-
-
 def _needed(session: ort.InferenceSession, feed: Feed, label: str) -> Feed:
     """Returns the arrays of `feed` that a session takes; raises a DataError if one is missing."""
-    names = [value.name for value in session.get_inputs()]
-    if missing := [name for name in names if name not in feed]:
+    types = {value.name: value.type for value in session.get_inputs()}
+    if missing := [name for name in types if name not in feed]:
         raise DataError(f"{label} has no {', '.join(missing)}, which one of the models takes")
-    return {name: feed[name] for name in names}
+    return {
+        name: feed[name].astype(np.float32, copy=False) if kind == "tensor(float)" else feed[name]
+        for name, kind in types.items()
+    }
 
 
 def _float_outputs(pair: tuple[ort.InferenceSession, ort.InferenceSession]) -> list[str]:
     """Returns the names of the float outputs that both models have, in the order of the first."""
-    first, second = ([value.name for value in s.get_outputs() if "float" in value.type] for s in pair)
+    first, second = ([value.name for value in s.get_outputs() if value.type in _FLOATS] for s in pair)
     common = [name for name in first if name in second]
     if not common:
         raise DataError(f"the models have no float output in common: {', '.join(first)} and {', '.join(second)}")
     return common
-
-
-def mask_of(feed: Feed, size: tuple[int, ...]) -> np.ndarray:
-    """Returns a mask of the shape `size` (B, T), True for tokens that count."""
-    given = next((feed[name] for name in MASKS if name in feed and feed[name].shape == size), None)
-    return np.ones(size, bool) if given is None else given != 0
 
 
 @dataclass
@@ -189,18 +183,17 @@ class _LanguageTally:
         """Adds one sample.
 
         Args:
-            expected: logits [B, T, V] of the reference.
-            actual: logits [B, T, V] of the model.
+            expected: logits [B, S, V] of the reference, of the last S tokens.
+            actual: logits [B, S, V] of the model.
             feed: the sample.
 
         Raises:
             DataError: the logits have another shape than the tokens.
         """
-        ids = feed["input_ids"]
-        if expected[0].shape[:2] != ids.shape or expected[0].shape != actual[0].shape:
-            shapes = f"{list(expected[0].shape)} and {list(actual[0].shape)}"
-            raise DataError(f"the logits have shapes {shapes}, for input_ids of shape {list(ids.shape)}")
-        mask = mask_of(feed, ids.shape)
+        if expected[0].shape != actual[0].shape:
+            raise DataError(f"the logits have shapes {list(expected[0].shape)} and {list(actual[0].shape)}")
+        mask = logits_mask(feed, expected[0].shape)
+        ids = np.asarray(token_ids(feed))[:, -mask.shape[1] :]
         for row in range(len(ids)):
             follows = np.append(mask[row, 1:] & mask[row, :-1], False)
             targets = np.append(ids[row, 1:], 0)
@@ -281,11 +274,11 @@ class _TensorTally:
                 raise DataError(
                     f"output {name!r} has shape {list(want.shape)} in one model, {list(have.shape)} in the other"
                 )
-            want, have = _counted(want, feed), _counted(have, feed)
+            want, have = (_counted(array, feed) for array in signals(want, have))
             signal += float(np.square(want).sum())
             noise += float(np.square(want - have).sum())
         self.pairs.append((noise, signal))
-        a, b = _vectors(expected[0], feed), _vectors(actual[0], feed)
+        a, b = (_vectors(array, feed) for array in signals(expected[0], actual[0]))
         size = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         same = (a == b).all(axis=-1)  # two equal vectors of zeros point the same way
         self.cosines += float(np.where(same, 1.0, (a * b).sum(axis=-1) / size).sum())
@@ -333,19 +326,17 @@ def _agreement(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def _counted(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns the entries of an output in float64, without those of masked tokens."""
-    wide = array.astype(np.float64)
-    return wide[mask_of(dict(feed), wide.shape[:2])] if wide.ndim > 2 else wide
+    """Returns the entries of an output, without those of masked tokens."""
+    return array[mask_of(feed, array.shape[:2])] if array.ndim > 2 else array
 
 
 def _vectors(array: np.ndarray, feed: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Returns an output as rows [R, D] in float64; token vectors [B, T, D] become their mean over each sequence."""
-    wide = array.astype(np.float64)
-    masked = any(name in feed and feed[name].shape == wide.shape[:2] for name in MASKS)
-    if wide.ndim == 3 and masked:
-        mask = mask_of(dict(feed), wide.shape[:2])[..., None]
-        return (wide * mask).sum(axis=1) / mask.sum(axis=1)
-    return wide.reshape(-1, wide.shape[-1]) if wide.ndim else wide.reshape(1, 1)
+    """Returns an output as rows [R, D]; token vectors [B, T, D] become their mean over each sequence."""
+    masked = any(name in feed and feed[name].shape == array.shape[:2] for name in MASKS)
+    if array.ndim == 3 and masked:
+        mask = mask_of(feed, array.shape[:2])[..., None]
+        return (array * mask).sum(axis=1) / mask.sum(axis=1)
+    return array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
 
 
 def _exp(x: float) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import Model
 from onnx_woq.runtime.data.feeds import Feed
-from onnx_woq.runtime.evaluation.metrics import divergence, is_language_model, mask_of
+from onnx_woq.runtime.evaluation.metrics import divergence
+from onnx_woq.runtime.evaluation.outputs import float_outputs, is_language_model, logits_mask
 
 Measure = Callable[[Feed], float]
 """`(outputs of one sample) -> what they add to the distance`, before the sum is divided."""
@@ -32,12 +33,7 @@ class OutputDistance:
 
     def __init__(self, model: Model, feeds: Sequence[Feed]) -> None:
         self.language = is_language_model(model, feeds[0])
-        floats = [
-            value.name or ""
-            for value in model.ir.graph.outputs
-            if value.dtype is None or value.dtype.is_floating_point()
-        ]
-        self.outputs = {"logits"} if self.language else set(floats)
+        self.outputs = {"logits"} if self.language else set(float_outputs(model))
         self.size = 0.0
         self._sized: set[tuple[int, str]] = set()
 
@@ -52,15 +48,14 @@ class OutputDistance:
         for name, array in reference.items():
             if (id(feed), name) not in self._sized:
                 self._sized.add((id(feed), name))
-                mask = mask_of(feed, array.shape[:2])
-                self.size += float(mask.sum()) if self.language else float(np.square(array, dtype=np.float64).sum())
+                self.size += float(logits_mask(feed, array.shape).sum()) if self.language else _signal(array)
         return lambda computed: sum(part(computed[name]) for name, part in parts.items())
 
     def _part(self, reference: np.ndarray, feed: Feed) -> Callable[[np.ndarray], float]:
         """Returns a function that measures one output of one sample."""
         if not self.language:
-            return lambda array: float(np.square(array - reference, dtype=np.float64).sum())
-        mask = mask_of(feed, reference.shape[:2])
+            return lambda array: _noise(array, reference)
+        mask = logits_mask(feed, reference.shape)
         logits = reference[mask]
         shares = _softmax(logits)
         return lambda array: _divergence(logits, shares, array[mask])
@@ -79,6 +74,19 @@ class OutputDistance:
         if not math.isfinite(found):
             raise DataError(f"the outputs are no finite numbers once the weight of {name!r} is another one: exclude it")
         return found
+
+
+def _signal(array: np.ndarray) -> float:
+    """Returns the energy of an output, without numbers so large that they say "never" in a mask."""
+    never = np.abs(array) >= np.finfo(array.dtype).max
+    return float(np.square(np.where(never, 0, array), dtype=np.float64).sum())
+
+
+def _noise(array: np.ndarray, reference: np.ndarray) -> float:
+    """Returns the energy of what an output differs by; the same infinity in both is no difference."""
+    with np.errstate(invalid="ignore"):
+        delta = np.where(array == reference, 0, array - reference)
+    return float(np.square(delta, dtype=np.float64).sum())
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ def check_reachable(mixer: MixCandidates, target: Budget, source: Model, samples
         RecipeError: it names the sizes that can be reached, or what to ask for instead.
     """
     if target.kind == "kl":
-        from onnx_woq.runtime.evaluation.metrics import is_language_model
+        from onnx_woq.runtime.evaluation.outputs import is_language_model
 
         if not is_language_model(source, samples[0]):
             raise RecipeError(

@@ -168,6 +168,24 @@ def test_a_mis_declared_tokenizer_class_gives_no_garbage(lm_folder, tmp_path):
         assert measure.digest(tmp_path / "a" / "q.onnx") == measure.digest(tmp_path / "b" / "q.onnx"), wrong
 
 
+def test_an_empty_cache_that_is_not_called_past(tmp_path):
+    """Streaming encoders take caches that are empty for the first chunk."""
+    net = zoo.Net()
+    c = net.op("Concat", "att_cache", "chunk", out="c", axis=1)
+    net.matmul(c, zoo.weight(1, 64, 48), "y")
+    net.op("Identity", c, out="r_att_cache")
+    shapes = {"chunk": (zoo.F32, ["B", "T", 64]), "att_cache": (zoo.F32, ["B", "C", 64])}
+    outputs = {"y": (zoo.F32, ["B", "S", 48]), "r_att_cache": (zoo.F32, ["B", "S", 64])}
+    model = net.save(tmp_path / "m.onnx", shapes, outputs)
+    data = [{"chunk": feed["x"], "att_cache": np.zeros((1, 0, 64), np.float32)} for feed in XS]
+    plain = zoo.Net()
+    plain.matmul("chunk", zoo.weight(1, 64, 48), "y")
+    bare = plain.save(tmp_path / "p.onnx", {"chunk": (zoo.F32, ["B", "T", 64])}, {"y": (zoo.F32, ["B", "T", 48])})
+    got = weights(model, tmp_path / "q.onnx", data)
+    for name, w in weights(bare, tmp_path / "w.onnx", [{"chunk": feed["x"]} for feed in XS]).items():
+        np.testing.assert_array_equal(got[name], w)
+
+
 def test_token_type_ids_and_empty_past_are_filled_in(tmp_path):
     """A decoder step with a past and token types: everything but the ids is made up, correctly."""
     net, head = zoo.Net(), 16

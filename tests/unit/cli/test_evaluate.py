@@ -34,7 +34,7 @@ def test_flags_reach_the_engine(flags, seqlen, run, model, monkeypatch):
     run("evaluate", model, "--reference", "r", "--data", "d", "--samples", 3, "--tokenizer", "t", *flags, code=130)
     ((paths, keywords),) = calls
     assert paths == (str(model), "r", "d")
-    assert keywords == {"samples": 3, "seqlen": seqlen, "tokenizer": "t", "progress": None}
+    assert keywords == {"samples": 3, "seqlen": seqlen, "tokenizer": "t", "custom_ops": (), "progress": None}
 
 
 @pytest.mark.parametrize("missing", ["--reference", "--data"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
@@ -42,6 +43,12 @@ FORMS = {
     "boolean masks": lambda _: [{"input_ids": ids, "attention_mask": ids > -1} for ids in ROWS],
     "generator": lambda _: (ids for ids in ROWS),
     "tensors": lambda _: [Tensor(ids) for ids in ROWS],
+    "tensors of a device": lambda _: [DeviceTensor(ids) for ids in ROWS],
+    "dictionaries of tensors": lambda _: [{"input_ids": DeviceTensor(ids)} for ids in ROWS],
+    "lists of tensors": lambda _: [[DeviceTensor(ids), DeviceTensor(np.ones_like(ids))] for ids in ROWS],
+    "[inputs, labels]": lambda _: [[{"input_ids": ids}, DeviceTensor(ids)] for ids in ROWS],
+    "map-style dataset": lambda _: MapStyle([{"input_ids": ids} for ids in ROWS]),
+    "sequence without a length": lambda _: Endless([{"input_ids": ids} for ids in ROWS]),
     "folder of npy": lambda folder: [np.save(folder / f"{i}.npy", ids) for i, ids in enumerate(ROWS)] and folder,
     "folder of npz": lambda folder: [np.savez(folder / f"{i}.npz", input_ids=a) for i, a in enumerate(ROWS)] and folder,
 }
@@ -55,6 +62,51 @@ class Tensor:
 
     def __array__(self, dtype=None, copy=None):
         return self.array if dtype is None else self.array.astype(dtype)
+
+
+class DeviceTensor:
+    """Something like a torch tensor on a device, with a gradient: no array before `detach().cpu().numpy()`."""
+
+    def __init__(self, array, detached=False, near=False):
+        self.array, self.detached, self.near = array, detached, near
+        self.shape, self.ndim = array.shape, array.ndim
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("detach it first")
+
+    def detach(self):
+        return DeviceTensor(self.array, True, self.near)
+
+    def cpu(self):
+        return DeviceTensor(self.array, self.detached, True)
+
+    def numpy(self):
+        assert self.detached
+        assert self.near
+        return self.array
+
+
+class MapStyle:
+    """A dataset as torch has them: no end but its length, and no `__iter__`."""
+
+    def __init__(self, elements):
+        self.elements = elements
+
+    def __len__(self):
+        return len(self.elements)
+
+    def __getitem__(self, index):
+        return self.elements[index % len(self.elements)]
+
+
+class Endless:
+    """The old protocol of sequences: indices from 0 up to an IndexError."""
+
+    def __init__(self, elements):
+        self.elements = elements
+
+    def __getitem__(self, index):
+        return self.elements[index]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -141,6 +193,47 @@ def test_fewer_samples_than_wanted(lm):
             read(ROWS, lm, samples=50, at_most=True, **options)
     with pytest.raises(DataError, match="no sample"):
         read([], lm)
+
+
+def test_a_list_of_inputs_and_labels_for_a_model_with_one_input(floats):
+    """As data loaders give them; two arrays for two inputs are no labels."""
+    (feed,) = read([[DeviceTensor(XS[0]), DeviceTensor(np.ones(2))]], floats, samples=1)
+    assert np.array_equal(feed["x"], XS[0])
+
+
+def test_empty_arrays_where_the_model_takes_them():
+    """Caches before the first chunk, whatever they are called."""
+    inputs = [
+        InputInfo("chunk", np.dtype(np.float32), ("b", "t", 4)),
+        InputInfo("cache", np.dtype(np.float32), ("b", "c", 4)),
+    ]
+    chunk, cache = random(1, 3, 4), np.zeros((1, 0, 4), np.float32)
+    (feed,) = read([{"chunk": chunk, "cache": cache}], inputs, samples=1)
+    assert feed["cache"].shape == (1, 0, 4)
+    with pytest.raises(DataError, match=r"sample 1 is empty \(chunk \[1, 0, 4\], cache \[1, 0, 4\]\): leave"):
+        read([{"chunk": chunk[:, :0], "cache": cache}], inputs, samples=1)
+    fixed = [inputs[0], InputInfo("cache", np.dtype(np.float32), ("b", 2, 4))]
+    with pytest.raises(DataError, match=r"cache has shape \[1, 0, 4\]"):
+        read([{"chunk": chunk, "cache": cache}], fixed, samples=1)
+
+
+def test_no_tokens_but_a_mask(lm):
+    with pytest.raises(DataError, match=r"is empty \(input_ids \[1, 0\]\)"):
+        read([{"input_ids": np.ones((1, 0), np.int64), "attention_mask": np.ones((1, 3), np.int64)}], lm, samples=1)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["d.txt", "d.jsonl", "d.npz", "d.npy", "d"])
+def test_a_pipe_is_not_waited_for(name, lm, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{name} is neither a regular file nor a folder"):
+        read(tmp_path / name, lm)
+    with pytest.raises(DataError, match=r"/dev/zero is neither"):
+        read("/dev/zero", lm)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "a.npy")
+    with pytest.raises(DataError, match=r"a\.npy is not a regular file"):
+        read(tmp_path / "folder", lm)
 
 
 WRONG = {

@@ -12,7 +12,9 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.runtime.data.inputs import InputInfo, can_fill, fill, is_decoder, is_past, model_inputs
 from tests.unit.runtime.data.test_feeds import ROWS, ints, read
 from tests.zoo.chains import VOCABULARY, K
-from tests.zoo.nodes import INT64, graph, node, random, value, write
+from tests.zoo.nodes import INT64, graph, node, random, run, value, write
+
+INT32 = 6
 
 
 def test_what_a_model_wants(lm, tmp_path):
@@ -88,6 +90,57 @@ def test_inputs_of_other_exports():
     assert np.array_equal(feed["use_cache_branch"], [False])
     assert (feed["past_key_values.0.key"].shape, feed["past_key_values.0.key"].dtype) == ((3, 4, 0, 8), np.float16)
     assert feed["past_key_values.0.value"].shape == (0, 3, 4, 8)
+
+
+def test_masks_of_an_encoder_and_a_decoder():
+    hidden = InputInfo("encoder_hidden_states", np.dtype(np.float32), ("b", "enc", 8))
+    inputs = [ints("input_ids", "b", "s"), ints("encoder_attention_mask", "b", "enc"), hidden]
+    sample = {"input_ids": np.ones((2, 7), np.int64), "encoder_hidden_states": random(2, 5, 8)}
+    (feed,) = read([sample], inputs, samples=1)
+    assert np.array_equal(feed["encoder_attention_mask"], np.ones((2, 5))), "as long as what it masks"
+    both = [ints(name, "b", length) for name, length in (("input_ids", "s"), ("attention_mask", "s"))]
+    both += [ints(name, "b", "t") for name in ("decoder_input_ids", "decoder_attention_mask")]
+    (feed,) = read(
+        [{"input_ids": np.ones((1, 7), np.int64), "decoder_input_ids": np.ones((1, 4), np.int64)}], both, samples=1
+    )
+    assert [feed[name].shape for name in ("attention_mask", "decoder_attention_mask")] == [(1, 7), (1, 4)]
+    with pytest.raises(DataError, match="no encoder_attention_mask"):
+        read([sample], inputs[:2], samples=1)
+
+
+def windowed(path, cache=1):
+    """Attention whose cache holds a window of 8 tokens, as the genai builder writes it."""
+    past = [value(name, ("b", 2, "past", 16)) for name in ("past_key_values.0.key", "past_key_values.0.value")]
+    attributes = {"num_heads": 2, "kv_num_heads": 2, "local_window_size": 8, "sliding_window_cache": cache}
+    nodes = [
+        node("Gather", ["table", "input_ids"], ["h"]),
+        node("ReduceSum", ["attention_mask", "one"], ["total"], keepdims=0),
+        node("Sub", ["total", "one"], ["last"]),
+        node("Cast", ["last"], ["seqlens"], to=INT32),
+        node("ReduceMax", ["total"], ["most"], keepdims=0),
+        node("Cast", ["most"], ["length"], to=INT32),
+        node("GroupQueryAttention", ["h", "h", "h", past[0].name, past[1].name, "seqlens", "length"], ["y", "k", "v"],
+             domain="com.microsoft", **attributes),
+    ]  # fmt: skip
+    ids = [value(name, ("b", "t"), INT64) for name in ("input_ids", "attention_mask")]
+    outputs = [value("y", ("b", "t", 32)), *(value(name, ("b", 2, "p", 16)) for name in "kv")]
+    weights = {"table": random(VOCABULARY, 32), "one": np.array([1])}
+    return write(path, graph(nodes, [*ids, *past], outputs, weights), opset=17, domains={"com.microsoft": 1})
+
+
+def test_a_past_has_room_for_the_window_that_its_attention_wants(tmp_path):
+    path = windowed(tmp_path / "m.onnx")
+    plain = windowed(tmp_path / "p.onnx", cache=0)
+    inputs = model_inputs(load(path))
+    assert [info.capacity for info in inputs] == [0, 0, 8, 8]
+    assert [info.capacity for info in model_inputs(load(plain))] == [0] * 4
+    for length in (5, 20):
+        ids = np.arange(length)[None] + 1
+        (feed,) = read([{"input_ids": ids}], inputs, samples=1)
+        assert feed["past_key_values.0.key"].shape == (1, 2, 8, 16)
+        (full,) = read([{"input_ids": ids}], model_inputs(load(plain)), samples=1)
+        assert full["past_key_values.0.key"].shape == (1, 2, 0, 16)
+        np.testing.assert_allclose(run(path, feed, ["y"])[0], run(plain, full, ["y"])[0], rtol=1e-5, atol=1e-6)
 
 
 def test_what_cannot_be_made_up_is_named(lm):

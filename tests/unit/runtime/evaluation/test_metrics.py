@@ -14,7 +14,7 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.graph.io.save import save
 from onnx_woq.runtime.data.feeds import feeds, model_inputs
 from onnx_woq.runtime.evaluation import metrics as module
-from onnx_woq.runtime.evaluation.metrics import compare, is_language_model
+from onnx_woq.runtime.evaluation.metrics import compare
 from tests.zoo.chains import VOCABULARY, K, chain, language_model
 from tests.zoo.nodes import FLOAT16, INT64, graph, lower, node, random, run, value, write
 
@@ -145,16 +145,6 @@ def test_nan_is_a_result_not_a_crash(pair, tmp_path):
     metrics = compare(broken, floats, [{"x": random(2, 3, K)}])
     assert math.isnan(metrics.sqnr_db)
     assert math.isnan(metrics.cosine)
-
-
-def test_what_a_language_model_is(pair, tmp_path):
-    _, reference, batches = pair
-    model = load(reference)
-    assert is_language_model(model, batches[0])
-    assert not is_language_model(model, {"x": random(2, 3)})
-    assert not is_language_model(model, {"input_ids": np.array([[VOCABULARY]])}), "labels of tokens, not tokens"
-    model.ir.graph.outputs[0].name = "scores"
-    assert not is_language_model(model, batches[0])
 
 
 def test_other_models(tmp_path):
