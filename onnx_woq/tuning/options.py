@@ -108,12 +108,14 @@ class RunResources:
             here, and what `eval_fn` writes into variables stays there.
         progress: called with (stage, done, total).
         announce: called with a line for people on what memory and disk the run will take, before the work begins.
+        verify: open every result in ONNX Runtime before it takes its place; one that does not open fails.
     """
 
     max_memory: int | None = None
     executor: Executor | None = None
     progress: Progress | None = None
     announce: Callable[[str], None] | None = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)
