@@ -38,6 +38,14 @@ class MemoryLimit(OnnxWoqError):
     """A memory budget that is too small for the largest weight."""
 
 
+class InputChanged(ModelError):
+    """A file of a model that was changed, replaced or removed while the model was being read."""
+
+
+class BrokenResult(OnnxWoqError):
+    """A result that ONNX Runtime does not open, although it opens the float model."""
+
+
 class RotationError(ModelError):
     """A model whose residual stream cannot be rotated without changing what the model computes."""
 

@@ -88,6 +88,7 @@ class RunFlags:
 
     max_memory: int | None = None
     executor: str | None = None
+    verify: bool = True
     dask: str | None = None
 
 
@@ -152,6 +153,9 @@ TRIALS = (
 RUN = (
     click.option("--max-memory", type=Size(), help="What the process may take, such as 3GB, 800MB or 512MiB."),
     click.option("--executor", metavar="threads|processes|serial", help="Where taps are solved; threads by default."),
+    click.option(
+        "--no-verify", "verify", flag_value=False, default=True, help="Write a result that ONNX Runtime may not open."
+    ),
     click.option("--dask", metavar="ADDRESS", help="Solve on the workers of this Dask scheduler."),
 )
 

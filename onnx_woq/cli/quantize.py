@@ -112,6 +112,7 @@ def _quantize(
             max_memory=run.max_memory,
             executor=executor,
             resume=resume,
+            verify=run.verify,
             progress=progress,
             announce=announce,
         )
@@ -162,6 +163,7 @@ def _try_recipes(
             calib,
             max_memory=run.max_memory,
             executor=executor,
+            verify=run.verify,
             progress=progress,
             announce=announce,
             **keywords,

@@ -22,6 +22,7 @@ from onnx_woq.engine.results import WeightReport
 from onnx_woq.engine.resume.store import ResumeStore, open_store
 from onnx_woq.engine.schedule import solve_all
 from onnx_woq.engine.solve import Solved, Task, cache_key, folding, task_of
+from onnx_woq.engine.verify import verify
 from onnx_woq.graph.find.blocks import blocks_of
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.recipe import Recipe
@@ -98,7 +99,14 @@ def execute(
         borrowed = {table.name: table.report() for table in plan.embeddings if table.lender}
         every = [(rows | borrowed)[weight.name] for weight in (*plan.groups, *plan.embeddings)]
         final = final_metadata(plan.model, every)
-        files = write(plan.model, place, {**properties, **final}, companions_from, store)
+        files = write(
+            plan.model,
+            place,
+            {**properties, **final},
+            companions_from,
+            store,
+            partial(verify, out=place.onnx, source=plan.model, opens=resources.verify),
+        )
     return ExecutionResult(tuple(every), sum(file.stat().st_size for file in files), final[RUNTIME])
 
 
@@ -159,6 +167,7 @@ def _solve(
         )
         done = len(plan.solved) - len(left)
         for weight, solved in in_order:
+            plan.model.check_unchanged()  # what is kept may be resumed from
             kept = store.keep(weight, solved)
             if key := cache_key(recipe, weight):
                 cache[key] = kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +132,7 @@ def write(
     properties: Mapping[str, str],
     companions_from: Path,
     store: ResumeStore | None = None,
+    check: Callable[[Path], None] | None = None,
 ) -> list[Path]:
     """Writes a model and, if the output is a folder, its companions; a failure removes everything new again.
 
@@ -141,6 +142,7 @@ def write(
         properties: its metadata.
         companions_from: the folder of the companions.
         store: the resume store whose data file becomes that of the model; None if there is none.
+        check: called with the complete model before it takes its place, see `save`.
 
     Returns:
         The files of the model.
@@ -154,7 +156,7 @@ def write(
             output_folder(place.onnx.parent),
             companions_copied(companions_from, place.folder) if place.folder else nullcontext(),
         ):
-            return save(model, place.onnx, metadata=properties, stored=stored)
+            return save(model, place.onnx, metadata=properties, stored=stored, check=check)
     except OSError as error:
         raise failure(error, place.onnx) from error
 

@@ -38,6 +38,7 @@ def quantize(
     max_memory: int | None = None,
     executor: Executor | None = None,
     resume: bool = False,
+    verify: bool = True,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> QuantizeReport:
@@ -63,6 +64,8 @@ def quantize(
         executor: solves weights, anything with the protocol of `concurrent.futures.Executor`; by default threads. It is
             not shut down.
         resume: continue an unfinished run of the same model, recipe, data and package version, if there is one.
+        verify: open the result in ONNX Runtime before it takes its place. It is not run, and its weights stay on the
+            disk. If the runtime opens the float model and not the result, that is an error.
         progress: called with (stage, steps done, steps in all).
         announce: called before the work begins, with each line for people: the memory it will take, and weights that
             will run slowly.
@@ -72,6 +75,8 @@ def quantize(
 
     Raises:
         OnnxWoqError: the model, data, recipe or output cannot be used; nothing is written.
+        InputChanged: the model's files were changed or replaced meanwhile; nothing is written.
+        BrokenResult: ONNX Runtime does not open the result; nothing is written.
         DiskError: the disk is full, or fails; the message says what is kept.
     """
     start = time.monotonic()
@@ -89,7 +94,7 @@ def quantize(
         batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
         calibration = feeds_hash(batches)
         with open_resources(
-            plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce
+            plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce, verify=verify
         ) as resources:
             result = execute(
                 plan,

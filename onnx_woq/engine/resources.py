@@ -23,12 +23,14 @@ class Resources:
         memory: the memory plan, which bounds calibration and solving.
         scarce: True if the user has set a memory limit.
         progress: called with (stage, steps done, steps in all); None if nobody listens.
+        verify: True if results are opened in ONNX Runtime before they take their place.
     """
 
     executor: Executor
     memory: MemoryPlan
     scarce: bool
     progress: Progress | None
+    verify: bool = True
 
     def say(self, stage: str, done: int, total: int) -> None:
         """Calls the progress callback, if there is one."""
@@ -45,6 +47,7 @@ def open_resources(
     executor: Executor | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
+    verify: bool = True,
 ) -> Iterator[Resources]:
     """Opens the resources of a plan; without an executor given, threads are started and end with the `with` block.
 
@@ -55,6 +58,7 @@ def open_resources(
         executor: solves weights; threads of this process by default.
         progress: called with (stage, steps done, steps in all).
         announce: called with lines for people on memory and speed, see `quantize`.
+        verify: open results in ONNX Runtime before they take their place.
 
     Raises:
         MemoryLimit: `max_memory` is too little for this model.
@@ -66,4 +70,4 @@ def open_resources(
         if announce:
             for line in (memory.text, *plan.notes):
                 announce(line)
-        yield Resources(chosen, memory, max_memory is not None, progress)
+        yield Resources(chosen, memory, max_memory is not None, progress, verify)

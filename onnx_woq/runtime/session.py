@@ -44,31 +44,36 @@ def make_session(
     Raises:
         ModelError: ONNX Runtime cannot use the model, or a library of custom operators.
     """
-    ort.set_default_logger_severity(_FATAL)
-    options = ort.SessionOptions()
-    for library in registered():
-        _register(library, options)
-    options.log_severity_level = _FATAL
-    options.intra_op_num_threads = threads or _asked_threads()
+    options = _options(threads or _asked_threads())
     if for_calibration:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.enable_mem_pattern = False  # it plans for one shape, but samples differ in length
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    weights: list[np.ndarray] = []
-    if isinstance(source, Model):
-        name = str(source.path)
-        if for_calibration and not prepack and not low_bit_nodes(source):  # low-bit kernels need rearranged weights
+        if isinstance(source, Model) and not prepack and not low_bit_nodes(source):  # these need rearranged weights
             options.add_session_config_entry("session.disable_prepacking", "1")
-        content: str | bytes
-        content, weights = _structure(source, options)
-    else:
-        name = content = str(source)
-    try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        session.borrowed_weights = weights  # ONNX Runtime reads these arrays in place and does not own them
-        return session
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ModelError(f"{name} cannot be run: {_explain(error)}") from error
+    return _opened(source, options)
+
+
+def why_not_opened(source: str | Path | Model) -> str:
+    """Returns why ONNX Runtime does not open a model, "" if it does.
+
+    Nothing is run, and weights stay in their files: as the graph is not optimized and weights are not rearranged, a
+    model of any size takes a few megabytes. Only a model that is refused so is tried with all optimizations.
+
+    Args:
+        source: an .onnx file, or a `Model`.
+    """
+    refusals = []
+    for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
+        options = _options(threads=1)
+        options.graph_optimization_level = level
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        try:
+            _opened(source, options)
+            return ""
+        except ModelError as error:
+            refusals.append(str(error))
+    return refusals[0]
 
 
 def run(
@@ -99,6 +104,34 @@ def thread_count() -> int:
         ModelError: the variable is not a number of at least 1.
     """
     return _asked_threads() or cores()
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    """Returns options with the custom operators in use that keep ONNX Runtime silent: it speaks by exceptions."""
+    ort.set_default_logger_severity(_FATAL)
+    options = ort.SessionOptions()
+    for library in registered():
+        _register(library, options)
+    options.log_severity_level = _FATAL
+    options.intra_op_num_threads = threads
+    return options
+
+
+def _opened(source: str | Path | Model, options: ort.SessionOptions) -> ort.InferenceSession:
+    """Returns a session of a model file or a model in memory, or raises a ModelError that says why there is none."""
+    weights: list[np.ndarray] = []
+    content: str | bytes
+    if isinstance(source, Model):
+        name = str(source.path)
+        content, weights = _structure(source, options)
+    else:
+        name = content = str(source)
+    try:
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no common base
+        raise ModelError(f"{name} cannot be run: {_explain(error)}") from error
+    session.borrowed_weights = weights  # ONNX Runtime reads these arrays in place and does not own them
+    return session
 
 
 def _asked_threads() -> int:
@@ -146,6 +179,7 @@ def _explain(error: Exception) -> str:
     text = re.sub(r"\S+\.(?:cc|h):\d+ \S+ ?", "", text)
     if "is not a registered function/op" in text:
         text += " (name the library that has it with --custom-ops, in Python custom_ops)"
+    text = re.sub(r"^Load model from .*? failed: ?(Fatal error: )?", "", text, flags=re.DOTALL)  # the caller names it
     if "Unsupported model IR version" in text or ("opset" in text.lower() and "official support" in text):
         text += " (a newer onnxruntime may read it: pip install -U onnxruntime)"
     return " ".join(text.split())

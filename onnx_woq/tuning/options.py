@@ -110,6 +110,7 @@ class RunResources:
         progress: called with (stage, done, total).
         announce: called with a line for people on what memory and disk the run will take, before the work begins.
         custom_ops: a library of custom operators that the model needs, or several.
+        verify: open every result in ONNX Runtime before it takes its place; one that does not open fails.
     """
 
     max_memory: int | None = None
@@ -117,6 +118,7 @@ class RunResources:
     progress: Progress | None = None
     announce: Callable[[str], None] | None = None
     custom_ops: CustomOps = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)

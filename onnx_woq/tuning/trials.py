@@ -22,7 +22,7 @@ from onnx_woq.engine.plan import PlannedWeight, make_plan
 from onnx_woq.engine.resources import Resources
 from onnx_woq.engine.solve import solves_alike
 from onnx_woq.engine.statistics import SharedStatistics
-from onnx_woq.errors import DiskError
+from onnx_woq.errors import DiskError, InputChanged
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone, load
 from onnx_woq.recipe import Recipe
@@ -187,7 +187,7 @@ def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Tria
     try:
         _make(run, path, recipe, shared)
         return _Candidate(name, recipe, path, stamp_files(load(path).files), time.monotonic() - start)
-    except (_OutOfTime, DiskError):  # neither is the configuration's fault
+    except (_OutOfTime, DiskError, InputChanged):  # none of them is the configuration's fault
         raise
     except Exception as exception:
         error = f"{type(exception).__name__}: {exception}"

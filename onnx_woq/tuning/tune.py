@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from onnx_woq.engine.output import Destination, destination, write
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
+from onnx_woq.engine.verify import verify
 from onnx_woq.graph.io.find_model import ModelSource, model_file
-from onnx_woq.graph.io.model import file_bytes, load, model_hash
+from onnx_woq.graph.io.model import Model, file_bytes, load, model_hash
 from onnx_woq.runtime.custom_ops import custom_operators
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.targets.registry import required_runtime
@@ -109,6 +111,7 @@ def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: P
             executor=limits.executor,
             progress=limits.progress,
             announce=limits.announce,
+            verify=limits.verify,
         )
     )
     run = Run(source, folder, model_hash(source), feeds_hash(calibration), start, search.timeout, resources)
@@ -128,7 +131,7 @@ def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: P
             best = made_again(run, best, shared)
     final = best.path if best else None
     if place and final:
-        final = _deliver(final, place, path.parent)
+        final = _deliver(final, place, source, verified=limits.verify)
     return _result(replace(found, best=best), final, judge, budget, path, file_bytes(source), start)
 
 
@@ -180,9 +183,10 @@ def _result(
     )
 
 
-def _deliver(made: Path, place: Destination, companions: Path) -> Path:
+def _deliver(made: Path, place: Destination, source: Model, *, verified: bool) -> Path:
     """Writes the model of a trial to where it goes."""
     chosen = load(made)
-    write(chosen, place, {}, companions)  # the trial's file says already what it is
+    check = partial(verify, out=place.onnx, source=source, opens=verified)
+    write(chosen, place, {}, source.named.parent, check=check)  # the trial's file says already what it is
     warn_of_old_runtime(required_runtime(chosen))
     return place.onnx

@@ -16,12 +16,16 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 import onnx_ir as ir
 
-from onnx_woq.errors import ModelError
+from onnx_woq.errors import InputChanged, ModelError
+
+Stamp = tuple[int, int, int, int]
+"""What shows that a file was changed or replaced: its device, inode, bytes and time of the last change."""
 
 
 class LinkedTensor(ir.ExternalTensor):
@@ -46,6 +50,7 @@ class Source:
         location: its path relative to `folder`, as models write it.
         size: its length in bytes.
         linked: whether it has several names on disk (hard links).
+        stamp: its `Stamp` before anything was read from it.
     """
 
     path: Path
@@ -53,12 +58,36 @@ class Source:
     location: str
     size: int
     linked: bool
+    stamp: Stamp
 
 
 def describe_source(path: Path, folder: Path) -> Source:
     """Returns the `Source` of `path`: the model file itself, or a file that `find_data_file` accepted."""
     status = path.stat()
-    return Source(path, folder, path.relative_to(folder).as_posix(), status.st_size, status.st_nlink > 1)
+    location = path.relative_to(folder).as_posix()
+    return Source(path, folder, location, status.st_size, status.st_nlink > 1, _stamp(status))
+
+
+def check_unchanged(stamps: Mapping[Path, Stamp]) -> None:
+    """Checks that files still are the ones that were stamped.
+
+    Raises:
+        InputChanged: a file was changed, replaced or removed since.
+    """
+    for path, stamp in stamps.items():
+        try:
+            same = _stamp(path.stat()) == stamp
+        except OSError:
+            same = False
+        if not same:
+            raise InputChanged(
+                f"{path} was changed, replaced or removed while it was being read, so nothing was written: "
+                "start again when nobody writes to it"
+            )
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def real_path(named: Path) -> Path:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,12 +44,23 @@ class Model:
     Attributes:
         ir: the graph. External tensors have locations relative to `path.parent`.
         path: the real path of the .onnx file.
-        files: the real paths of all files that the weights are read from, `path` first.
+        named: its path as the user gave it, which may be a link.
+        stamps: the real path of each file that the weights are read from, `path` first, and its stamp before that.
     """
 
     ir: ir.Model
     path: Path
-    files: tuple[Path, ...] = ()
+    named: Path
+    stamps: Mapping[Path, files.Stamp] = field(default_factory=dict)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Returns the real paths of all files that the weights are read from, `path` first."""
+        return tuple(self.stamps)
+
+    def check_unchanged(self) -> None:
+        """Raises InputChanged if a file of the model was changed, replaced or removed since it was loaded."""
+        files.check_unchanged(self.stamps)
 
 
 @no_garbage_search()
@@ -68,13 +79,14 @@ def load(path: str | Path) -> Model:
     """
     named = Path(path)
     real = files.real_path(named)
+    source = files.describe_source(real, real.parent)
     proto = _read(named, real)
     _check_opset(named, proto)
     _check_nodes(named, proto)
-    model = Model(_to_ir(named, proto), real)
+    model = Model(_to_ir(named, proto), real, named)
     graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
     lift_constants(graphs, LARGE // 16)  # 16 bytes is the largest element, so every large tensor is among them
-    model.files = _place_tensors(model.ir, graphs, named, real)
+    model.stamps = _place_tensors(model.ir, graphs, named, source)
     return finish(model, graphs)
 
 
@@ -97,7 +109,7 @@ def clone(model: Model) -> Model:
     """Returns a copy of the structure to edit freely; the tensors are shared."""
     copy = copy_structure(model.ir)
     unshare_names(copy)
-    return Model(copy, model.path, model.files)
+    return replace(model, ir=copy)
 
 
 @no_garbage_search()
@@ -241,9 +253,12 @@ def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
         heavy = more
 
 
-def _place_tensors(model: ir.Model, graphs: Iterable[ir.Graph], named: Path, real: Path) -> tuple[Path, ...]:
-    """Checks every external tensor and points it to its real file; returns the files, `real` first."""
-    sources: dict[str, files.Source] = {real.name: files.describe_source(real, real.parent)}
+def _place_tensors(
+    model: ir.Model, graphs: Iterable[ir.Graph], named: Path, source: files.Source
+) -> dict[Path, files.Stamp]:
+    """Checks every external tensor and points it to its real file; returns the files' stamps, the .onnx first."""
+    real = source.path
+    sources = {real.name: source}
 
     def place(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
         location = str(tensor.location)
@@ -262,7 +277,7 @@ def _place_tensors(model: ir.Model, graphs: Iterable[ir.Graph], named: Path, rea
     for function in model.functions.values():
         for node in function.all_nodes():
             _load_attributes(node, place)
-    return tuple(dict.fromkeys(source.path for source in sources.values()))
+    return {source.path: source.stamp for source in sources.values()}
 
 
 def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.ExternalTensor]) -> None:

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,14 @@ class Stored:
 
 
 @no_garbage_search()
-def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: Stored | None = None) -> list[Path]:
+def save(
+    model: Model,
+    out: str | Path,
+    *,
+    metadata: Mapping[str, str],
+    stored: Stored | None = None,
+    check: Callable[[Path], None] | None = None,
+) -> list[Path]:
     """Writes the model to `out` and its large tensors to one file `<out>.data` beside it.
 
     Both files are written under temporary names in the same folder and then renamed, so a failure or an interrupt
@@ -80,6 +87,8 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: 
         out: the .onnx file; an existing one is replaced.
         metadata: properties to add to the model's own.
         stored: a data file with tensors that need not be written any more. The caller removes its folder.
+        check: called with the complete .onnx file, its data beside it, before the two are renamed into place; what it
+            raises leaves `out` as it was.
 
     Returns:
         The files written, `out` first.
@@ -96,12 +105,15 @@ def save(model: Model, out: str | Path, *, metadata: Mapping[str, str], stored: 
     )
     try:
         with place as folder:
-            new = Path(folder) / out.name
             outside, layout = _move_out(model.ir, data_path(out).name, stored)
-            data = data_path(new) if layout.keep else new.with_name("compact.data")
-            _write_data(layout, data, out)
+            home = Path(folder) if layout.keep else Path(folder) / "compact"  # what is stored may still be read
+            home.mkdir(exist_ok=True)
+            new = home / out.name
+            _write_data(layout, data_path(new), out)
             new.write_bytes(_serialized(model.ir, outside, metadata, version))
-            return _swap_in(new, data, out)
+            if check:
+                check(new)
+            return _swap_in(new, out)
     except OSError as error:
         raise failure(error, out) from error
 
@@ -261,9 +273,9 @@ def _serialized(
         raise OutputError(f"the graph itself, without its weights, is too large to save: {error}") from error
 
 
-def _swap_in(new: Path, data: Path, out: Path) -> list[Path]:
+def _swap_in(new: Path, out: Path) -> list[Path]:
     """Renames the new files over the old ones; puts everything back if it is stopped half way."""
-    pairs = [(data, data_path(out)), (new, out)]  # the .onnx last: it names the other
+    pairs = [(data_path(new), data_path(out)), (new, out)]  # the .onnx last: it names the other
     backup = new.with_name("old.data")
     undo: list[tuple[Path, Path]] = []
     written = []

@@ -7,6 +7,7 @@ newer one than many exporters write.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx
 from onnx import version_converter
@@ -59,7 +60,7 @@ def raise_opset(model: Model, opset: int) -> Model:
         raised.graph.initializers[name].const_value = value.const_value
     oldest = onnx.helper.find_min_ir_version_for(list(new.opset_import), ignore_unknown=True)
     raised.ir_version = max(model.ir.ir_version, oldest)
-    return finish(Model(raised, model.path, model.files))
+    return finish(replace(model, ir=raised))
 
 
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:

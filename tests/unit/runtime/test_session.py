@@ -179,3 +179,28 @@ def test_a_session_keeps_the_arrays_it_reads(tmp_path, monkeypatch):
     gc.collect()
     assert [array() is not None for array in borrowed] == [True]
     np.testing.assert_allclose(session.run(None, FEED)[0], FEED["x"] @ weight, rtol=1e-4, atol=1e-4)
+
+
+def test_why_a_model_is_not_opened(tmp_path):
+    path = chain(tmp_path / "m.onnx", external=True)
+    assert module.why_not_opened(path) == ""
+    assert module.why_not_opened(load(path)) == ""
+    other = write(tmp_path / "n.onnx", graph([node("Nonesuch", ["x"], ["y"])], [value("x", [1])], [value("y", [1])]))
+    assert "Nonesuch" in module.why_not_opened(other)
+    assert "n.onnx" in module.why_not_opened(load(other))
+    assert "missing.onnx" in module.why_not_opened(tmp_path / "missing.onnx")
+
+
+def test_opening_leaves_the_weights_in_their_files(tmp_path, monkeypatch):
+    """Neither optimized nor rearranged, since either may copy every weight."""
+    given = []
+
+    def remembered(content, options, **_):
+        given.append(options)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(ort, "InferenceSession", remembered)
+    assert "no" in module.why_not_opened(chain(tmp_path / "m.onnx"))
+    assert given[0].graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    assert given[1].graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "some open only so"
+    assert {one.get_session_config_entry("session.disable_prepacking") for one in given} == {"1"}

@@ -9,8 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
-from onnx_woq.errors import ModelError
+from onnx_woq.errors import InputChanged, ModelError
 from onnx_woq.graph.find.linears import find_linear_groups
+from onnx_woq.graph.io.external_data import check_unchanged, describe_source
 from onnx_woq.graph.io.model import load, model_hash
 from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
@@ -206,3 +207,19 @@ def test_constant_nodes_may_have_external_data(tmp_path):
     onnx.save(proto, path, save_as_external_data=True, location="w.bin", size_threshold=0, convert_attribute=True)
     assert (tmp_path / "w.bin").stat().st_size == W.nbytes
     np.testing.assert_array_equal(weight(path), W)
+
+
+def test_changed_files_are_noticed(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_bytes(b"12345")
+    stamps = {tmp_path / name: describe_source(tmp_path / name, tmp_path).stamp for name in "ab"}
+    check_unchanged(stamps)
+    check_unchanged({})
+    times = (tmp_path / "b").stat()
+    (tmp_path / "b").write_bytes(b"123456")
+    os.utime(tmp_path / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(InputChanged, match="b was changed, replaced or removed"):
+        check_unchanged(stamps)
+    (tmp_path / "b").unlink()
+    with pytest.raises(InputChanged, match="b was changed, replaced or removed"):
+        check_unchanged(stamps)

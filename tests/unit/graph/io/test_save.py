@@ -289,3 +289,43 @@ def test_saving_changes_nothing_in_the_model(tmp_path):
     assert serialize(model) == before
     assert all(a is v.const_value for a, v in zip(tensors, model.ir.graph.initializers.values(), strict=True))
     assert not any(isinstance(t, ir.ExternalTensor) for t in tensors)
+
+
+class Refused(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+@pytest.mark.parametrize("refuses", [False, True])
+def test_the_complete_pair_is_checked_before_it_is_renamed(tmp_path, kept, refuses):
+    """Also where a stored data file has more than the model uses, so that a new one is written beside it."""
+    model, out = load(linear(tmp_path / "m.onnx", W)), tmp_path / "o.onnx"
+    save(load(tmp_path / "m.onnx"), out, metadata={})
+    before, wanted = listing(tmp_path), out.with_name("o.onnx.data").read_bytes()
+    stored = None
+    if kept != "none":
+        private = tmp_path / "private"
+        private.mkdir()
+        model.ir.graph.initializers["W"].const_value = ir.Tensor(W, name="W")
+        content = W.tobytes() + bytes(0 if kept == "all" else 8192)
+        (private / "o.onnx.data").write_bytes(content)
+        places = {id(model.ir.graph.initializers["W"].const_value.raw): 0} | ({} if kept == "all" else {7: W.nbytes})
+        stored = saving.Stored(private, places, len(content))
+    seen = []
+
+    def check(new):
+        assert listing(tmp_path) == before
+        seen.append(onnx.load(new))
+        assert (new.parent / "o.onnx.data").read_bytes()[: len(wanted)] == wanted
+        if refuses:
+            raise Refused
+
+    if refuses:
+        with pytest.raises(Refused):
+            save(model, out, metadata={}, stored=stored, check=check)
+        assert listing(tmp_path) == before
+    else:
+        save(model, out, metadata={"a": "b"}, stored=stored, check=check)
+        assert onnx.load(out) == seen[0]
+    assert len(seen) == 1
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir() and p.name != "private"] == []
