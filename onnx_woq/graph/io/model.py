@@ -23,6 +23,7 @@ from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
 from onnx_woq.graph.io import external_data as files
 from onnx_woq.graph.io import wire
+from onnx_woq.graph.io.interface import remember_interfaces
 from onnx_woq.graph.io.proto import copy_structure, from_proto, to_proto
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def load(path: str | Path) -> Model:
 
     On the way the model is brought into a form that the rest of the package relies on:
 
-    * value names are unique over the graph and all its bodies; the main graph keeps its own;
+    * value names are unique over the graph and all its bodies; the main graph keeps its own, and a file has those
+      of `graph.io.interface` again;
     * functions that contain a MatMul or Gemm are inlined;
     * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
     * every node stands behind the nodes it reads.
@@ -87,7 +89,7 @@ def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
     """
     graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
-    share_names(graphs, _unique_names(graphs))
+    share_names(graphs, _unique_names(graphs, remember_interfaces(graphs)))
     lift_large(model.ir)
     return model
 
@@ -305,8 +307,13 @@ def _sort(graph: ir.Graph) -> None:
         seen.add(node)
 
 
-def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
-    """Renames values of bodies so that every value of the model has a name of its own; returns all names."""
+def _unique_names(graphs: Iterable[ir.Graph], reserved: set[str]) -> set[str]:
+    """Renames values of bodies so that every value of the model has a name of its own; returns all names.
+
+    Args:
+        graphs: all graphs of the model, the main graph first.
+        reserved: names that no value is renamed to.
+    """
     used: set[str] = set()
     counts: dict[str, int] = {}  # last number tried for a name: hundreds of bodies may all have the same ones
     for graph in graphs:  # the main graph comes first, and keeps its names
@@ -315,14 +322,14 @@ def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
             if not value.name:
                 continue
             name, count = value.name, counts.get(value.name, 1)
-            while name in used:
+            while name in used or (count > 1 and name in reserved):
                 count += 1
                 name = f"{value.name}_{count}"
             counts[value.name] = count
             used.add(name)
             if name != value.name:
                 value.name = name
-    return used
+    return used | reserved
 
 
 def _memory(model: Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
