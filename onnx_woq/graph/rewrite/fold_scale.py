@@ -236,7 +236,7 @@ def _multiply(value: ir.Value, inverse: np.ndarray, dtype: ir.DataType, nodes: S
     """Inserts `value * inverse` between `value` and those of its readers that are in `nodes`."""
     graph = graph_of(value)
     factor = add_initializer(graph, f"{value.name}_inverse_scale", inverse, dtype)
-    product = ir.Value(name=fresh_name(graph, f"{value.name}_scaled"), type=value.type, shape=value.shape)
+    product = ir.Value(name=fresh_name(graph, f"{value.name}_scaled"), type=value.type)
     node = ir.node("Mul", [value, factor], outputs=[product], name=product.name)
     producer = value.producer()
     if producer is not None:
