@@ -100,7 +100,7 @@ def speed(spec: Spec) -> Speed:
 
 def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
     """Returns the oldest onnxruntime that runs a DequantizeLinear of constant codes, None for any other node."""
-    if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "DequantizeLinear" or node.domain:
         return None
     codes = node.inputs[0]
     dtype = codes.dtype if codes is not None and codes.is_initializer() else None

@@ -71,6 +71,7 @@ def load(path: str | Path) -> Model:
     named = Path(path)
     real = files.real_path(named)
     proto = _read(named, real)
+    _use_one_domain(proto)
     _check_opset(named, proto)
     _check_nodes(named, proto)
     model = Model(_to_ir(named, proto), real)
@@ -176,6 +177,29 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
     return proto
 
 
+def _use_one_domain(proto: onnx.ModelProto) -> None:
+    """Makes "" the domain of ONNX's own operators everywhere; runtimes read "ai.onnx" as the same."""
+    for imports in (proto.opset_import, *(function.opset_import for function in proto.functions)):
+        versions = [one.version for one in imports if one.domain in ("", "ai.onnx")]
+        if any(one.domain == "ai.onnx" for one in imports):
+            others = [one for one in imports if one.domain not in ("", "ai.onnx")]
+            kept = [onnx.helper.make_opsetid("", max(versions)), *others]
+            del imports[:]
+            imports.extend(kept)
+    for node in _nodes(proto):
+        if node.domain == "ai.onnx":
+            node.domain = ""
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yields the nodes of the graph, of its functions, and of all bodies."""
+    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        pending += [inner for attribute in node.attribute for inner in attribute.g.node]
+        yield node
+
+
 def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
     version = _default_version(proto)
     if version is None:
@@ -193,12 +217,9 @@ def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
     """Raises a ModelError for a node without the inputs and attributes that this package takes for granted."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
-    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    context.opset_imports = {o.domain: o.version for o in proto.opset_import} | {"": _default_version(proto) or 0}
-    while pending:
-        node = pending.pop()
-        pending += [inner for attribute in node.attribute for inner in attribute.g.node]
-        if node.op_type not in _READ_CLOSELY or node.domain not in ("", "ai.onnx"):
+    context.opset_imports = {o.domain: o.version for o in proto.opset_import}
+    for node in _nodes(proto):
+        if node.op_type not in _READ_CLOSELY or node.domain:
             continue
         try:
             onnx.checker.check_node(node, context)
@@ -207,7 +228,7 @@ def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
 
 
 def _default_version(proto: onnx.ModelProto) -> int | None:
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    return next((o.version for o in proto.opset_import if not o.domain), None)
 
 
 def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
