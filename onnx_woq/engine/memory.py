@@ -81,7 +81,7 @@ def plan_memory(plan: Plan, batches: Sequence[Feed], max_memory: int | None, wor
     results = sum(weight.bytes for weight in plan.solved)
     base = resident() + SLACK + (SESSIONS if needs else 0) + (0 if MAPS else results)
     tasks = sorted((task_bytes(weight, plan.recipe, workers) for weight in plan.solved), reverse=True)
-    largest, solving = tasks[0], sum(tasks[:workers])
+    largest, solving = max(tasks, default=0), sum(tasks[:workers])
     least, between = (needs.least(), needs.between) if needs else (0, 0)
     window = WINDOW
     if max_memory is not None:

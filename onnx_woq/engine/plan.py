@@ -229,7 +229,9 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Returns lines for people on weights that the written model will run slowly, to be told before the work."""
+        """Returns lines for people, to be told before the work: on weights that will run slowly, or on no work."""
+        if not self.solved:
+            return ["nothing is quantized: the recipe leaves every weight float, and the result is a copy"]
         speeds: dict[tuple[str, Speed], int] = {}
         for weight in self.solved:
             speed = weight.operator.speed(weight.spec)
@@ -251,24 +253,35 @@ class Plan:
         tables = (table.source for table in self.embeddings if table.lender in linears)
         return [table for table in tables if isinstance(table, Embedding)]
 
-    def require_work(self) -> None:
+    def require_work(self, *, linears: bool = False) -> None:
         """Refuses a plan that would not change its model.
 
+        Args:
+            linears: tables alone are not enough, as for a mix of precisions, which is made of MatMuls and Gemms.
+
         Raises:
-            AlreadyQuantized: the model carries low-bit weights already.
-            NothingToQuantize: no linear layer is eligible; the message gives the reasons.
+            AlreadyQuantized: nothing that is still float is eligible, and the model carries low-bit weights.
+            NothingToQuantize: nothing is eligible; the message gives the reasons.
         """
+        if self.groups or (self.embeddings and not linears):
+            return
         if nodes := low_bit_nodes(self.model):
             raise AlreadyQuantized(
                 f"{self.model.path} is already quantized ({nodes} low-bit nodes): nothing to do, and nothing was "
                 "written. Start from the float model to quantize it differently"
             )
-        if not self.groups:
-            reasons = sorted({node.reason for node in self.skipped if node.op_type != "Gather"})
-            raise NothingToQuantize(
-                f"{self.model.path} has no MatMul or Gemm to quantize under this recipe"
-                + (f" ({'; '.join(reasons)}): see `onnx-woq inspect`" if reasons else ": it has none at all")
-            )
+        reasons = sorted({node.reason for node in self.skipped})
+        raise NothingToQuantize(
+            f"{self.model.path} has no MatMul or Gemm to quantize under this recipe"
+            + (f" ({'; '.join(reasons)}): see `onnx-woq inspect`" if reasons else ": it has none at all")
+        )
+
+    @property
+    def left_out(self) -> bool:
+        """Tells whether nothing is quantized only because the recipe leaves every weight float by its name."""
+        if self.solved or not (self.recipe.exclude or self.recipe.overrides):
+            return False
+        return bool(make_plan(self.model, replace(self.recipe, exclude=(), overrides={})).solved)
 
     def prepare(self) -> None:
         """Changes the float model as the recipe asks for before calibration: rotates it, or does nothing.

@@ -87,10 +87,11 @@ def quantize(
         if place.onnx.parent.is_dir():
             check_output(source, place.onnx)
         plan = make_plan(source, recipe)
-        plan.require_work()
+        if not plan.left_out:
+            plan.require_work()
         plan = plan.raised()
         plan.prepare()
-        wanted = recipe.nsamples if recipe.needs_data else 0
+        wanted = recipe.nsamples if recipe.needs_data and plan.groups else 0
         batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
         calibration = feeds_hash(batches)
         with open_resources(

@@ -7,6 +7,7 @@ model: value names must be, once constants move from bodies to the main graph.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import numpy as np
 import onnx_ir as ir
@@ -105,6 +106,21 @@ def add_node(
     else:
         graph.append(node)
     return node.outputs[0]
+
+
+@overload
+def as_float32(value: ir.Value, name: str, before: ir.Node) -> ir.Value: ...
+
+
+@overload
+def as_float32(value: ir.Value | None, name: str, before: ir.Node) -> ir.Value | None: ...
+
+
+def as_float32(value: ir.Value | None, name: str, before: ir.Node) -> ir.Value | None:
+    """Returns a value in float32: itself, or the output of a Cast called `name` that is added in front of `before`."""
+    if value is None or value.dtype == ir.DataType.FLOAT:
+        return value
+    return add_node("Cast", [value], name, before=before, to=ir.DataType.FLOAT)
 
 
 def insert_after(

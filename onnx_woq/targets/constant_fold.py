@@ -28,7 +28,7 @@ def fold_constants(part: Model) -> None:
     """
     main = part.ir.graph
     for node in list(main.all_nodes()):
-        if node.op_type == "DequantizeLinear" and node.domain in ("", "ai.onnx") and (tensor := _decoded(node)):
+        if node.op_type == "DequantizeLinear" and not node.domain and (tensor := _decoded(node)):
             _replace(main, node.outputs[0], tensor)
             continue
         for value in node.inputs[_WEIGHT[node.op_type]] if node.op_type in _WEIGHT else ():

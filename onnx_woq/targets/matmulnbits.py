@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
-from onnx_woq.graph.edit import add_initializer, add_node, fresh_name, graph_of, insert_after, prune
+from onnx_woq.graph.edit import add_initializer, add_node, as_float32, fresh_name, graph_of, insert_after, prune
 from onnx_woq.graph.find.linears import Linear, LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.targets.base import Shapes, Speed, Storage, Version
@@ -320,12 +320,13 @@ def _rewrite(
     bias, addend = split_bias(model, linear)
     if correction is not None:
         bias = corrected_bias(model, linear, bias, correction)
-    if addend is not None:
-        insert_after(node, "Add", [addend], "product")
-    if linear.dtype == ir.DataType.BFLOAT16:  # the Cast is inserted after the Add, so that it runs before it
-        activation = add_node("Cast", [activation], f"{linear.name}_input", before=node, to=ir.DataType.FLOAT)
+    if linear.dtype == ir.DataType.BFLOAT16:
+        activation = as_float32(activation, f"{linear.name}_input", node)
+        addend = as_float32(addend, f"{linear.name}_addend", node)
         product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
         product.type = ir.TensorType(ir.DataType.FLOAT)
+    if addend is not None:  # inserted after the Cast, so that it runs before it
+        insert_after(node, "Add", [addend], "product")
     inputs = [activation, *stored, None, bias]
     while inputs[-1] is None:
         inputs.pop()

@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnx_woq.core.spec import Spec
-from onnx_woq.graph.edit import add_constant, add_node, insert_after, prune
+from onnx_woq.graph.edit import add_constant, add_node, as_float32, insert_after, prune
 from onnx_woq.graph.find.linears import Linear, LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.targets.base import Shapes, Speed, Storage, Version
@@ -100,7 +100,7 @@ def speed(spec: Spec) -> Speed:
 
 def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
     """Returns the oldest onnxruntime that runs a DequantizeLinear of constant codes, None for any other node."""
-    if node.op_type != "DequantizeLinear" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "DequantizeLinear" or node.domain:
         return None
     codes = node.inputs[0]
     dtype = codes.dtype if codes is not None and codes.is_initializer() else None
@@ -286,6 +286,10 @@ def _rewrite(model: Model, linear: Linear, weight: ir.Value, correction: np.ndar
     """Makes a linear read its new weight `[K, N]`, and adds Casts and an Add around it where it needs them."""
     node, half = linear.node, linear.dtype == ir.DataType.BFLOAT16
     old = node.inputs[1]
+    if half:  # inserted before any Add, so that it runs after it
+        node.replace_input_with(0, as_float32(node.inputs[0], f"{linear.name}_input", node))
+        product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
+        product.type = ir.TensorType(ir.DataType.FLOAT)
     if linear.kind == "Gemm":
         if half or correction is not None:
             _move_bias(model, linear, correction)
@@ -293,14 +297,7 @@ def _rewrite(model: Model, linear: Linear, weight: ir.Value, correction: np.ndar
             node.attributes.pop(name, None)
     elif correction is not None:
         bias = corrected_bias(model, linear, None, correction)
-        if half:
-            bias = _cast(bias, ir.DataType.BFLOAT16, node)
         insert_after(node, "Add", [bias], "uncorrected", label="correction")
-    if half:  # the Cast is inserted after the Add, so that it runs before it
-        activation = add_node("Cast", [node.inputs[0]], f"{linear.name}_input", before=node, to=ir.DataType.FLOAT)
-        node.replace_input_with(0, activation)
-        product = insert_after(node, "Cast", [], "float32", to=ir.DataType.BFLOAT16)
-        product.type = ir.TensorType(ir.DataType.FLOAT)
     node.replace_input_with(1, weight)
     prune(old)
 
@@ -313,15 +310,11 @@ def _move_bias(model: Model, linear: Linear, correction: np.ndarray | None) -> N
     if correction is not None:
         bias = corrected_bias(model, linear, bias, correction)
     if addend is not None:
+        if linear.dtype == ir.DataType.BFLOAT16:
+            addend = as_float32(addend, f"{linear.name}_addend", node)
         insert_after(node, "Add", [addend], "product")
     node.resize_inputs(2 if bias is None else 3)
     if bias is not None:
         node.replace_input_with(2, bias)
     node.attributes.pop("beta", None)
     prune(old)
-
-
-def _cast(value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
-    cast = add_node("Cast", [value], f"{value.name}_cast", before=before, to=dtype)
-    cast.type, cast.shape = ir.TensorType(dtype), value.shape
-    return cast

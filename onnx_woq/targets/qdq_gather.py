@@ -84,7 +84,7 @@ def speed(spec: Spec) -> Speed:  # noqa: ARG001
 def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
     """Returns the oldest onnxruntime that runs a DequantizeLinear of gathered codes, None for any other node."""
     blocked = node.op_type == "DequantizeLinear" and "block_size" in node.attributes
-    return (1, 19) if blocked and node.domain in ("", "ai.onnx") else None
+    return (1, 19) if blocked and not node.domain else None
 
 
 def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:

@@ -102,7 +102,7 @@ def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: P
     heaviest = max(calibrated.values(), key=lambda r: (r.needs_data, r.asymmetric_calibration, r.rotation))
     everything = plan_of_all(source, recipes.values(), heaviest)
     if budget:
-        make_plan(source, base).require_work()
+        make_plan(source, base).require_work(linears=True)
     resources = stack.enter_context(
         open_resources(
             everything,

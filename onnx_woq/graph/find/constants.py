@@ -108,7 +108,7 @@ def resolve(value: ir.Value | None) -> Constant | None:
         if value.is_initializer() and value.const_value is not None:
             return _constant(value, value.const_value, steps)
         node = value.producer()
-        if node is None or node.domain not in ("", "ai.onnx"):
+        if node is None or node.domain:
             return None
         if node.op_type == "Constant":
             attribute = node.attributes.get("value")
@@ -152,7 +152,7 @@ def readers(root: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     A node that `resolve` looks through counts as a reader itself where its output is an output of the graph.
     """
     for node, index in root.uses():
-        if node.domain in ("", "ai.onnx") and node.op_type in ("Identity", "Transpose", "Cast"):
+        if not node.domain and node.op_type in ("Identity", "Transpose", "Cast"):
             yield from readers(node.outputs[0])
             if node.outputs[0].is_graph_output():
                 yield node, index

@@ -16,6 +16,9 @@ import onnx_ir as ir
 from onnx_woq.graph.find.constants import Constant, resolve
 from onnx_woq.graph.find.quantized import low_bit_shape
 
+OPEN = ("If", "Loop", "Scan")
+"""The operators whose bodies values can be taken out of: they know what an output that is added to a body means."""
+
 _PRODUCTS = re.compile("MatMul|Gemm|Conv|LSTM|GRU|RNN|QMoE")
 
 
@@ -29,6 +32,19 @@ def bodies(node: ir.Node) -> list[ir.Graph]:
 def owners(graph: ir.Graph) -> dict[ir.Node, ir.Node]:
     """Returns the owner of each node in a body, at every depth: the node that the body is an attribute of."""
     return {inner: node for node in graph.all_nodes() for body in bodies(node) for inner in body}
+
+
+def closed_bodies(graph: ir.Graph) -> dict[ir.Node, str]:
+    """Returns the nodes in bodies that values cannot be taken out of, each with the operator that owns the body."""
+    owner_of = owners(graph)
+    found: dict[ir.Node, str] = {}
+    for node, owner in owner_of.items():
+        above: ir.Node | None = owner
+        while above is not None and above.op_type in OPEN and not above.domain:
+            above = owner_of.get(above)
+        if above is not None:
+            found[node] = above.op_type
+    return found
 
 
 def reads_of(node: ir.Node, graph: ir.Graph) -> list[ir.Value]:

@@ -119,7 +119,7 @@ def find_embeddings(
 
 def _table(node: ir.Node) -> Constant | None:
     """Returns the large float table that a Gather reads, None for any other node."""
-    if node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
+    if node.op_type != "Gather" or node.domain:
         return None
     table = resolve(node.inputs[0])
     if table is None or len(table.shape) != 2 or table.dtype not in FLOATS or table.tensor.dtype not in FLOATS:

@@ -18,6 +18,7 @@ from onnx_woq.core.spec import Spec
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.find.attention import FIRST_TOKEN, find_key_value_linears
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
+from onnx_woq.graph.find.dependencies import closed_bodies
 from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
 from onnx_woq.graph.io.model import Model
@@ -263,11 +264,14 @@ def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup],
         reason = f"inside the function {function.name}, which could not be inlined"
         skipped += [_skip(node, reason) for node in function.all_nodes() if node.op_type in ("MatMul", "Gemm")]
     heads = set() if recipe.lm_head else find_heads(model.ir.graph, [linear.node for linear in linears])
+    closed = closed_bodies(model.ir.graph) if recipe.needs_data else {}
     chosen: list[tuple[Linear, Spec]] = []
     for linear in linears:
         spec, reason = recipe.spec_for(linear.node_name, linear.name, linear.weight_name)
         if linear.node in heads:
             spec, reason = None, "the last MatMul, left float by the recipe"
+        if spec is not None and (owner := closed.get(linear.node)):
+            spec, reason = None, f"inside {owner}, where calibration cannot look: rtn and hqq quantize it"
         if spec is None:
             skipped.append(_skip(linear.node, reason))
         else:

@@ -16,7 +16,6 @@ _LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized
 _BELOW_8_BITS = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.FLOAT4E2M1}
 _8_BITS = {ir.DataType.INT8, ir.DataType.UINT8}
 _WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # operator -> index of the input that a weight comes in by
-_STANDARD = ("", "ai.onnx")
 _SCALES = 2  # index of the input of a `com.microsoft` product that the scales come in by
 
 
@@ -72,7 +71,7 @@ def low_bit_dtype(node: ir.Node) -> ir.DataType | None:
 
 def dequantized_factor(node: ir.Node) -> ir.Node | None:
     """Returns the DequantizeLinear whose output is the right factor of a MatMul or Gemm, None if there is none."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in _STANDARD or node.inputs[1] is None:
+    if node.op_type not in ("MatMul", "Gemm") or node.domain or node.inputs[1] is None:
         return None
     producer = node.inputs[1].producer()
     return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
@@ -100,6 +99,5 @@ def _is_8_bit_weight(dequantize: ir.Node) -> bool:
     if codes is None or len(codes.shape) != 2 or codes.dtype not in _8_BITS:
         return False
     return any(
-        node.domain in _STANDARD and _WEIGHT_INPUT.get(node.op_type) == index
-        for node, index in dequantize.outputs[0].uses()
+        not node.domain and _WEIGHT_INPUT.get(node.op_type) == index for node, index in dequantize.outputs[0].uses()
     )

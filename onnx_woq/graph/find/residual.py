@@ -103,7 +103,7 @@ def has_layer_norm(model: Model) -> bool:
 
 def linear_weight(node: ir.Node) -> Constant | None:
     """Returns the weight `[K, N]` (or `[N, K]`, see `output_axis`) of a MatMul or Gemm, None if it is not constant."""
-    if node.op_type not in ("MatMul", "Gemm") or node.domain not in ("", "ai.onnx"):
+    if node.op_type not in ("MatMul", "Gemm") or node.domain:
         return None
     constant = resolve(node.inputs[1])
     if constant is None or constant.overridable or constant.dtype not in FLOATS or len(constant.shape) < 2:
@@ -123,7 +123,7 @@ def _normalized(model: Model) -> Iterator[ir.Value]:
     for node in model.ir.graph.all_nodes():
         if node.op_type in (*_NORMS, _SKIP) and node.inputs[0] is not None:
             yield node.inputs[0]
-        elif node.domain in ("", "ai.onnx") and (squared := _length_of(node)) is not None:
+        elif not node.domain and (squared := _length_of(node)) is not None:
             yield squared
 
 
@@ -335,7 +335,7 @@ def _present(value: ir.Value | None) -> list[ir.Value]:
 def _op(node: ir.Node) -> str:
     """Returns the operator of a node, with its domain in front where that is not the expected one."""
     ours = ("com.microsoft",) if node.op_type in (_SKIP, _NORMS[0]) else ()
-    return node.op_type if node.domain in ("", "ai.onnx", *ours) else f"{node.domain}.{node.op_type}"
+    return node.op_type if node.domain in ("", *ours) else f"{node.domain}.{node.op_type}"
 
 
 def _name(node: ir.Node) -> str:

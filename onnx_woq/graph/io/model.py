@@ -23,6 +23,7 @@ from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
 from onnx_woq.graph.io import external_data as files
 from onnx_woq.graph.io import wire
+from onnx_woq.graph.io.interface import remember_interfaces
 from onnx_woq.graph.io.proto import copy_structure, from_proto, to_proto
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,8 @@ def load(path: str | Path) -> Model:
 
     On the way the model is brought into a form that the rest of the package relies on:
 
-    * value names are unique over the graph and all its bodies; the main graph keeps its own;
+    * value names are unique over the graph and all its bodies; the main graph keeps its own, and a file has those
+      of `graph.io.interface` again;
     * functions that contain a MatMul or Gemm are inlined;
     * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
     * every node stands behind the nodes it reads.
@@ -81,6 +83,7 @@ def load(path: str | Path) -> Model:
     real = files.real_path(named)
     source = files.describe_source(real, real.parent)
     proto = _read(named, real)
+    _use_one_domain(proto)
     _check_opset(named, proto)
     _check_nodes(named, proto)
     model = Model(_to_ir(named, proto), real, named)
@@ -99,7 +102,7 @@ def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
     """
     graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
-    share_names(graphs, _unique_names(graphs))
+    share_names(graphs, _unique_names(graphs, remember_interfaces(graphs)))
     lift_large(model.ir)
     return model
 
@@ -186,6 +189,29 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
     return proto
 
 
+def _use_one_domain(proto: onnx.ModelProto) -> None:
+    """Makes "" the domain of ONNX's own operators everywhere; runtimes read "ai.onnx" as the same."""
+    for imports in (proto.opset_import, *(function.opset_import for function in proto.functions)):
+        versions = [one.version for one in imports if one.domain in ("", "ai.onnx")]
+        if any(one.domain == "ai.onnx" for one in imports):
+            others = [one for one in imports if one.domain not in ("", "ai.onnx")]
+            kept = [onnx.helper.make_opsetid("", max(versions)), *others]
+            del imports[:]
+            imports.extend(kept)
+    for node in _nodes(proto):
+        if node.domain == "ai.onnx":
+            node.domain = ""
+
+
+def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    """Yields the nodes of the graph, of its functions, and of all bodies."""
+    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    while pending:
+        node = pending.pop()
+        pending += [inner for attribute in node.attribute for inner in attribute.g.node]
+        yield node
+
+
 def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
     version = _default_version(proto)
     if version is None:
@@ -203,12 +229,9 @@ def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
     """Raises a ModelError for a node without the inputs and attributes that this package takes for granted."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
-    pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    context.opset_imports = {o.domain: o.version for o in proto.opset_import} | {"": _default_version(proto) or 0}
-    while pending:
-        node = pending.pop()
-        pending += [inner for attribute in node.attribute for inner in attribute.g.node]
-        if node.op_type not in _READ_CLOSELY or node.domain not in ("", "ai.onnx"):
+    context.opset_imports = {o.domain: o.version for o in proto.opset_import}
+    for node in _nodes(proto):
+        if node.op_type not in _READ_CLOSELY or node.domain:
             continue
         try:
             onnx.checker.check_node(node, context)
@@ -217,7 +240,7 @@ def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
 
 
 def _default_version(proto: onnx.ModelProto) -> int | None:
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    return next((o.version for o in proto.opset_import if not o.domain), None)
 
 
 def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
@@ -320,8 +343,13 @@ def _sort(graph: ir.Graph) -> None:
         seen.add(node)
 
 
-def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
-    """Renames values of bodies so that every value of the model has a name of its own; returns all names."""
+def _unique_names(graphs: Iterable[ir.Graph], reserved: set[str]) -> set[str]:
+    """Renames values of bodies so that every value of the model has a name of its own; returns all names.
+
+    Args:
+        graphs: all graphs of the model, the main graph first.
+        reserved: names that no value is renamed to.
+    """
     used: set[str] = set()
     counts: dict[str, int] = {}  # last number tried for a name: hundreds of bodies may all have the same ones
     for graph in graphs:  # the main graph comes first, and keeps its names
@@ -330,14 +358,14 @@ def _unique_names(graphs: Iterable[ir.Graph]) -> set[str]:
             if not value.name:
                 continue
             name, count = value.name, counts.get(value.name, 1)
-            while name in used:
+            while name in used or (count > 1 and name in reserved):
                 count += 1
                 name = f"{value.name}_{count}"
             counts[value.name] = count
             used.add(name)
             if name != value.name:
                 value.name = name
-    return used
+    return used | reserved
 
 
 def _memory(model: Model) -> Iterator[tuple[str, ir.TensorProtocol]]:

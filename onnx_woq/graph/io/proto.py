@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from onnx_woq.core.cpu import no_garbage_search
+from onnx_woq.graph.io.interface import interfaces_restored
 
 __all__ = ["copy_structure", "from_proto", "to_proto"]
 
@@ -57,7 +58,7 @@ def to_proto(
     whole = copy(model)
     whole.graph = view  # type: ignore[assignment]  # documented at GraphView
     whole.ir_version = ir_version or model.ir_version
-    with no_garbage_search():
+    with no_garbage_search(), interfaces_restored(graph):
         proto = ir.to_proto(whole)
     if metadata:
         onnx.helper.set_model_props(proto, {**model.metadata_props, **metadata})

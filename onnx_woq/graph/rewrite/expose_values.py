@@ -144,13 +144,13 @@ def _add_output(node: ir.Node, results: Sequence[tuple[ir.Graph, ir.Value]], pla
 
 
 def _channels(value: ir.Value) -> tuple[int, ir.DataType]:
-    """Returns the last dimension and the type of an activation: from its shape, else from the weight it multiplies."""
-    if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int) and value.dtype is not None:
-        return value.shape[-1], value.dtype
+    """Returns the last dimension and the type of an activation: from the weight it multiplies, else from its shape."""
     for node, index in value.uses():
         if index == 0 and node.op_type in ("MatMul", "Gemm") and (weight := resolve(node.inputs[1])):
             transposed = node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int()
             return weight.shape[-1 if transposed else -2], weight.dtype
         if index == 0 and (shape := low_bit_shape(node)) and (dtype := low_bit_dtype(node)):
             return shape[0], dtype
+    if value.shape is not None and len(value.shape) and isinstance(value.shape[-1], int) and value.dtype is not None:
+        return value.shape[-1], value.dtype
     raise ModelError(f"the width of value {value.name!r} is not known, so it cannot be taken out of its body")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnx_woq.graph.edit import add_initializer, fresh_name, graph_of, prune
+from onnx_woq.graph.edit import add_initializer, add_node, graph_of, prune
 from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.find.quantized import dequantized_factor
@@ -82,6 +83,7 @@ def divide_input(group: LinearGroup, scale: np.ndarray, *, allow_mul: bool) -> s
     if scale.shape != (group.k,) or not np.all(np.isfinite(scale)) or scale.min() <= 0:
         raise ValueError(f"the scale of {group.name!r} must be {group.k} positive finite numbers")
     dtype = group.linears[0].dtype
+    wide = dtype == ir.DataType.BFLOAT16  # there is no Mul for it, and targets cast the activation to float32 anyway
     nodes = _nodes(group)
     edits: list[tuple[_Fold, np.ndarray]] = []
     undivided: list[ir.Value] = []
@@ -91,14 +93,14 @@ def divide_input(group: LinearGroup, scale: np.ndarray, *, allow_mul: bool) -> s
             edits += [(fold, array) for fold, array in arrays if array is not None]
         else:
             undivided.append(value)
-    inverse = _stored(1.0 / scale, dtype) if undivided and allow_mul else None
+    inverse = _stored(1.0 / scale, ir.DataType.FLOAT if wide else dtype) if undivided and allow_mul else None
     if undivided and inverse is None:
         raise ValueError(f"the input of {group.name!r} cannot be divided exactly by its scale")
     for fold, array in edits:
         _replace(fold, array)
     if inverse is not None:
         for value in undivided:
-            _multiply(value, inverse, dtype, nodes)
+            _multiply(value, inverse, nodes, wide=wide)
     return "mul" if undivided else "linear" if any(fold.linear for fold, _ in edits) else "norm"
 
 
@@ -232,17 +234,18 @@ def _replace(fold: _Fold, array: np.ndarray) -> None:
     prune(old)
 
 
-def _multiply(value: ir.Value, inverse: np.ndarray, dtype: ir.DataType, nodes: Set[ir.Node]) -> None:
-    """Inserts `value * inverse` between `value` and those of its readers that are in `nodes`."""
-    graph = graph_of(value)
-    factor = add_initializer(graph, f"{value.name}_inverse_scale", inverse, dtype)
-    product = ir.Value(name=fresh_name(graph, f"{value.name}_scaled"), type=value.type, shape=value.shape)
-    node = ir.node("Mul", [value, factor], outputs=[product], name=product.name)
-    producer = value.producer()
-    if producer is not None:
-        graph.insert_after(producer, node)
-    else:
-        graph.insert_before(graph[0], node)
+def _multiply(value: ir.Value, inverse: np.ndarray, nodes: Set[ir.Node], *, wide: bool) -> None:
+    """Inserts `value * inverse` between `value` and those of its readers that are in `nodes`, in float32 if `wide`."""
+    graph, producer = graph_of(value), value.producer()
+    factor = add_initializer(graph, f"{value.name}_inverse_scale", inverse)
+    place: dict[str, Any] = {"before": graph[0]} if producer is None else {"after": producer}
+    read = value
+    if wide:
+        read = add_node("Cast", [value], f"{value.name}_float32", to=ir.DataType.FLOAT, **place)
+        read.type = ir.TensorType(ir.DataType.FLOAT)
+        place = {"after": read.producer()}
+    product = add_node("Mul", [read, factor], f"{value.name}_scaled", **place)
+    product.type = read.type
     for reader in nodes:
         if reader.inputs[0] is value:
             reader.replace_input_with(0, product)

@@ -40,7 +40,7 @@ def raise_opset(model: Model, opset: int) -> Model:
         raise _refused(model, opset, f"the converter does not convert {stuck}")
     props = {node.output[0]: list(node.metadata_props) for node in nodes if node.metadata_props and node.output}
     for node in nodes:
-        if node.domain in ("", "ai.onnx") and not onnx.defs.has(node.op_type, ""):
+        if not node.domain and not onnx.defs.has(node.op_type, ""):
             node.domain = _ASIDE
     proto.opset_import.add(domain=_ASIDE, version=1)
     try:

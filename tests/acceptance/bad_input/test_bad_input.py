@@ -172,8 +172,8 @@ def test_no_eligible_matmul(refused, tmp_path):
     refused(NothingToQuantize, "MatMul", zoo.no_weights(tmp_path / "m.onnx"))
 
 
-def test_everything_excluded(refused, enc):
-    refused(NothingToQuantize, "exclude", enc, "--exclude", ".", recipe=Recipe(exclude=(".",)))
+def test_nothing_of_the_name_that_is_included(refused, enc):
+    refused(NothingToQuantize, "include", enc, "--include", "no such", recipe=Recipe(include=("no such",)))
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])

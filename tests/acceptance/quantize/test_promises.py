@@ -11,6 +11,7 @@ import pytest
 from onnx_woq import Recipe, Spec, inspect, quantize
 from onnx_woq.errors import NothingToQuantize
 from tests.zoo import architectures as arch
+from tests.zoo import generation
 from tests.zoo import small as zoo
 
 F16, BF16 = zoo.F16, zoo.BF16
@@ -37,6 +38,7 @@ MODELS = {
     "loop": zoo.loop,
     "functions": zoo.functions,
     "leftovers": zoo.leftovers,
+    "generation": generation.greedy_search,
 }
 TABLES = Spec(4, 32)
 RECIPES = {
@@ -53,7 +55,7 @@ OPERATORS = {"matmulnbits": {"MatMulNBits", "GatherBlockQuantized"}, "qdq": {"De
 def test_inspect_promises_what_quantize_does(name, recipe, tmp_path):
     model, out, wanted = MODELS[name](tmp_path / "m.onnx"), tmp_path / "q.onnx", RECIPES[recipe]
     promised = inspect(model, wanted)
-    if not promised.groups:
+    if not promised.weights:
         with pytest.raises(NothingToQuantize):
             quantize(model, out, wanted)
         return
