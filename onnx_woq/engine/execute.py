@@ -25,7 +25,6 @@ from onnx_woq.engine.solve import Solved, Task, cache_key, folding, task_of
 from onnx_woq.engine.verify import verify
 from onnx_woq.graph.find.blocks import blocks_of
 from onnx_woq.graph.find.linears import LinearGroup
-from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
@@ -150,7 +149,7 @@ def _solve(
         by_name = {weight.name: weight for weight in left}
         for group, stats in statistics:
             weight = by_name[group.name]
-            yield weight, task_bytes(weight, recipe), partial(_cached_or_task, cache, recipe, weight, stats)
+            yield weight, task_bytes(weight, recipe), partial(_cached_or_task, cache, plan, weight, stats)
         for table in left:
             if table.kind == "embedding":
                 yield table, task_bytes(table, recipe, memory.workers), partial(task_of, recipe, table, None)
@@ -169,14 +168,14 @@ def _solve(
         for weight, solved in in_order:
             plan.model.check_unchanged()  # what is kept may be resumed from
             kept = store.keep(weight, solved)
-            if key := cache_key(recipe, weight):
+            if key := cache_key(plan, weight):
                 cache[key] = kept
             rows[weight.name] = apply_solution(plan, weight, kept)
             resources.say("solve", done + len(rows), len(plan.solved))
     return rows
 
 
-def _cached_or_task(cache: SolveCache, recipe: Recipe, weight: PlannedWeight, stats: Stats | None) -> Task | Solved:
-    key = cache_key(recipe, weight)
+def _cached_or_task(cache: SolveCache, plan: Plan, weight: PlannedWeight, stats: Stats | None) -> Task | Solved:
+    key = cache_key(plan, weight)
     found = cache.get(key) if key else None
-    return found or task_of(recipe, weight, stats)
+    return found or task_of(plan.recipe, weight, stats)

@@ -21,7 +21,7 @@ from onnx_woq.core.refine.low_rank import Factors, compensate
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import output_error
 from onnx_woq.engine.executors import keep_blas_to_one_thread
-from onnx_woq.engine.plan import PlannedWeight
+from onnx_woq.engine.plan import Plan, PlannedWeight
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.find.embeddings import Embedding
 from onnx_woq.graph.find.linears import LinearGroup, WeightSource
@@ -159,15 +159,15 @@ def solves_alike(one: Recipe, other: Recipe) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in made_of)
 
 
-def cache_key(recipe: Recipe, weight: PlannedWeight) -> tuple[object, ...] | None:
-    """Returns a key that is equal for weights of one model that recipes solve alike, given the same data.
+def cache_key(plan: Plan, weight: PlannedWeight) -> tuple[object, ...] | None:
+    """Returns a key that is equal for weights of one model that plans solve alike, given the same data.
 
     It is None if the solution depends on the weights that were replaced before, and for tables, which are solved fast.
     """
+    recipe = plan.recipe
     if recipe.true_sequential or folding(recipe) or not isinstance(weight.source, LinearGroup):
         return None
-    rotated = (recipe.rotation, recipe.rotation and recipe.embedding)
-    stored = (weight.target, weight.storage, weight.rank, weight.corrected, *rotated)
+    stored = (weight.target, weight.storage, weight.rank, weight.corrected, plan.preparation)
     read = (weight.source.sources, *(linear.name for linear in weight.source.linears))
     return (recipe.method, *recipe.options.items(), weight.spec, *stored, *read)
 

@@ -13,20 +13,17 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from onnx_woq.engine.plan import Plan, PlannedWeight, make_plan, prepare
 from onnx_woq.engine.resources import Resources
-from onnx_woq.graph.find.linears import LinearGroup
+from onnx_woq.graph.find.linears import LinearGroup, Sources
 from onnx_woq.graph.io.model import Model, clone
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed
 
 if TYPE_CHECKING:
     from onnx_woq.core.stats import Stats
-
-
-Sources = tuple[tuple[str, str], ...]
-"""The activations that statistics of a linear group are taken of, each with the attention that weights its tokens."""
 
 
 def collect(
@@ -65,6 +62,26 @@ def collect(
         checkpoint=states,
         asymmetric_calibration=recipe.asymmetric_calibration,
     )
+
+
+def weights_by_sources(plans: Sequence[Plan]) -> dict[Sources, PlannedWeight]:
+    """Returns the largest linear group for each of the statistics that plans of one model need, in graph order.
+
+    Only their sources tell groups of several plans apart: one recipe may join linears that another one separates, and
+    both groups are called after the same first linear.
+
+    Args:
+        plans: plans of the same model object.
+    """
+    largest: dict[Sources, PlannedWeight] = {}
+    places: dict[Sources, ir.Node] = {}
+    for plan in plans:
+        for weight, group in zip(plan.groups, plan.linear_groups, strict=True):
+            other = largest.setdefault(group.sources, weight)
+            if (weight.n, weight.rank) >= (other.n, other.rank):
+                largest[group.sources], places[group.sources] = weight, group.linears[0].node
+    order = {node: number for number, node in enumerate(plans[0].model.ir.graph.all_nodes())} if plans else {}
+    return {sources: largest[sources] for sources in sorted(largest, key=lambda one: order[places[one]])}
 
 
 class SharedStatistics:
@@ -128,15 +145,12 @@ class SharedStatistics:
         """Returns the statistics of all linear groups of the recipes that prepare the model in the same way."""
         model = clone(self._source)
         plans = [plan for recipe in self._recipes if (plan := make_plan(model, recipe)).preparation == preparation]
-        first: dict[Sources, PlannedWeight] = {}
-        for plan in plans:
-            for weight, group in zip(plan.groups, plan.linear_groups, strict=True):
-                first.setdefault(group.sources, weight)
+        asked = weights_by_sources(plans)
         if plans[0].recipe.rotation:
             prepare(model, plans)
         collected: dict[Sources, Stats | Path] = {}
         held = 0
-        for group, stats in collect(plans[0], list(first.values()), self.batches, self._resources):
+        for group, stats in collect(plans[0], [*asked.values()], self.batches, self._resources):
             if stats is not None:
                 held += stats.gram.nbytes
                 scarce = self._resources.scarce or held > self._resources.memory.window

@@ -8,8 +8,8 @@ from dataclasses import replace
 from itertools import islice
 
 from onnx_woq.engine.calibration_data import calibrated_on
-from onnx_woq.engine.plan import Plan, PlannedWeight, make_plan
-from onnx_woq.engine.statistics import SharedStatistics
+from onnx_woq.engine.plan import Plan, make_plan
+from onnx_woq.engine.statistics import SharedStatistics, weights_by_sources
 from onnx_woq.errors import NothingToQuantize, RecipeError
 from onnx_woq.graph.io.model import Model
 from onnx_woq.presets import TUNED, preset
@@ -73,13 +73,7 @@ def plan_of_all(source: Model, recipes: Iterable[Recipe], heaviest: Recipe) -> P
         recipes: all configurations.
         heaviest: the recipe that takes the most memory.
     """
-    largest: dict[tuple[tuple[str, str], ...], PlannedWeight] = {}
-    for recipe in recipes:
-        plan = make_plan(source, recipe)
-        for weight, group in zip(plan.groups, plan.linear_groups, strict=True):
-            other = largest.setdefault(group.sources, weight)
-            if (weight.n, weight.rank) >= (other.n, other.rank):
-                largest[group.sources] = weight
+    largest = weights_by_sources([make_plan(source, recipe) for recipe in recipes])
     return replace(make_plan(source, heaviest), groups=tuple(largest.values()), embeddings=())
 
 

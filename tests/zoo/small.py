@@ -113,12 +113,19 @@ class Net:
 
 
 def language_model(
-    path: Path, *, seed: int = 0, layers: int = 2, tied: bool = False, external: str = "", opset: int = 17
+    path: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    tied: bool = False,
+    external: str = "",
+    opset: int = 17,
+    projections: str = "qkv",
 ) -> Path:
     """A causal transformer: input_ids, attention_mask, position_ids -> logits [batch, seq, VOCAB].
 
     Per layer: q/k/v from one norm, o, gate and up from another, down. `tied` reads the head through a Transpose of the
-    embedding.
+    embedding. `projections` is the order of the nodes of q, k and v.
     """
     net = Net()
     table = net.const("embedding", mixing(seed, VOCAB, HIDDEN))
@@ -139,7 +146,8 @@ def language_model(
     for layer in range(layers):
         p, s = f"layer{layer}.", seed + 100 * (layer + 1)
         x = net.norm(h, gamma, f"{p}norm1")
-        q, k, v = (net.matmul(x, weight(s + i, HIDDEN, HIDDEN), p + n) for i, n in enumerate("qkv"))
+        made = {n: net.matmul(x, weight(s + "qkv".index(n), HIDDEN, HIDDEN), p + n) for n in projections}
+        q, k, v = (made[n] for n in "qkv")
         scores = net.op("MatMul", q, net.op("Transpose", k, out=f"{p}kt", perm=[0, 2, 1]), out=f"{p}scores")
         scores = net.op("Mul", scores, net.const(f"{p}scale", np.float32(HIDDEN**-0.5)), out=f"{p}scaled")
         share = net.op("Softmax", net.op("Add", scores, mask, out=f"{p}masked"), out=f"{p}share", axis=-1)

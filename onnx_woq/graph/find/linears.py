@@ -133,6 +133,11 @@ class WeightSource:
     computed: bool = False
 
 
+Sources = tuple[tuple[str, str], ...]
+"""The activations of a linear group, each with the attention that weights its tokens ("" for tokens that count alike).
+"""
+
+
 @dataclass(frozen=True, eq=False)
 class LinearGroup:
     """The linears that read the same activation or the same weight, quantized together.
@@ -159,7 +164,7 @@ class LinearGroup:
     attention: tuple[str, ...]
 
     @property
-    def sources(self) -> tuple[tuple[str, str], ...]:
+    def sources(self) -> Sources:
         """Returns (activation, attention that weights its tokens) pairs: equal for groups with the same statistics."""
         return tuple(zip(self.values, self.attention, strict=True))
 

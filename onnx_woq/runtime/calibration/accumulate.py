@@ -17,7 +17,7 @@ from onnx_woq.core.cpu import one_blas_thread
 from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError
 from onnx_woq.graph.find.attention import FIRST_TOKEN
-from onnx_woq.graph.find.linears import LinearGroup
+from onnx_woq.graph.find.linears import LinearGroup, Sources
 from onnx_woq.graph.io.model import Model
 from onnx_woq.runtime.calibration.replay import Replay
 from onnx_woq.runtime.calibration.token_weights import token_weights
@@ -25,9 +25,6 @@ from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.runtime.data.inputs import MASKS
 
 logger = logging.getLogger(__name__)
-
-Sources = tuple[tuple[str, str], ...]
-"""The activations of a linear group, each with the value that weights its tokens ("" for none)."""
 
 FloatReplay = tuple[Replay, Model]
 """The float model and its samples, run in step with a partly quantized model."""
@@ -44,7 +41,7 @@ def collect_window(
     frozen: bool = False,
     block_inputs: Collection[str] = (),
     float_replay: FloatReplay | None = None,
-) -> dict[str, Stats]:
+) -> dict[LinearGroup, Stats]:
     """Collects the statistics of some linear groups over all samples.
 
     Args:
@@ -59,7 +56,8 @@ def collect_window(
         float_replay: runs the float model in step, to collect its inputs together with those of `model`.
 
     Returns:
-        Statistics by the name of the linear group; groups with the same sources share one object.
+        Statistics by linear group, since groups of several plans may share a name; those with the same sources share
+        one object.
 
     Raises:
         DataError: the model cannot be run on a sample, or computes NaN or infinite numbers.
@@ -96,7 +94,7 @@ def collect_window(
         if not one.tokens:
             names = ", ".join(name for name, _ in sources)
             logger.warning("no sample reaches %s: there is nothing to calibrate it on", names)
-    return {group.name: stats[group.sources] for group in groups}
+    return {group: stats[group.sources] for group in groups}
 
 
 def _float_values(

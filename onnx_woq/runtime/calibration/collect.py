@@ -178,7 +178,7 @@ def _collect_unedited(run: _CalibrationRun) -> Iterator[tuple[LinearGroup, Stats
             run.advance(replay, model, window, later, frozen=True)
             collected = collect_window(replay, model, window, later, steps.step, frozen=True)
             for group in window:
-                yield group, collected.pop(group.name)
+                yield group, collected.pop(group)
 
 
 def _collect_block_by_block(run: _CalibrationRun) -> Iterator[tuple[LinearGroup, Stats]]:
@@ -211,7 +211,7 @@ def _collect_block_by_block(run: _CalibrationRun) -> Iterator[tuple[LinearGroup,
                 for group in window:
                     done += 1
                     steps.reach(done * len(run.batches))
-                    yield group, collected.pop(group.name)
+                    yield group, collected.pop(group)
 
 
 def _collect_group_by_group(run: _CalibrationRun) -> Iterator[tuple[LinearGroup, Stats]]:
@@ -230,14 +230,11 @@ def _collect_group_by_group(run: _CalibrationRun) -> Iterator[tuple[LinearGroup,
             )
             digests = _input_digests(model, window[1:])
             for group in window:
-                if (
-                    group is not window[0]
-                    and _input_digests(current_model(), [group])[group.name] != digests[group.name]
-                ):
+                if group is not window[0] and _input_digests(current_model(), [group])[group] != digests[group]:
                     break  # an edit for an earlier group has changed the input of this one after all
                 done += 1
                 steps.reach(done * len(run.batches))
-                yield group, collected.pop(group.name)
+                yield group, collected.pop(group)
 
 
 def _values(groups: Iterable[LinearGroup]) -> set[str]:
@@ -256,10 +253,10 @@ def _independent(model: Model, groups: list[LinearGroup]) -> list[LinearGroup]:
     return members
 
 
-def _input_digests(model: Model, groups: list[LinearGroup]) -> dict[str, tuple[str, ...]]:
-    """Returns digests of the inputs of each linear group, by its name, see `structure.contents`."""
+def _input_digests(model: Model, groups: list[LinearGroup]) -> dict[LinearGroup, tuple[str, ...]]:
+    """Returns digests of the inputs of each linear group, see `structure.contents`."""
     digests = contents(model) if groups else {}
-    return {group.name: tuple(digests.get(value, "") for value in sorted(group.reads)) for group in groups}
+    return {group: tuple(digests.get(value, "") for value in sorted(group.reads)) for group in groups}
 
 
 class _Steps:

@@ -21,7 +21,7 @@ from onnx_woq.graph.io.model import Model, file_bytes, load
 from onnx_woq.graph.io.save import planned_bytes
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning.mixed.knapsack import Allocation, Choice, frontier, within_bytes, within_loss
-from onnx_woq.tuning.mixed.layers import MixedLayer, bytes_of, freed
+from onnx_woq.tuning.mixed.layers import MixedLayer, freed, linears_of, made_bytes
 from onnx_woq.tuning.results import LayerChoice
 
 Count = Literal["stored", "written"]
@@ -118,19 +118,16 @@ class MixCandidates:
     def layers(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
         """Returns what a recipe makes of each layer."""
         plan = make_plan(self.source, recipe)
-        group_of = {
-            linear.name: weight
-            for weight, group in zip(plan.groups, plan.linear_groups, strict=True)
-            for linear in group.linears
-        }
+        group_of = {linear.name: group for group in plan.groups for linear in linears_of(group)}
         table_of = {table.name: table for table in plan.embeddings}
         found = []
         for unit in self.units:
-            group = group_of.get(unit.name)
-            table = table_of.get(unit.table.name) if unit.table and (group or not unit.group) else None
-            made = group or table
-            spec = made.spec if made else None
-            size = bytes_of(group, table) if made else unit.main.weight_bytes
+            mine = {linear.name for linear in linears_of(unit.group)}
+            groups = dict.fromkeys(group_of[name] for name in mine if name in group_of)
+            table = table_of.get(unit.table.name) if unit.table and (groups or not unit.group) else None
+            first = group_of.get(unit.name)
+            spec = first.spec if first else table.spec if table else None
+            size = made_bytes(unit, [*groups], table)
             loss = unit.losses[unit.specs.index(spec)] if spec in unit.specs and unit.losses else None
             nodes, main = tuple(names[0] for names in unit.names), unit.main
             found.append(LayerChoice(unit.name, nodes, main.k, main.n, spec, size, unit.alpha, loss))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onnx_woq.core.spec import Spec
 from onnx_woq.engine.plan import PlannedWeight, make_plan
 from onnx_woq.graph.find.embeddings import Embedding
 from onnx_woq.graph.find.float_copies import float_copy_bytes
-from onnx_woq.graph.find.linears import LinearGroup
+from onnx_woq.graph.find.linears import Linear, LinearGroup
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 
@@ -82,8 +82,7 @@ def mixed_layers(source: Model, base: Recipe) -> list[MixedLayer]:
     tied = {head: table for table in plan.embeddings if (head := _embedding(table).head) is not None}
     units = []
     for group in plan.groups:
-        linears = group.source.linears if isinstance(group.source, LinearGroup) else ()
-        table = next((tied[linear] for linear in linears if linear in tied), None)
+        table = next((tied[linear] for linear in linears_of(group) if linear in tied), None)
         units.append(_unit(source, base, group, table))
     loose = [table for table in plan.embeddings if table not in {unit.table for unit in units}]
     # A table that a group reads as well, other than as its transpose, is left to the recipe: neither can move alone.
@@ -111,13 +110,31 @@ def bytes_on(group: PlannedWeight | None, table: PlannedWeight | None, spec: Spe
     return main.on(spec).bytes if group else main.on(spec).own_bytes
 
 
-def bytes_of(group: PlannedWeight | None, table: PlannedWeight | None) -> int:
-    """Returns the bytes of a group and its table, or of a table, each in its own number format."""
-    if group is not None:
-        return group.bytes + (table.code_bytes if table else 0)
-    if table is None:
-        raise ValueError("a layer without a weight")
-    return table.own_bytes
+def made_bytes(layer: MixedLayer, groups: Sequence[PlannedWeight], table: PlannedWeight | None) -> int:
+    """Returns the bytes that a plan makes of a layer.
+
+    The plan may join linears that the layer separates, or the other way round. Of each group the layer then has the
+    share of its own output channels, so that bytes of layers add up to those of the plan.
+
+    Args:
+        layer: the layer.
+        groups: the groups of the plan that have linears of the layer; its other linears stay float.
+        table: the table of the layer as the plan makes it; None if it stays float.
+    """
+    if layer.group is None:
+        return table.own_bytes if table else layer.main.weight_bytes
+    size, left = 0.0, {linear.name: linear for linear in linears_of(layer.group)}
+    for group in groups:
+        if isinstance(group.source, LinearGroup):
+            mine = {columns.start: columns for one, columns in group.source.slices() if left.pop(one.name, None)}
+            size += group.bytes * sum(columns.stop - columns.start for columns in mine.values()) / group.n
+    floats = sum({linear.root: linear.constant().tensor.nbytes for linear in left.values()}.values())
+    return round(size) + floats + (table.code_bytes if table else 0)
+
+
+def linears_of(group: PlannedWeight | None) -> tuple[Linear, ...]:
+    """Returns the linears of a linear group; none for a table or None."""
+    return group.source.linears if group and isinstance(group.source, LinearGroup) else ()
 
 
 def _embedding(table: PlannedWeight) -> Embedding:
@@ -132,8 +149,9 @@ def _unit(source: Model, base: Recipe, group: PlannedWeight | None, table: Plann
     if main is None:
         raise ValueError("a unit without a weight")
     if any(_named(names, base) for names in _node_names(group, table)):
-        taken = bytes_of(group, table)
-        return MixedLayer(group, table, (main.spec,), (taken,), (taken,))
+        settled = MixedLayer(group, table, (main.spec,), (), ())
+        taken = made_bytes(settled, [group] if group else [], table)
+        return replace(settled, stored=(taken,), written=(taken,))
     specs = _worthwhile(size)
     unit = MixedLayer(group, table, (*specs, None), (), ())
     sizes = tuple(size(spec) for spec in specs)
@@ -163,9 +181,7 @@ def _worthwhile(size: Callable[[Spec], int]) -> tuple[Spec, ...]:
 
 
 def _node_names(group: PlannedWeight | None, table: PlannedWeight | None) -> list[list[str]]:
-    names: list[tuple[str, str, str]] = []
-    if group and isinstance(group.source, LinearGroup):
-        names += [(linear.name, linear.node_name, linear.weight_name) for linear in group.source.linears]
+    names = [(linear.name, linear.node_name, linear.weight_name) for linear in linears_of(group)]
     if table:
         one = _embedding(table)
         names += [(node.outputs[0].name or "", node.name or "", one.weight_name) for node in one.nodes]

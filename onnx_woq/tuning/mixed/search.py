@@ -6,10 +6,11 @@ overrides name the linears of each grid, so the written file says how to make it
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -107,7 +108,8 @@ def search_mixes(
     """
     mixer = replace(mixer, units=tuple(measured(run, mixer.base, mixer.units, shared, batches)))
     check_sizes(mixer, target)  # again: units of which nothing is known have lost their choices
-    lab = _MixSearch(run, mixer, judge, shared, target, math.inf if search.max_trials is None else search.max_trials)
+    most = math.inf if search.max_trials is None else search.max_trials
+    lab = _MixSearch(run, mixer, judge, shared, target, most, compared)
     start, run.more = time.process_time(), MAPS
     if target.kind in ("bpw", "size"):
         _to_bytes(lab)
@@ -132,6 +134,7 @@ class _MixSearch:
 
     Attributes:
         left: configurations that may still be tried.
+        compared: names of configurations that are no mixes.
         trials: in the order they were made; only the best has its model on disk.
         mixes: of those that are mixes, by name, the choice of each layer.
         stopped: why it ended.
@@ -143,6 +146,7 @@ class _MixSearch:
     shared: SharedStatistics
     target: Budget
     left: float
+    compared: Collection[str] = ()
     trials: list[Trial] = field(default_factory=list)
     mixes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     stopped: str = "all tried"
@@ -154,10 +158,10 @@ class _MixSearch:
         recipe = self.mixer.recipe(picks)
         if known := next((trial for trial in self.trials if trial.recipe == recipe), None):
             return known
-        name = f"mix {self.mixer.bits_per_weight(picks):.2f} bpw"
-        count = sum(known == name or known.startswith(f"{name} (") for known in self.mixes)
-        name = f"{name} ({count + 1})" if count else name
-        trial = self._try(name, recipe)
+        plain = f"mix {self.mixer.bits_per_weight(picks):.2f} bpw"
+        numbered = (f"{plain} ({number})" for number in itertools.count(2))
+        taken = {*self.compared, *self.mixes}
+        trial = self._try(name := next(one for one in itertools.chain([plain], numbered) if one not in taken), recipe)
         if trial:
             self.mixes[name] = tuple(picks)
         return trial

@@ -320,6 +320,34 @@ def test_tuned_models_equal_quantized_ones(lm, lm_data, tmp_path):
         assert all(measure.agreement(tuned[key], w) > 0.999 for key, w in alone.items())
 
 
+def test_groups_that_share_a_first_linear_are_told_apart(lm_data, tmp_path):
+    """With k before q, one recipe solves [k, v, q] together and another one [k, v]: both are called after k."""
+    from onnx_woq import PRESETS, quantize
+
+    model = zoo.language_model(tmp_path / "kvq.onnx", projections="kvq")
+    configs = ["GPTQ_G32ASYM", "FAST_4BIT", "AWQ_G32ASYM"]
+    for name in configs:
+        wanted = PRESETS[name].to_dict()
+        evaluate = by_recipe(lambda recipe, wanted=wanted: float(recipe == wanted))
+        result = tune(model, evaluate, lm_data, configs=configs, objective="best", workdir=tmp_path / name)
+        assert [(trial.name, trial.error) for trial in result.trials] == [(one, "") for one in configs]
+        quantize(model, tmp_path / "alone.onnx", name, lm_data)
+        assert_same_weights(result.path, tmp_path / "alone.onnx")
+
+
+def test_a_head_that_is_rotated_otherwise_is_solved_again(tied_lm, lm_data, tmp_path):
+    """A head that lends its codes to the embedding stays as it is, one that does not is rotated: two weights."""
+    from onnx_woq import quantize
+
+    shares = Recipe("gptq", rotation=True, embedding=Spec())
+    alone = dataclasses.replace(shares, overrides={"^tokens$": Spec(8, 32)})
+    evaluate = by_recipe(lambda recipe: float(bool(recipe["overrides"])))
+    result = tune(tied_lm, evaluate, lm_data[:4], configs={"a": shares, "b": alone}, objective="best", workdir=tmp_path)
+    assert result.best.name == "b"
+    quantize(tied_lm, tmp_path / "q.onnx", alone, lm_data[:4])
+    assert_same_weights(result.path, tmp_path / "q.onnx")
+
+
 def test_later_trials_do_not_see_earlier_ones(lm, lm_data, tmp_path):
     """The file of a configuration is the same byte for byte whether it was tried alone or after others.
 

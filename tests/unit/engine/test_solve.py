@@ -26,14 +26,18 @@ from tests.support.memory import peak_bytes
 from tests.zoo.nodes import FLOAT16, graph, linear, node, random, value, write
 
 
-def weights_of(tmp_path, dtype=np.float32, recipe=None, weights=None):
+def plan_of(tmp_path, dtype=np.float32, recipe=None, weights=None):
     """One linear group of two weights, one of them stored transposed."""
     weights = weights or {"A": random(96, 40, dtype=dtype), "B": random(24, 96, seed=1, dtype=dtype)}
     proto = FLOAT16 if dtype is np.float16 else 1
     nodes = [node("MatMul", ["x", "A"], ["a"]), node("Gemm", ["x", "B"], ["b"], transB=1, alpha=0.5)]
     outputs = [value("a", ("t", 40), proto), value("b", ("t", 24), proto)]
     main = graph(nodes, [value("x", ("t", 96), proto)], outputs, weights)
-    return make_plan(load(write(tmp_path / "m.onnx", main, external=True)), recipe or Recipe()).groups
+    return make_plan(load(write(tmp_path / "m.onnx", main, external=True)), recipe or Recipe())
+
+
+def weights_of(*args, **options):
+    return plan_of(*args, **options).groups
 
 
 def stats_of(k):
@@ -87,9 +91,9 @@ def test_nothing_can_be_added_without_statistics(tmp_path):
 @pytest.mark.parametrize("field", [{"lowrank": 16}, {"bias_correction": True}, {"method": "gptq"}], ids=str)
 def test_what_is_solved_another_way_is_not_taken_for_the_same(field, tmp_path):
     plain, other = Recipe(), Recipe(**field)
-    (group,), (twin,) = (weights_of(tmp_path, recipe=recipe) for recipe in (plain, other))
-    assert cache_key(plain, group) == cache_key(plain, weights_of(tmp_path, recipe=plain)[0])
-    assert cache_key(plain, group) != cache_key(other, twin)
+    one, same, twin = (plan_of(tmp_path, recipe=recipe) for recipe in (plain, plain, other))
+    assert cache_key(one, one.groups[0]) == cache_key(same, same.groups[0])
+    assert cache_key(one, one.groups[0]) != cache_key(twin, twin.groups[0])
     assert solves_alike(plain, Recipe())
     assert not solves_alike(plain, other)
 

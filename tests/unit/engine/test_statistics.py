@@ -18,6 +18,7 @@ from onnx_woq.engine.resources import Resources
 from onnx_woq.engine.statistics import SharedStatistics, collect
 from onnx_woq.graph.io.model import clone, load
 from onnx_woq.recipe import Recipe
+from tests.zoo import small as zoo
 
 RECIPES = [Recipe("gptq"), Recipe("awq", Spec(3, 64), exclude=("left",)), Recipe("rtn")]
 
@@ -64,6 +65,21 @@ def test_one_calibration_is_that_of_each_recipe_alone(window, scarce, enc, enc_d
         assert len(counted) == 1
         assert any(tmp_path.rglob("stats.npz")) == (window == 1 or scarce)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_groups_of_one_name_and_other_linears_have_their_own_statistics(lm_data, counted, tmp_path):
+    """[k, v, q] and, where attention weights its tokens, [k, v]; all are collected on one way through the graph."""
+    source = load(zoo.language_model(tmp_path / "kvq.onnx", projections="kvq"))
+    recipes = [Recipe("gptq"), Recipe("gptq", attention_weighted=True)]
+    with SharedStatistics(source, recipes, lm_data[:2], resources(window=1)) as shared:
+        for recipe in recipes:
+            plan = make_plan(source, recipe)
+            wanted = list(collect(make_plan(clone(source), recipe), plan.groups, lm_data[:2], resources()))
+            assert_same(list(shared.of(plan, plan.groups)), wanted)
+    order = [node.outputs[0].name for node in source.ir.graph]
+    [names] = counted[:1]
+    assert names == sorted(names, key=order.index)
+    assert len(names) > len(set(names)), "two groups are called alike"
 
 
 def test_nothing_is_calibrated_before_it_is_asked_for(enc, enc_data, counted):

@@ -17,6 +17,7 @@ from onnx_woq.graph.io.model import file_bytes, load
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning.mixed.candidates import MixCandidates
 from onnx_woq.tuning.mixed.layers import mixed_layers
+from tests.zoo import small as zoo
 from tests.zoo.nodes import graph, node, random, value, write
 
 
@@ -102,3 +103,23 @@ def test_nodes_whose_every_name_is_another_ones_too_cannot_be_told_apart(tmp_pat
     units = tuple(mixed_layers(model, Recipe("rtn")))
     with pytest.raises(ModelError, match="around 'o1' share their names with other products"):
         MixCandidates(model, Recipe("rtn"), units, ("", ""), None).recipe((0, 0, 0))
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["joined", "apart"])
+def test_a_recipe_that_groups_linears_otherwise_is_counted_once(weighted, tmp_path):
+    """4 bits in groups of 32 with scale and zero point are 4 + 36/32 bits, whether q stands with k and v or not."""
+    model = load(zoo.language_model(tmp_path / "kvq.onnx", layers=1, projections="kvq"))
+    base, other = (Recipe("gptq", Spec(4, 32), attention_weighted=on) for on in (weighted, not weighted))
+    mixer = MixCandidates(model, base, tuple(mixed_layers(model, base)), ("", ""), None)
+    for recipe in (base, other):
+        found = mixer.layers(recipe)
+        assert {layer.bits for layer in found if layer.k == 64} == {5.125}
+        assert sum(layer.bytes for layer in found) == sum(group.bytes for group in make_plan(model, recipe).groups)
+    q_finer = replace(other, overrides={"q$": Spec(8, 32)})
+    mean = (2 * 5.125 + 8 + 40 / 32) / 3
+    apart = {"layer0.k": 5.125, "layer0.q": 9.25} if weighted else {"layer0.k": pytest.approx(mean)}
+    found = {layer.name: layer.bits for layer in mixer.layers(q_finer) if layer.name in apart}
+    assert found == apart
+    q_float = replace(other, exclude=("q$",))
+    apart |= {"layer0.q": 32} if weighted else {"layer0.k": pytest.approx((2 * 5.125 + 32) / 3)}
+    assert {layer.name: layer.bits for layer in mixer.layers(q_float) if layer.name in apart} == apart

@@ -18,7 +18,7 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning.mixed import layers as module
 from onnx_woq.tuning.mixed.candidates import MixCandidates
-from onnx_woq.tuning.mixed.layers import BITS, GROUPS, bytes_of, bytes_on, freed, mixed_layers
+from onnx_woq.tuning.mixed.layers import BITS, GROUPS, bytes_on, freed, made_bytes, mixed_layers
 from tests.support import measure
 from tests.unit.tuning.mixed.conftest import BASE
 from tests.zoo import small as zoo
@@ -76,7 +76,7 @@ def test_the_bytes_of_a_choice_are_those_of_a_plan_that_has_it(tied):
         plan = make_plan(tied, Recipe("gptq", spec, embedding=spec))
         group = next(one for one in plan.groups if one.name == unit.name)
         table = plan.embeddings[0] if unit.table else None
-        assert unit.stored[pick] == bytes_of(group, table) == bytes_on(unit.group, unit.table, spec)
+        assert unit.stored[pick] == made_bytes(unit, [group], table) == bytes_on(unit.group, unit.table, spec)
         assert unit.stored[-1] == bytes_on(unit.group, unit.table, None) == unit.main.weight_bytes
 
 
@@ -114,6 +114,5 @@ def is_float_weight(name, array):
 
 
 def test_a_layer_without_a_weight_is_a_mistake():
-    for work in (lambda: bytes_on(None, None, Spec()), lambda: bytes_of(None, None)):
-        with pytest.raises(ValueError, match="without a weight"):
-            work()
+    with pytest.raises(ValueError, match="without a weight"):
+        bytes_on(None, None, Spec())
