@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_woq.core.spec import Spec
+    from onnx_woq.engine.convert import convert
     from onnx_woq.engine.inspection import inspect
     from onnx_woq.engine.quantize import quantize
     from onnx_woq.errors import OnnxWoqError
@@ -34,6 +35,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Spec": "core.spec",
     "TuneResult": "tuning.results",
+    "convert": "engine.convert",
     "evaluate": "runtime.evaluation.compare",
     "inspect": "engine.inspection",
     "quantize": "engine.quantize",
@@ -47,6 +49,7 @@ __all__ = [
     "Recipe",
     "Spec",
     "TuneResult",
+    "convert",
     "evaluate",
     "inspect",
     "quantize",

@@ -17,6 +17,7 @@ from onnx_woq.cli.console import named_errors
 
 SUMMARIES = {
     "configs": "List the predefined configurations in tuning order, with what each means.",
+    "convert": "Write an old or unusual MODEL anew, in the form that the other commands take.",
     "evaluate": "Say how far MODEL is from its float original on data.",
     "inspect": "Show what would be quantized in MODEL, what not and why, and the bytes before and after.",
     "quantize": "Quantize MODEL's MatMul weights.",

@@ -223,7 +223,7 @@ class Plan:
         if self.opset == before:
             return self
         logger.warning("the opset is raised from %d to %d for %s", before, self.opset, self.recipe.target)
-        raised = raise_opset(self.model, self.opset)
+        raised = raise_opset(self.model, self.opset, otherwise="choose --target matmulnbits")
         _require_session(self.model, raised, self.opset)
         return make_plan(raised, self.recipe)
 

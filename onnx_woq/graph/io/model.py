@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 OPSETS = range(13, 26)
 """Versions of the ONNX operators that a model may use."""
 
+OLDEST = 7
+"""The oldest opset that ONNX's version converter knows all operators of."""
+
 MEMORY = "in memory"
 """The file name that `serialize` writes as the place of the tensors that `memory_tensors` holds."""
 
@@ -65,7 +68,7 @@ class Model:
 
 
 @no_garbage_search()
-def load(path: str | Path) -> Model:
+def load(path: str | Path, *, convert: bool = False) -> Model:
     """Loads the structure of the model at `path`; large weights stay on disk and are read when asked for.
 
     On the way the model is brought into a form that the rest of the package relies on:
@@ -76,6 +79,10 @@ def load(path: str | Path) -> Model:
     * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
     * every node stands behind the nodes it reads.
 
+    Args:
+        path: the .onnx file.
+        convert: take opsets from `OLDEST` on as well, for `graph.rewrite.modernize`.
+
     Raises:
         ModelError: the file cannot be used: not ONNX, truncated, data missing or unsafe, opset outside of `OPSETS`.
     """
@@ -84,7 +91,7 @@ def load(path: str | Path) -> Model:
     source = files.describe_source(real, real.parent)
     proto = _read(named, real)
     _use_one_domain(proto)
-    _check_opset(named, proto)
+    _check_opset(named, proto, OLDEST if convert else OPSETS[0])
     _check_nodes(named, proto)
     model = Model(_to_ir(named, proto), real, named)
     graphs = list(model.ir.graphs())  # a walk over every attribute of every node: once is enough
@@ -212,15 +219,13 @@ def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield node
 
 
-def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
+def _check_opset(named: Path, proto: onnx.ModelProto, oldest: int) -> None:
     version = _default_version(proto)
     if version is None:
         raise ModelError(f"{named} does not say which version of the ONNX operators it uses: export it again")
-    if version < OPSETS[0]:
-        raise ModelError(
-            f"{named} uses opset {version}, older than {OPSETS[0]}: export it with a newer opset, "
-            "or convert it with onnx.version_converter"
-        )
+    if version < oldest:
+        way = f"convert it with `onnx-woq convert {named} -o NEW.onnx`, or " if version >= OLDEST else ""
+        raise ModelError(f"{named} uses opset {version}, older than {oldest}: {way}export it with a newer opset")
     if version > OPSETS[-1]:
         raise ModelError(f"{named} uses opset {version}, newer than {OPSETS[-1]}: export it with opset {OPSETS[-1]}")
 

@@ -21,12 +21,13 @@ _ASIDE = "onnx_woq.aside"  # the domain of operators unknown to the converter, m
 _NOT_CONVERTED = ("GroupNormalization",)  # opset 21 changed it, and the converter does not
 
 
-def raise_opset(model: Model, opset: int) -> Model:
+def raise_opset(model: Model, opset: int, *, otherwise: str = "") -> Model:
     """Returns a copy of `model` in a newer opset that computes the same; names of values and nodes stay.
 
     Args:
         model: stays as it is.
         opset: the opset of the copy, newer than that of the model.
+        otherwise: what a user who cannot export the model anew may do instead, for the message of the error.
 
     Raises:
         ModelError: the version converter cannot convert the model.
@@ -37,7 +38,7 @@ def raise_opset(model: Model, opset: int) -> Model:
     proto = structure(source)
     nodes = list(_nodes(proto.graph))
     if stuck := next((node.op_type for node in nodes if node.op_type in _NOT_CONVERTED and not node.domain), None):
-        raise _refused(model, opset, f"the converter does not convert {stuck}")
+        raise _refused(model, opset, f"the converter does not convert {stuck}", otherwise)
     props = {node.output[0]: list(node.metadata_props) for node in nodes if node.metadata_props and node.output}
     for node in nodes:
         if not node.domain and not onnx.defs.has(node.op_type, ""):
@@ -46,7 +47,8 @@ def raise_opset(model: Model, opset: int) -> Model:
     try:
         new = version_converter.convert_version(proto, opset)
     except Exception as error:  # RuntimeError, ConvertError, IndexError: they have no common base
-        raise _refused(model, opset, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _refused(model, opset, reason, otherwise) from error
     for node in _nodes(new.graph):
         if node.domain == _ASIDE:
             node.domain = ""
@@ -75,8 +77,6 @@ def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
     return (node for one in _graphs(graph) for node in one.node)
 
 
-def _refused(model: Model, opset: int, reason: str) -> ModelError:
-    return ModelError(
-        f"{model.path} cannot be raised to opset {opset}, which its codes need ({reason}): "
-        f"export it with opset {opset}, or choose --target matmulnbits"
-    )
+def _refused(model: Model, opset: int, reason: str, otherwise: str) -> ModelError:
+    way = f", or {otherwise}" if otherwise else ""
+    return ModelError(f"{model.path} cannot be raised to opset {opset} ({reason}): export it with opset {opset}{way}")

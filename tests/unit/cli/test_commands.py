@@ -26,7 +26,7 @@ def imported_by(*arguments: str) -> set[str]:
 
 def test_main_is_a_click_group():
     assert isinstance(main, click.Group)
-    assert main.list_commands(click.Context(main)) == ["configs", "evaluate", "inspect", "quantize"]
+    assert main.list_commands(click.Context(main)) == ["configs", "convert", "evaluate", "inspect", "quantize"]
 
 
 @pytest.mark.parametrize("name", SUMMARIES)
@@ -67,5 +67,12 @@ def test_an_unknown_command_is_a_usage_error(run):
 def test_a_command_that_someone_adds_is_listed_and_run():
     group = type(main)(name="more", callback=main.callback)
     group.add_command(click.Command("extra", help="Do more.", callback=lambda: click.echo("done")))
-    assert group.list_commands(click.Context(group)) == ["configs", "evaluate", "extra", "inspect", "quantize"]
+    assert group.list_commands(click.Context(group)) == [
+        "configs",
+        "convert",
+        "evaluate",
+        "extra",
+        "inspect",
+        "quantize",
+    ]
     assert "extra     Do more." in group.get_help(click.Context(group))

@@ -83,4 +83,4 @@ def test_what_cannot_be_converted_is_refused_with_a_way_out(tmp_path):
     with pytest.raises(
         ModelError, match=r"opset 21.*GroupNormalization.*export it with opset 21.*--target matmulnbits"
     ):
-        raise_opset(model, 21)
+        raise_opset(model, 21, otherwise="choose --target matmulnbits")

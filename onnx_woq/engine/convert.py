@@ -1,0 +1,37 @@
+"""Conversion of an old or unusual float model to one that can be quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onnx_woq.engine.output import destination, write
+from onnx_woq.graph.io.find_model import find_model
+from onnx_woq.graph.io.model import load
+from onnx_woq.graph.io.save import check_output
+from onnx_woq.graph.rewrite.modernize import modernize
+
+
+def convert(model: str | Path, output: str | Path) -> list[str]:
+    """Writes a float model anew, in the form that `quantize` takes; it computes the same.
+
+    An opset from 7 to 12 is raised to 13 by ONNX's version converter, initializers that are inputs as well become
+    constants, and double precision becomes single, except in the model's inputs and outputs.
+
+    Args:
+        model: an .onnx file, or a folder that holds one. It is never modified.
+        output: an .onnx file; or a folder, which gets the tokenizer and config files as well.
+
+    Returns:
+        Lines for people on what was changed; none if the model is written as it was.
+
+    Raises:
+        OnnxWoqError: the model cannot be converted, or the output cannot be written.
+    """
+    path = find_model(model)
+    source = load(path, convert=True)
+    place = destination(output, path)
+    if place.onnx.parent.is_dir():
+        check_output(source, place.onnx)
+    converted, done = modernize(source)
+    write(converted, place, {}, path.parent)
+    return done
