@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx_woq.core.refine.low_rank import GRID
 from onnx_woq.core.spec import Spec
 from onnx_woq.engine.results import WeightReport
+from onnx_woq.engine.scale_type import scale_type
 from onnx_woq.errors import AlreadyQuantized, ModelError, NothingToQuantize
 from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
@@ -391,15 +392,17 @@ def opset_of(model: Model) -> int:
 
 def _planned_group(model: Model, recipe: Recipe, group: LinearGroup) -> PlannedWeight:
     target = choose(recipe.target, group.spec, "linear")
-    storage = Storage(np.float16 if recipe.half_scales else group.kernel_dtype, opset_of(model))
+    opset = opset_of(model)
+    scales = scale_type(group, operator_of(target, "linear"), opset, half=recipe.half_scales)
     rank = min(recipe.lowrank, -(-min(group.k, group.n) // RANKS) * RANKS)
-    return PlannedWeight(group, target, storage, rank, recipe.bias_correction)
+    return PlannedWeight(group, target, Storage(scales, opset), rank, recipe.bias_correction)
 
 
 def _planned_table(model: Model, recipe: Recipe, table: Embedding) -> PlannedWeight:
     target = choose(recipe.target, table.spec, "embedding")
-    half = recipe.half_scales or table.dtype.numpy() == np.float16
-    return PlannedWeight(table, target, Storage(np.float16 if half else np.float32, opset_of(model)))
+    opset = opset_of(model)
+    scales = scale_type(table, operator_of(target, "embedding"), opset, half=recipe.half_scales)
+    return PlannedWeight(table, target, Storage(scales, opset))
 
 
 def _sharing(tables: Sequence[PlannedWeight]) -> set[ir.Node]:

@@ -5,6 +5,7 @@ Wherever a task runs, BLAS uses one thread, so the numbers are the same bit for 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from onnx_woq.core.cpu import ParallelMap
+from onnx_woq.core.grids.scale_range import in_unit, large_unit
 from onnx_woq.core.methods.registry import solve
 from onnx_woq.core.methods.rtn import PIECE
 from onnx_woq.core.refine.asymmetric import asymmetric_target
@@ -227,7 +229,7 @@ def _together(task: Task, stats: Stats, parallel_map: ParallelMap) -> Solved:
 
     If a bias will correct the mean of the outputs, everything else is solved for the inputs less their mean.
     """
-    original = _side_by_side(task)
+    original, unit = _side_by_side(task)
     felt = stats.less_mean() if task.corrected else stats
     weight = original
     if task.share:
@@ -238,16 +240,20 @@ def _together(task: Task, stats: Stats, parallel_map: ParallelMap) -> Solved:
     packed, ups, bias, start = [], [], [], 0
     for one in task.weights:
         columns = slice(start, start + one.n)
-        packed.append(task.operator.pack(q.columns(columns), task.storage))
+        packed.append(_packed(task, q.columns(columns), unit))
         if factors:
-            ups.append(task.operator.pack(factors.up.columns(columns), task.storage))
+            ups.append(_packed(task, factors.up.columns(columns), unit))
         if task.corrected:
             own_factors = factors and factors.columns(columns)
-            bias.append(_bias(original[:, columns], q.columns(columns), own_factors, stats))
+            bias.append(np.ldexp(_bias(original[:, columns], q.columns(columns), own_factors, stats), unit))
         start += one.n
     error = _relative_error(weight, q, factors, felt, stats)
     down = (task.operator.pack(factors.down, task.storage),) if factors else ()
     return Solved(tuple(packed), q.input_scale, error, (*down, *ups), tuple(bias))
+
+
+def _packed(task: Task, q: QuantizedTensor, unit: int) -> Packed:
+    return task.operator.pack(in_unit(q, unit, task.storage.scale_dtype), task.storage)
 
 
 def _factors(task: Task, weight: np.ndarray, q: QuantizedTensor, stats: Stats) -> Factors:
@@ -285,17 +291,24 @@ def _solved(
         raise not_finite(task, name) from error
 
 
-def _side_by_side(task: Task) -> np.ndarray:
-    """Returns the weights as one float32 matrix `[K, n]`."""
+def _side_by_side(task: Task) -> tuple[np.ndarray, int]:
+    """Returns the weights as one float32 matrix `[K, n]`, and the exponent of the power of two it is a multiple of.
+
+    That is 0 unless squares of the weights would leave float32.
+    """
     out = np.empty((task.weights[0].k, sum(weight.n for weight in task.weights)), np.float32)
-    start = 0
+    start, largest = 0, 0.0
     for weight in task.weights:
         columns = out[:, start : start + weight.n]
         columns[...] = weight.read()
-        if not (np.isfinite(columns.min()) and np.isfinite(columns.max())):  # min and max of numbers with a NaN are NaN
+        low, high = float(columns.min()), float(columns.max())
+        if not (math.isfinite(low) and math.isfinite(high)):  # min and max of numbers with a NaN are NaN
             raise not_finite(task, weight.name)
+        largest = max(largest, -low, high)
         start += weight.n
-    return out
+    if unit := large_unit(largest):
+        np.ldexp(out, -unit, out=out)
+    return out, unit
 
 
 def _relative_error(

@@ -75,6 +75,9 @@ class Operator(Protocol):
     def speed(self, spec: Spec) -> Speed:
         """Tells how a session runs weights of a number format."""
 
+    def scale_factor(self, spec: Spec, storage: Storage) -> float:
+        """Returns what scales are multiplied by before they are stored, a power of two."""
+
     def shapes(self, k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
         """Returns the shape and type of each array of a weight `[k, n]`, known before it is solved."""
 

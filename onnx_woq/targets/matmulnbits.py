@@ -114,6 +114,11 @@ def speed(spec: Spec) -> Speed:  # noqa: ARG001
     return "native"
 
 
+def scale_factor(spec: Spec, storage: Storage) -> float:
+    """Returns what scales are multiplied by: less than 1 where codes are stored above the gap that the kernel reads."""
+    return 1 / (1 << FORMS[spec.bits].gap) if spec.symmetric and _is_dense(spec.bits, storage) else 1.0
+
+
 def runtime(node: ir.Node, *, in_body: bool) -> Version | None:
     """Returns the oldest onnxruntime whose CPU kernels run a MatMulNBits as `lower` writes it, None for other nodes."""
     if node.op_type != "MatMulNBits" or "accuracy_level" not in node.attributes:
@@ -183,9 +188,8 @@ def pack(q: QuantizedTensor, storage: Storage) -> Packed:
     if not dense:
         return Packed((codes,), scales, zeros, k, n, container, block, q.bits)
     if q.symmetric:
-        gap = FORMS[q.bits].gap
-        codes <<= gap
-        np.divide(scales, 1 << gap, out=scales)
+        codes <<= FORMS[q.bits].gap
+        np.multiply(scales, scale_factor(Spec(q.bits, symmetric=True), storage), out=scales)
     planes = planes_of(codes, layout_of(q.bits, symmetric=q.symmetric))
     return Packed(planes, scales, zeros, k, n, container, block, q.bits)
 

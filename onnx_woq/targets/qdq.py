@@ -108,6 +108,11 @@ def runtime(node: ir.Node, *, in_body: bool) -> Version | None:  # noqa: ARG001
     return _OLDEST[bits] if bits else None
 
 
+def scale_factor(spec: Spec, storage: Storage) -> float:  # noqa: ARG001
+    """Returns 1: scales are stored as they are."""
+    return 1.0
+
+
 def shapes(k: int, n: int, spec: Spec, storage: Storage) -> Shapes:
     """Returns the shape and type of each of `Packed.arrays` for a weight `[k, n]`, known before it is solved."""
     bits = _width(spec.bits, n)

@@ -36,6 +36,7 @@ from onnx_woq.core.grids.integer import (
     tiles,
     widened,
 )
+from onnx_woq.core.grids.scale_range import large_unit
 from onnx_woq.core.spec import Spec
 from onnx_woq.core.stats import Stats
 
@@ -85,6 +86,7 @@ def solve(
         for rows, groups, size, inside in tiles(k, part.shape[1], g, whole=True):
             at = (groups, slice(columns.start + inside.start, columns.start + inside.stop))
             w = grouped(np.array(widened(part[rows, inside], scratch)), size)
+            w = w.astype(np.float64) if large_unit(float(np.abs(w).max(initial=0))) else w
             s, z = scales[at].astype(w.dtype), zeros[at].astype(w.dtype)
             wanted = z if spec.symmetric else np.rint(zero_point(w, s, z, top, norm, beta, kappa, iterations))
             found, moved = _fitted(w, s, np.clip(wanted, 0, top), top, scale_dtype)
