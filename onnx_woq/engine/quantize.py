@@ -22,8 +22,10 @@ from onnx_woq.graph.io.save import check_output
 from onnx_woq.presets import preset
 from onnx_woq.progress import Progress
 from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.session import blames_models
 
 
+@blames_models("model")
 def quantize(
     model: str | Path,
     output: str | Path,

@@ -181,9 +181,22 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
         raise ModelError(f"{named} cannot be read: {error.strerror}") from error
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{named} is not an ONNX model: it has no graph; fetch or export it again")
+    if not 0 <= proto.ir_version < 1 << 31:
+        raise ModelError(f"{named} says IR version {proto.ir_version}, which does not exist: fetch or export it again")
+    _drop_references(proto.graph)
     if proto.graph.sparse_initializer:
         raise ModelError(f"{named} has sparse initializers, which are not supported: export it with dense weights")
     return proto
+
+
+def _drop_references(graph: onnx.GraphProto) -> None:
+    """Drops names of parameters from attributes: outside of functions nobody gives them, and runtimes ignore them."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                attribute.ClearField("ref_attr_name")
+            if attribute.HasField("g"):
+                _drop_references(attribute.g)
 
 
 def _check_opset(named: Path, proto: onnx.ModelProto) -> None:
@@ -204,7 +217,7 @@ def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
     pending = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
-    context.opset_imports = {o.domain: o.version for o in proto.opset_import} | {"": _default_version(proto) or 0}
+    context.opset_imports = {"": _default_version(proto) or 0}
     while pending:
         node = pending.pop()
         pending += [inner for attribute in node.attribute for inner in attribute.g.node]
