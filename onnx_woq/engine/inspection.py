@@ -10,8 +10,10 @@ from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import load
 from onnx_woq.presets import preset
 from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.session import blames_models
 
 
+@blames_models("model")
 def inspect(model: ModelSource, recipe: Recipe | str = "RTN_G32ASYM") -> Inspection:
     """Tells what a recipe would quantize in a model, what it would leave float and why, and the bytes of both.
 

@@ -23,8 +23,10 @@ from onnx_woq.presets import preset
 from onnx_woq.progress import Progress
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.custom_ops import CustomOps, custom_operators
+from onnx_woq.runtime.session import blames_models
 
 
+@blames_models("model")
 def quantize(
     model: ModelSource,
     output: str | Path,

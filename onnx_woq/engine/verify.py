@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnx
 
-from onnx_woq.errors import BrokenResult
+from onnx_woq.errors import BrokenResult, ModelError
 from onnx_woq.graph.io.model import Model, load
-from onnx_woq.runtime.session import why_not_opened
+from onnx_woq.runtime.session import lacks_operators, why_not_opened
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +22,12 @@ def verify(written: Path, out: Path, source: Model, *, opens: bool = True) -> No
         out: the final name, for messages.
         source: the float model.
         opens: check also that ONNX Runtime opens the result. If it refuses the float model as well, for an operator
-            that it does not know, the log says that nothing could be checked.
+            that it lacks, the log says that nothing could be checked.
 
     Raises:
         InputChanged: the float model is not the one that was read.
         BrokenResult: ONNX Runtime opens the float model and not the result.
+        ModelError: it finds both invalid.
     """
     source.check_unchanged()
     reason = why_not_opened(written) if opens else ""
@@ -34,6 +35,8 @@ def verify(written: Path, out: Path, source: Model, *, opens: bool = True) -> No
         return
     reason = reason.removeprefix(f"{written} cannot be run: ") + _place(written, reason)
     if why_not_opened(source.named) and (refusal := why_not_opened(load(source.named))):
+        if not lacks_operators(refusal):
+            raise ModelError(f"{refusal}; nor can what is made of it, so {out} was not written: export the model again")
         logger.warning("%s; nor can what is made of it, so %s was not checked", refusal, out)
         return
     raise BrokenResult(

@@ -5,17 +5,21 @@ Weights stay in their files, and errors of ONNX Runtime become readable messages
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 
 from onnx_woq.core.cpu import cores
-from onnx_woq.errors import DataError, ModelError
+from onnx_woq.errors import DataError, MemoryLimit, ModelError, OnnxWoqError
 from onnx_woq.graph.find.quantized import low_bit_nodes
+from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import Model, memory_tensors, serialize
 from onnx_woq.runtime.custom_ops import registered
 
@@ -23,7 +27,13 @@ THREADS_VARIABLE = "ONNX_WOQ_THREADS"
 """Environment variable with the number of threads, for callers that do not give one."""
 
 _FATAL = 4  # ONNX Runtime's log severity; everything below also arrives as an exception
-_PREFIX = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_LACKING = re.compile(
+    r"is not a registered function/op|No Op registered for|Could not find an implementation|"
+    r"official support|Unsupported model IR version"
+)
+_PREFIX = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : ")
 
 
 def make_session(
@@ -74,6 +84,45 @@ def why_not_opened(source: str | Path | Model) -> str:
         except ModelError as error:
             refusals.append(str(error))
     return refusals[0]
+
+
+def lacks_operators(refusal: str) -> bool:
+    """Tells whether a model is refused for what this runtime does not have, and another one may: operators, kernels."""
+    return _LACKING.search(refusal) is not None
+
+
+def blames_models(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Returns a decorator that turns whatever is raised on a model that ONNX Runtime finds invalid into a ModelError.
+
+    A model may be malformed in more ways than anyone checks, and be met anywhere. An error on a model that the runtime
+    opens, or refuses only for an operator that it lacks, is a fault of this package and is raised as it is; but memory
+    that runs out is a MemoryLimit.
+
+    Args:
+        arguments: the names of the function's arguments that are paths of models.
+    """
+
+    def decorate(function: Callable[_P, _R]) -> Callable[_P, _R]:
+        @functools.wraps(function)
+        def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            try:
+                return function(*args, **kwargs)
+            except OnnxWoqError:
+                raise
+            except Exception as error:
+                given = inspect.signature(function).bind(*args, **kwargs).arguments
+                for path in (given[name] for name in arguments if isinstance(given[name], str | Path)):
+                    refusal = why_not_opened(find_model(path))
+                    if refusal and not lacks_operators(refusal):
+                        first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                        raise ModelError(f"{refusal}; the model is damaged, export it again ({first})") from error
+                if isinstance(error, MemoryError):
+                    raise MemoryLimit(f"there is too little memory for this model and data: {error}") from error
+                raise
+
+        return guarded
+
+    return decorate
 
 
 def run(
@@ -127,7 +176,7 @@ def _opened(source: str | Path | Model, options: ort.SessionOptions) -> ort.Infe
     else:
         name = content = str(source)
     try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # ONNX Runtime's exceptions have no common base
         raise ModelError(f"{name} cannot be run: {_explain(error)}") from error
     session.borrowed_weights = weights  # ONNX Runtime reads these arrays in place and does not own them
@@ -175,7 +224,7 @@ def _structure(model: Model, options: ort.SessionOptions) -> tuple[bytes, list[n
 
 def _explain(error: Exception) -> str:
     """Returns the message of ONNX Runtime without its codes and source lines."""
-    text = _PREFIX.sub("", str(error)).strip()
+    text = _PREFIX.split(str(error))[-1].strip()
     text = re.sub(r"\S+\.(?:cc|h):\d+ \S+ ?", "", text)
     if "is not a registered function/op" in text:
         text += " (name the library that has it with --custom-ops, in Python custom_ops)"

@@ -22,6 +22,7 @@ from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import Model, file_bytes, load, model_hash
 from onnx_woq.runtime.custom_ops import custom_operators
 from onnx_woq.runtime.data.feeds import Feed
+from onnx_woq.runtime.session import blames_models
 from onnx_woq.targets.registry import required_runtime
 from onnx_woq.tuning.budget import Budget, budget_of
 from onnx_woq.tuning.configurations import named_recipes, plan_of_all, require_work, try_all
@@ -36,6 +37,7 @@ from onnx_woq.tuning.trials import Run, made_again
 from onnx_woq.tuning.work_folder import work_folder
 
 
+@blames_models("model")
 def tune(
     model: ModelSource,
     eval_fn: Callable[[Path], float] | None = None,

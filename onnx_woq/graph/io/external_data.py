@@ -25,7 +25,7 @@ import onnx_ir as ir
 from onnx_woq.errors import InputChanged, ModelError
 
 Stamp = tuple[int, int, int, int]
-"""What shows that a file was changed or replaced: its device, inode, bytes and time of the last change."""
+"""Device, inode, bytes and time of the last change of a file, which show that it was changed or replaced."""
 
 
 class LinkedTensor(ir.ExternalTensor):

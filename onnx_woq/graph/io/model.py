@@ -191,6 +191,9 @@ def _read(named: Path, real: Path) -> onnx.ModelProto:
         raise ModelError(f"{named} cannot be read: {error.strerror}") from error
     if not proto.graph.node and not proto.graph.output:
         raise ModelError(f"{named} is not an ONNX model: it has no graph; fetch or export it again")
+    if not 0 <= proto.ir_version < 1 << 31:
+        raise ModelError(f"{named} says IR version {proto.ir_version}, which does not exist: fetch or export it again")
+    _drop_references(proto.graph)
     if proto.graph.sparse_initializer:
         raise ModelError(f"{named} has sparse initializers, which are not supported: export it with dense weights")
     return proto
@@ -219,6 +222,16 @@ def _nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield node
 
 
+def _drop_references(graph: onnx.GraphProto) -> None:
+    """Drops names of parameters from attributes: outside of functions nobody gives them, and runtimes ignore them."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.ref_attr_name:
+                attribute.ClearField("ref_attr_name")
+            if attribute.HasField("g"):
+                _drop_references(attribute.g)
+
+
 def _check_opset(named: Path, proto: onnx.ModelProto, oldest: int) -> None:
     version = _default_version(proto)
     if version is None:
@@ -234,7 +247,7 @@ def _check_nodes(named: Path, proto: onnx.ModelProto) -> None:
     """Raises a ModelError for a node without the inputs and attributes that this package takes for granted."""
     context = onnx.checker.C.CheckerContext()
     context.ir_version = proto.ir_version
-    context.opset_imports = {o.domain: o.version for o in proto.opset_import}
+    context.opset_imports = {"": _default_version(proto) or 0}
     for node in _nodes(proto):
         if node.op_type not in _READ_CLOSELY or node.domain:
             continue

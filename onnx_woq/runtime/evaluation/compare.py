@@ -12,11 +12,13 @@ from onnx_woq.runtime.custom_ops import CustomOps, custom_operators
 from onnx_woq.runtime.data.feeds import feeds
 from onnx_woq.runtime.data.inputs import model_inputs
 from onnx_woq.runtime.evaluation.metrics import Metrics, compare
+from onnx_woq.runtime.session import blames_models
 
 EVALUATION_SAMPLES = 32
 """Samples that `evaluate` takes at most, unless the caller says otherwise."""
 
 
+@blames_models("model", "reference")
 def evaluate(
     model: ModelSource,
     reference: ModelSource,

@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from onnx_woq.errors import DataError, ModelError
+from onnx_woq.errors import DataError, MemoryLimit, ModelError
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
@@ -204,3 +204,40 @@ def test_opening_leaves_the_weights_in_their_files(tmp_path, monkeypatch):
     assert given[0].graph_optimization_level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     assert given[1].graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL, "some open only so"
     assert {one.get_session_config_entry("session.disable_prepacking") for one in given} == {"1"}
+
+
+def fails(model, other="", *, error):
+    raise error
+
+
+@pytest.mark.parametrize("argument", ["model", "other"])
+def test_what_is_raised_on_an_invalid_model_is_blamed_on_it(argument, tmp_path):
+    sane = chain(tmp_path / "m.onnx")
+    main = graph([node("Add", ["x", "ghost"], ["y"])], [value("x", [1])], [value("y", [1])])
+    invalid = write(tmp_path / "invalid.onnx", main)
+    guarded = module.blames_models("model", "other")(fails)
+    models = {"model": sane, "other": sane, argument: invalid}
+    with pytest.raises(ModelError, match=r"invalid\.onnx.*ghost.*KeyError: 'k'"):
+        guarded(**models, error=KeyError("k"))
+    with pytest.raises(DataError, match="as it is"):
+        guarded(**models, error=DataError("as it is"))
+    with pytest.raises(KeyboardInterrupt):
+        guarded(**models, error=KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("domain", ["", "elsewhere"])
+def test_a_fault_of_the_package_stays_one(domain, tmp_path):
+    """On a model that opens, and on one with an operator that only other runtimes have."""
+    operator = node("Nonesuch" if domain else "Relu", ["x"], ["y"], domain=domain)
+    main = graph([operator], [value("x", [1])], [value("y", [1])])
+    path = write(tmp_path / "m.onnx", main, domains={"elsewhere": 1})
+    guarded = module.blames_models("model", "other")(fails)
+    with pytest.raises(KeyError):
+        guarded(path, path, error=KeyError("k"))
+    with pytest.raises(MemoryLimit, match=r"too little memory.*715 GiB"):
+        guarded(path, path, error=MemoryError("715 GiB"))
+
+
+def test_a_guarded_function_is_still_itself(tmp_path):
+    assert module.blames_models("model")(fails).__name__ == "fails"
+    assert module.blames_models("model")(len)([1, 2]) == 2
