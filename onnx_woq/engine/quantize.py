@@ -57,7 +57,7 @@ def quantize(
         recipe: the recipe, or the name of a preset.
         data: calibration data, which GPTQ, AWQ, TEQ, bias correction, low-rank compensation and asymmetric calibration
             need. An iterable of input dictionaries, of `(inputs, labels)` or of arrays; the path of a .npz, .npy, .txt
-            or .jsonl file, or of a folder of arrays; or "random".
+            .jsonl or .csv file, or of a folder of arrays; or "random".
         samples: replaces the recipe's `nsamples`; fewer samples are then an error.
         seqlen: tokens of a sample, replaces the recipe's `pad_max_length`.
         tokenizer: the tokenizer's folder for text data, if it is not beside the model.

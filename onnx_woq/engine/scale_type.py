@@ -17,7 +17,7 @@ from onnx_woq.targets.base import EmbeddingOperator, LinearOperator, Storage
 ScaleType = type[np.float32] | type[np.float16]
 
 _KNOWN: WeakKeyDictionary[ir.TensorProtocol, dict[object, bool]] = WeakKeyDictionary()
-"""What is known of a tensor whose weights were looked at: plans are made many times, weights are read once."""
+"""Answers by tensor and format: plans are made many times, weights are read once."""
 
 
 def scale_type(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnx_woq.errors import DataError
+from onnx_woq.runtime.data import documents
 from onnx_woq.runtime.data.arrays import SUFFIXES, read_arrays
 from onnx_woq.runtime.data.inputs import (
     MASKS,
@@ -22,10 +23,9 @@ from onnx_woq.runtime.data.inputs import (
     InputInfo,
     can_fill,
     fill,
-    is_decoder,
     model_inputs,
 )
-from onnx_woq.runtime.data.text import load_tokenizer, read_records, read_text, stream_rows
+from onnx_woq.runtime.data.rows import text_rows
 
 __all__ = ["Feed", "InputInfo", "data_hash", "feeds", "model_inputs", "random_feeds"]
 
@@ -45,7 +45,9 @@ _SAFE_KINDS = {
     "b": "b",
     "V": "f",
 }  # kind of an input -> those it takes; V is bfloat16
-_FORMS = "a .txt or .jsonl text, a .npz or .npy file, a folder of arrays, or in Python an iterable of dictionaries"
+_FORMS = (
+    "a .txt, .jsonl or .csv text, a .npz or .npy file, a folder of arrays, or in Python an iterable of dictionaries"
+)
 
 
 def feeds(
@@ -64,9 +66,9 @@ def feeds(
 
     Forms of data:
 
-    - .txt: for a decoder (a model that keeps a past), one stream of tokens cut into rows of `seqlen`; for an encoder,
-      each line is a sample with special tokens around it.
-    - .jsonl: each record is a sample.
+    - .txt: for a decoder (a model that keeps a past), one stream of tokens cut into rows of `seqlen`, each of which
+      begins as the tokenizer begins a document; for an encoder, each line is a sample with special tokens around it.
+    - .jsonl, .csv: each record is a sample, see `runtime.data.documents.records`.
     - .npz: arrays named like the inputs; .npy: one array for a model with one input. The first axis counts samples.
     - An iterable of dictionaries, arrays (for a model with one input), lists of arrays in the order of the inputs, or
       tuples `(inputs, labels)`, of which the labels are ignored.
@@ -170,10 +172,14 @@ def _open(
             raise DataError(f"there is no data at {path}: give {_FORMS}")
         if not path.is_file() and not path.is_dir():
             raise DataError(f"{path} is neither a regular file nor a folder: copy the data to a file first")
-        if path.is_file() and path.suffix in (".txt", ".jsonl"):
-            return _text(path, inputs, wanted, seqlen, exact_length, tokenizer, model_dir)
+        if path.is_file() and path.suffix in documents.SUFFIXES:
+            return text_rows(path, inputs, wanted, seqlen, exact_length, tokenizer, model_dir)
         if path.is_dir() or path.suffix in SUFFIXES:
             return read_arrays(path, inputs)
+        if path.suffix == ".parquet":
+            raise DataError(
+                f"{path} is not read: write its text as .jsonl (in pandas: to_json(orient='records', lines=True))"
+            )
         raise DataError(f"{path} is in no known format: give {_FORMS}")
     if isinstance(source, (Mapping, np.ndarray)):
         return iter([("the sample", source)])
@@ -188,56 +194,6 @@ def _elements(source: Any) -> Iterable[Any]:
         return iter(source)
     except TypeError as error:
         raise DataError(f"{type(source).__name__} is not data: give {_FORMS}") from error
-
-
-def _text(
-    path: Path,
-    inputs: list[InputInfo],
-    wanted: int,
-    seqlen: int,
-    exact_length: bool,
-    tokenizer: Path | None,
-    model_dir: Path | None,
-) -> Iterator[tuple[str, Feed]]:
-    """Yields text as samples of input_ids, with an attention mask where a fixed length makes padding necessary."""
-    ids = next((info for info in inputs if info.name == "input_ids"), None)
-    if ids is None:
-        wants = ", ".join(map(str, inputs))
-        raise DataError(
-            f"{path} is text, but the model takes no input_ids (it takes {wants}): give .npz or dictionaries"
-        )
-    records = None if path.suffix == ".txt" else list(read_records(path))
-    text = read_text(path)
-    tokens = load_tokenizer(tokenizer, model_dir, text if records is None else "\n".join(records[:100]), ids.limit)
-    fixed = ids.shape[1] if ids.shape is not None and len(ids.shape) == 2 else None
-    positions = next((info.limit for info in inputs if info.name == POSITIONS), None)
-    limits = (seqlen, tokens.longest, positions, fixed if isinstance(fixed, int) else None)
-    length = min(limit for limit in limits if limit is not None)
-    if length < seqlen:
-        logger.warning("samples are cut to %d tokens, the longest that %s takes", length, model_dir or "the model")
-    if exact_length and length < seqlen:
-        raise DataError(
-            f"no sample can have exactly {seqlen} tokens: the model takes {length} at most (--seqlen {length})"
-        )
-    closes = tokens.closes()
-    stream = is_decoder(inputs) or not (closes or any(info.name in TOKEN_TYPES for info in inputs))
-    if records is None and stream:
-        rows: Iterable[list[int]] = stream_rows(text, tokens.encode, wanted, length)
-    else:
-        documents = text.splitlines() if records is None else records
-        encoded = (tokens.encode(d, True) for d in documents if d.strip())
-        rows = (row[: length - 1] + row[-1:] if closes and len(row) > length else row[:length] for row in encoded)
-    for number, row in enumerate((row for row in rows if row), 1):
-        yield f"{path} sample {number}", _row(row, fixed if isinstance(fixed, int) else len(row))
-
-
-def _row(ids: list[int], length: int) -> Feed:
-    """Returns one sample of input_ids `[1, length]`; if it has to be padded, with an attention mask."""
-    tokens = np.zeros((1, length), np.int64)
-    tokens[0, : len(ids)] = ids
-    if len(ids) == length:
-        return {"input_ids": tokens}
-    return {"input_ids": tokens, "attention_mask": (np.arange(length) < len(ids)).astype(np.int64)[None]}
 
 
 def _named(sample: Any, inputs: list[InputInfo], label: str) -> dict[str, Any]:

@@ -1,15 +1,14 @@
-"""Text: files read and turned into token ids, without torch or transformers."""
+"""Text turned into token ids, without torch or transformers."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from onnx_woq.errors import DataError
+from onnx_woq.runtime.data.settings import read_settings
 
 Encode = Callable[[str, bool], list[int]]
 """`(text, special) -> ids`, with the special tokens of a whole document if `special`."""
@@ -20,7 +19,6 @@ _PROBE = "It’s 1,234 words:\n\n  don't “stop”; naïve café, 北京 и М�
 _PROBE_LENGTH = 4000  # characters of the user's text that a tokenizer is tried on
 _READABLE = 0.9  # share of letters that decoding must give back; a tokenizer may drop accents and unknown signs
 _NO_LIMIT = 1 << 24  # tokens; a model_max_length above it means "not known"
-_CHARACTERS_PER_TOKEN = 8  # natural text has fewer
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,13 @@ class Tokenizer:
         encode: turns text into ids.
         folder: the folder it was found in.
         longest: tokens that the model takes at most; None if no file tells.
+        opening: the ids that a document begins with, such as BOS; empty where there are none.
     """
 
     encode: Encode
     folder: Path
     longest: int | None
+    opening: tuple[int, ...] = ()
 
     def closes(self) -> bool:
         """Tells whether a document ends with a special token, such as BERT's [SEP]."""
@@ -59,7 +59,7 @@ def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vo
     Raises:
         DataError: there is no usable tokenizer.
     """
-    folder = _folder(tokenizer, model_dir)
+    folder = tokenizer_folder(tokenizer, model_dir)
     probe = text[:_PROBE_LENGTH] + _PROBE
     encode, problem = _huggingface(folder)
     if encode is None:
@@ -75,61 +75,10 @@ def load_tokenizer(tokenizer: Path | None, model_dir: Path | None, text: str, vo
             "name the model's own tokenizer with --tokenizer"
         )
     folders = [folder] + ([model_dir] if model_dir and model_dir != folder else [])
-    return Tokenizer(encode, folder, _longest(folders))
+    return Tokenizer(encode, folder, _longest(folders), _opening(encode, folder))
 
 
-def read_text(path: Path) -> str:
-    """Reads the text of a UTF-8 file.
-
-    Raises:
-        DataError: it is empty, not text or cannot be read.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or use .npz for arrays") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if not text.strip():
-        raise DataError(f"{path} is empty: give a file with text")
-    return text
-
-
-def read_records(path: Path) -> Iterator[str]:
-    """Yields the text of each record of a .jsonl file: its field "text", or else its only string field.
-
-    Raises:
-        DataError: a line is not JSON or has no such field.
-    """
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            record: Any = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path} line {number} is not JSON ({error}): each line must be one record") from error
-        fields = {"text": record} if isinstance(record, str) else record if isinstance(record, dict) else {}
-        strings = [value for value in fields.values() if isinstance(value, str)]
-        text = fields.get("text", strings[0] if len(strings) == 1 else None)
-        if not isinstance(text, str):
-            raise DataError(f'{path} line {number} has no field "text" and not exactly one other string field')
-        yield text
-
-
-def stream_rows(text: str, encode: Encode, rows: int, length: int) -> list[list[int]]:
-    """Encodes a text as one stream of tokens, cut into at most `rows` rows of `length` tokens.
-
-    A rest is dropped, except that a text shorter than one row gives one short row.
-    """
-    needed = rows * length
-    ids = encode(text[: needed * _CHARACTERS_PER_TOKEN], False)
-    if len(ids) < needed < len(text):
-        ids = encode(text, False)
-    cut = [ids[start : start + length] for start in range(0, min(len(ids), needed), length)]
-    return cut[:1] + [row for row in cut[1:] if len(row) == length]
-
-
-def _folder(tokenizer: Path | None, model_dir: Path | None) -> Path:
+def tokenizer_folder(tokenizer: Path | None, model_dir: Path | None) -> Path:
     """Returns the folder of the tokenizer: the one named, or else the model's or the one above it."""
     if tokenizer is not None:
         folder = tokenizer.parent if tokenizer.is_file() else tokenizer
@@ -190,16 +139,31 @@ def _is_expected(file: Path) -> bool:
     """Tells whether onnxruntime-extensions can read a tokenizer.json without crashing; True if there is none."""
     if not file.is_file():
         return True
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["model"]["type"] in ("BPE", "Unigram")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    model = read_settings(file).get("model")
+    return isinstance(model, dict) and model.get("type") in ("BPE", "Unigram")
 
 
 def _outside(ids: list[int], vocabulary: int | None) -> int | None:
     """Returns the largest id if the model does not know it, otherwise None."""
     worst = max(ids, default=0)
     return worst if worst == _BAD_ID or (vocabulary is not None and worst >= vocabulary) else None
+
+
+def _opening(encode: Encode, folder: Path) -> tuple[int, ...]:
+    """Returns the ids that the tokenizer puts in front of a document.
+
+    They are what the template of tokenizer.json adds; where it adds nothing, the BOS token if `add_bos_token` of
+    tokenizer_config.json asks for it.
+    """
+    plain, whole = encode("a", False), encode("a", True)
+    places = range(len(whole) - len(plain) + 1) if plain else ()
+    if start := next((at for at in places if whole[at : at + len(plain)] == plain), 0):
+        return tuple(whole[:start])
+    settings = read_settings(folder / "tokenizer_config.json")
+    token = settings.get("bos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    ids = encode(text, False) if settings.get("add_bos_token") is True and isinstance(text, str) else []
+    return tuple(ids) if len(ids) == 1 else ()
 
 
 def _overlap(a: str, b: str) -> float:
@@ -220,10 +184,7 @@ def _longest(folders: list[Path]) -> int | None:
             ("tokenizer_config.json", ("model_max_length",)),
             ("config.json", ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")),
         ):
-            try:
-                content = json.loads((folder / file).read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            values = [content.get(name) for name in names] if isinstance(content, dict) else []
+            content = read_settings(folder / file)
+            values = [content.get(name) for name in names]
             found += [int(v) for v in values if isinstance(v, (int, float)) and 0 < v < _NO_LIMIT]
     return min(found, default=None)

@@ -292,7 +292,8 @@ def test_files_that_are_no_data(lm, tmp_path):
         "junk.npz": b"junk",
         "zip.npz": b"PK\x03\x04" + bytes(40),
         "empty.npy": b"",
-        "d.csv": b"1,2,3",
+        "d.xml": b"<a/>",
+        "d.parquet": b"PAR1",
         "none.txt": b"  \n",
         "latin.txt": "naïve".encode("latin-1"),
     }
@@ -334,16 +335,16 @@ def test_text_is_one_stream_for_a_decoder(lm, tmp_path):
     (tmp_path / "t.txt").write_text(TEXT)
     wanted = letter_ids(TEXT)
     found = read(tmp_path / "t.txt", lm, samples=5, seqlen=40, model_dir=tmp_path)
-    assert ids_of(found) == [wanted[i * 40 : i * 40 + 40] for i in range(5)], "no special tokens between rows"
+    assert ids_of(found) == [[1, *wanted[i * 39 : i * 39 + 39]] for i in range(5)], "each begins as a document"
     held_out = read(tmp_path / "t.txt", lm, samples=3, seqlen=40, skip=5, model_dir=tmp_path)
-    assert ids_of(held_out) == [wanted[i * 40 : i * 40 + 40] for i in range(5, 8)]
-    with pytest.raises(DataError, match=r"only 22 samples.*--samples 22"):
+    assert ids_of(held_out) == [[1, *wanted[i * 39 : i * 39 + 39]] for i in range(5, 8)]
+    with pytest.raises(DataError, match=r"only 23 samples.*--samples 23"):
         read(tmp_path / "t.txt", lm, samples=1000, seqlen=40, model_dir=tmp_path)
     (long,) = read(tmp_path / "t.txt", lm, samples=1, seqlen=2000, model_dir=tmp_path)
-    assert long["input_ids"].tolist() == [wanted[:256]], "as many as the model has positions"
+    assert long["input_ids"].tolist() == [[1, *wanted[:255]]], "as many as the model has positions"
     (tmp_path / "t.txt").write_text(TEXT[:100])
     (short,) = read(tmp_path / "t.txt", lm, samples=1, seqlen=200, model_dir=tmp_path)
-    assert short["input_ids"].tolist() == [wanted[:100]], "better one short sample than none"
+    assert short["input_ids"].tolist() == [[1, *wanted[:100]]], "better one short sample than none"
     with pytest.raises(DataError, match="no sample"):
         read(tmp_path / "t.txt", lm, samples=1, seqlen=200, exact_length=True, model_dir=tmp_path)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from onnx_woq.errors import DataError
-from onnx_woq.runtime.data.text import load_tokenizer, stream_rows
+from onnx_woq.runtime.data.text import load_tokenizer
 from tests.zoo.chains import byte_tokenizer, letter_ids
 
 TEXT = "pack my box with five dozen liquor jugs"
@@ -161,25 +161,23 @@ def test_whether_documents_are_closed(tmp_path):
     assert not load_tokenizer(byte_tokenizer(tmp_path / "b"), None, TEXT, None).closes()
 
 
-def test_rows_of_a_stream_are_those_of_the_whole_text():
-    """Only as much text is tokenized as the rows need, which must not show."""
-    text = "".join(chr(97 + i % 26) for i in range(1000))
-    whole = letter_ids(text)
-    seen = []
-
-    def encode(part, _):
-        seen.append(len(part))
-        return letter_ids(part)
-
-    for rows, length in ((1, 10), (7, 13), (10, 100), (50, 7)):
-        cut = stream_rows(text, encode, rows, length)
-        assert cut == [whole[i * length : (i + 1) * length] for i in range(rows)]
-    assert seen[0] == 80
-    assert [len(row) for row in stream_rows(text, encode, 50, 99)] == [99] * 10
-    assert stream_rows("abc", encode, 5, 10) == [letter_ids("abc")]
-
-
-def test_tokens_of_many_letters():
-    words = lambda text, _: [len(word) for word in text.split()]  # noqa: E731
-    text = "incomprehensibilities " * 100
-    assert stream_rows(text, words, 9, 10) == [[21] * 10] * 9
+@pytest.mark.parametrize(
+    ("closing", "settings", "opening"),
+    [
+        (True, {}, (1,)),
+        (True, {"add_bos_token": True, "bos_token": "a"}, (1,)),
+        (False, {}, ()),
+        (False, {"bos_token": "<s>"}, ()),
+        (False, {"add_bos_token": False, "bos_token": "a"}, ()),
+        (False, {"add_bos_token": True, "bos_token": "a"}, (3,)),
+        (False, {"add_bos_token": True, "bos_token": {"content": "b"}}, (4,)),
+        (False, {"add_bos_token": True, "bos_token": "two tokens"}, ()),
+        (False, {"add_bos_token": True}, ()),
+        (False, {"add_bos_token": "yes", "bos_token": "a"}, ()),
+    ],
+)
+def test_what_a_document_begins_with(closing, settings, opening, tmp_path):
+    """As the template adds it, or else as the settings ask for."""
+    byte_tokenizer(tmp_path, closing=closing)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(tmp_path, None, TEXT, None).opening == opening
