@@ -139,9 +139,9 @@ def cells(name: str, path: Path, recipe: str) -> list[str]:
     rng = np.random.default_rng(0)
     feeds = [MODELS[name].draw(rng) for _ in range(SAMPLES)]
     try:
-        found = inspect(path, recipe, convert_opset=True)
+        found = inspect(path, recipe, convert=True)
         with tempfile.TemporaryDirectory() as folder:
-            report = quantize(path, Path(folder) / "q.onnx", recipe, feeds, convert_opset=True)
+            report = quantize(path, Path(folder) / "q.onnx", recipe, feeds, convert=True)
             metrics = evaluate(report.output, path, feeds)
     except OnnxWoqError as error:
         return [f"{path.stat().st_size / 1e6:.1f}", "", "", "", str(error).replace(str(path), name)]

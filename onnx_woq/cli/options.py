@@ -89,6 +89,7 @@ class RunFlags:
     max_memory: int | None = None
     executor: str | None = None
     verify: bool = True
+    convert: bool = False
     dask: str | None = None
 
 
@@ -156,6 +157,7 @@ RUN = (
     click.option(
         "--no-verify", "verify", flag_value=False, default=True, help="Write a result that ONNX Runtime may not open."
     ),
+    click.option("--convert", is_flag=True, help="Convert a model of an old opset or in double precision first."),
     click.option("--dask", metavar="ADDRESS", help="Solve on the workers of this Dask scheduler."),
 )
 

@@ -113,6 +113,7 @@ def _quantize(
             executor=executor,
             resume=resume,
             verify=run.verify,
+            convert=run.convert,
             progress=progress,
             announce=announce,
         )
@@ -164,6 +165,7 @@ def _try_recipes(
             max_memory=run.max_memory,
             executor=executor,
             verify=run.verify,
+            convert=run.convert,
             progress=progress,
             announce=announce,
             **keywords,

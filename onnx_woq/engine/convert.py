@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from onnx_woq.engine.output import destination, write
@@ -35,3 +38,27 @@ def convert(model: str | Path, output: str | Path) -> list[str]:
     converted, done = modernize(source)
     write(converted, place, {}, path.parent)
     return done
+
+
+@contextmanager
+def converted(path: Path, wanted: bool, announce: Callable[[str], None] | None = None) -> Iterator[Path]:
+    """Yields the path of the model to work on: `path` itself, or if wanted what `convert` makes of it.
+
+    That is in a private temporary folder, with tokenizer and config beside it, and is removed after the `with` block.
+
+    Args:
+        path: the .onnx file of the float model.
+        wanted: True to convert it.
+        announce: called with each line on what was changed.
+
+    Raises:
+        OnnxWoqError: the model cannot be converted.
+    """
+    if not wanted:
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="onnx-woq-") as folder:
+        for line in convert(path, folder):
+            if announce:
+                announce(line)
+        yield Path(folder) / path.name

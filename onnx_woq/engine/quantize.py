@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data
+from onnx_woq.engine.convert import converted
 from onnx_woq.engine.execute import execute
 from onnx_woq.engine.metadata import metadata, warn_of_old_runtime
 from onnx_woq.engine.output import destination
@@ -41,6 +42,7 @@ def quantize(
     executor: Executor | None = None,
     resume: bool = False,
     verify: bool = True,
+    convert: bool = False,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
 ) -> QuantizeReport:
@@ -68,6 +70,8 @@ def quantize(
         resume: continue an unfinished run of the same model, recipe, data and package version, if there is one.
         verify: open the result in ONNX Runtime before it takes its place. It is not run, and its weights stay on the
             disk. If the runtime opens the float model and not the result, that is an error.
+        convert: begin with what `onnx_woq.convert` makes of the model, which takes opset 7 to 12, weights that are
+            inputs as well, and double precision.
         progress: called with (stage, steps done, steps in all).
         announce: called before the work begins, with each line for people: the memory it will take, and weights that
             will run slowly.
@@ -83,9 +87,13 @@ def quantize(
     """
     start = time.monotonic()
     recipe = calibrated_on(preset(recipe) if isinstance(recipe, str) else recipe, samples, seqlen)
-    with model_file(model) as path, custom_operators(custom_ops):
+    with (
+        model_file(model) as given,
+        custom_operators(custom_ops),
+        converted(given, convert, announce) as path,
+    ):
         source = load(path)
-        place = destination(output, path)
+        place = destination(output, given)
         if place.onnx.parent.is_dir():
             check_output(source, place.onnx)
         plan = make_plan(source, recipe)
@@ -94,7 +102,7 @@ def quantize(
         plan = plan.raised()
         plan.prepare()
         wanted = recipe.nsamples if recipe.needs_data and plan.groups else 0
-        batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
+        batches = read_data(source, given, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
         calibration = feeds_hash(batches)
         with open_resources(
             plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce, verify=verify
@@ -105,12 +113,12 @@ def quantize(
                 lambda left, states: collect(plan, left, batches, resources, states),
                 resources,
                 properties=metadata(recipe, model_hash(source), calibration),
-                companions_from=path.parent,
+                companions_from=given.parent,
                 resume="same" if resume else "",
             )
         warn_of_old_runtime(result.runtime)
         return QuantizeReport(
-            model=path,
+            model=given,
             output=place.onnx,
             recipe=recipe,
             weights=result.weights,

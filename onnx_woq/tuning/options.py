@@ -111,6 +111,7 @@ class RunResources:
         announce: called with a line for people on what memory and disk the run will take, before the work begins.
         custom_ops: a library of custom operators that the model needs, or several.
         verify: open every result in ONNX Runtime before it takes its place; one that does not open fails.
+        convert: begin with what `onnx_woq.convert` makes of the model.
     """
 
     max_memory: int | None = None
@@ -119,6 +120,7 @@ class RunResources:
     announce: Callable[[str], None] | None = None
     custom_ops: CustomOps = None
     verify: bool = True
+    convert: bool = False
 
 
 @dataclass(frozen=True)

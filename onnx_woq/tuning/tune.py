@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx_woq.engine.calibration_data import feeds_hash
+from onnx_woq.engine.convert import converted
 from onnx_woq.engine.executors import leaves_process
 from onnx_woq.engine.metadata import warn_of_old_runtime
 from onnx_woq.engine.output import Destination, destination, write
@@ -82,11 +83,12 @@ def tune(
         named["source"] = dataloader
     options = gather_options(given, evaluation, search, resources, named | keywords)
     with ExitStack() as stack:
-        path = stack.enter_context(model_file(model))
-        place = destination(output, path) if output is not None else None
+        original = stack.enter_context(model_file(model))
+        place = destination(output, original) if output is not None else None
         stack.enter_context(custom_operators(options.resources.custom_ops))
+        path = stack.enter_context(converted(original, options.resources.convert, options.resources.announce))
         folder = stack.enter_context(work_folder(workdir, keep=place is None))
-        return _tune(options, path, place, folder, stack)
+        return replace(_tune(options, path, place, folder, stack), model=original)
 
 
 def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: Path, stack: ExitStack) -> TuneResult:

@@ -130,7 +130,7 @@ def _table(node: ir.Node) -> Constant | None:
 def _unfit(node: ir.Node, table: Constant) -> str:
     """Returns the reason why a table cannot be quantized, "" if it can."""
     if table.overridable:
-        return "the table is also a graph input, which a caller may override: `onnx-woq convert` makes it a constant"
+        return "the table is also a graph input, which a caller may override: --convert makes it a constant"
     axis = node.attributes.get("axis")
     if axis is not None and axis.as_int() not in (0, -2):
         return "Gather picks columns of the table, not rows"

@@ -323,11 +323,11 @@ def _computed(node: ir.Node, left: Constant | None) -> str:
 def _unfit(node: ir.Node, weight: Constant, ranks: Ranks) -> str:
     """Returns the reason why a product with a constant right factor cannot be quantized, "" if it can."""
     if weight.overridable:
-        return "the weight is also a graph input, which a caller may override: `onnx-woq convert` makes it a constant"
+        return "the weight is also a graph input, which a caller may override: --convert makes it a constant"
     if resolve(node.inputs[0]) is not None:
         return "both inputs are constant"
     if weight.dtype not in FLOATS or weight.tensor.dtype not in FLOATS:
-        way = ": `onnx-woq convert` makes it float32" if weight.tensor.dtype == ir.DataType.DOUBLE else ""
+        way = ": --convert makes it float32" if weight.tensor.dtype == ir.DataType.DOUBLE else ""
         return f"the weight is {weight.tensor.dtype.name.lower()}, not float32, float16 or bfloat16{way}"
     if len(weight.shape) < 2:
         return "the weight is a vector"

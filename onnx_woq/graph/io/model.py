@@ -237,7 +237,7 @@ def _check_opset(named: Path, proto: onnx.ModelProto, oldest: int) -> None:
     if version is None:
         raise ModelError(f"{named} does not say which version of the ONNX operators it uses: export it again")
     if version < oldest:
-        way = f"convert it with `onnx-woq convert {named} -o NEW.onnx`, or " if version >= OLDEST else ""
+        way = "give --convert (in Python convert=True), or " if version >= OLDEST else ""
         raise ModelError(f"{named} uses opset {version}, older than {oldest}: {way}export it with a newer opset")
     if version > OPSETS[-1]:
         raise ModelError(f"{named} uses opset {version}, newer than {OPSETS[-1]}: export it with opset {OPSETS[-1]}")

@@ -48,7 +48,7 @@ def evaluate(
     with model_file(model) as path, model_file(reference) as original, custom_operators(custom_ops):
         batches = feeds(
             data,
-            model_inputs(load(original)),
+            model_inputs(load(original, convert=True)),
             samples=samples or EVALUATION_SAMPLES,
             seqlen=seqlen,
             tokenizer=Path(tokenizer) if tokenizer else None,

@@ -123,7 +123,7 @@ def _tallies(
     """Yields the sums over all samples so far, after each sample."""
     if not feeds:
         return
-    language = is_language_model(load(reference), feeds[0])
+    language = is_language_model(load(reference, convert=True), feeds[0])
     pair = judging_session(reference), judging_session(model)
     tally = _LanguageTally() if language else _TensorTally(_float_outputs(pair))
     for number, feed in enumerate(feeds):

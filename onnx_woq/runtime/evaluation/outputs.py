@@ -48,7 +48,7 @@ def judging_session(path: str | Path) -> ort.InferenceSession:
     Raises:
         ModelError: ONNX Runtime cannot use the model.
     """
-    model = load(path)
+    model = load(path, convert=True)
     if not _computes_bfloat16(model):
         return make_session(path)
     if model.ir.functions:

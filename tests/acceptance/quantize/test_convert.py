@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from onnx_woq import Recipe, Spec, convert, inspect, quantize
+from onnx_woq import Recipe, Spec, convert, evaluate, inspect, quantize, tune
 from onnx_woq.errors import ModelError, OnnxWoqError
 from tests.support import measure
 from tests.zoo import small as zoo
@@ -44,10 +44,28 @@ def doubles(path):
     return write(path, graph(nodes, inputs, outputs, {"W": random(64, 48).astype(np.float64)}))
 
 
+def test_one_flag_is_enough(tmp_path, cli):
+    """The result is that of the model that `convert` writes, and is judged against the old file itself."""
+    model = old(tmp_path / "m.onnx", 11)
+    convert(model, tmp_path / "new")
+    quantize(tmp_path / "new", tmp_path / "expected.onnx", EIGHT)
+    flags = ("--bits", 8, "--group-size", 16, "--accuracy-level", 0, "--convert")
+    told = cli.ok("quantize", model, "-o", tmp_path / "q.onnx", *flags)
+    assert "the opset is 13 instead of 11" in told.stderr
+    expected, found = measure.decoded(tmp_path / "expected.onnx"), measure.decoded(tmp_path / "q.onnx")
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], one) for name, one in expected.items())
+    assert inspect(model, EIGHT, convert=True).bytes_after == inspect(tmp_path / "new", EIGHT).bytes_after
+    assert evaluate(tmp_path / "q.onnx", model, [X]).sqnr_db > 33
+    tuned = tune(model, None, [X] * 8, configs=[EIGHT], output=tmp_path / "t.onnx", convert=True)
+    assert (tuned.met, tuned.model) == (True, model)
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
 @pytest.mark.parametrize("opset", [7, 9, 11, 12])
 def test_an_old_opset(opset, tmp_path, cli):
     model, new, out = old(tmp_path / "m.onnx", opset), tmp_path / "new.onnx", tmp_path / "q.onnx"
-    with pytest.raises(ModelError, match=f"opset {opset}, older than 13: convert it with `onnx-woq convert"):
+    with pytest.raises(ModelError, match=f"opset {opset}, older than 13: give --convert"):
         quantize(model, out, EIGHT)
     told = cli.ok("convert", model, "-o", new)
     assert f"the opset is 13 instead of {opset}" in told.stderr
@@ -71,7 +89,7 @@ def test_weights_that_callers_may_override(tmp_path):
                  {"W": weight})  # fmt: skip
     model = write(tmp_path / "m.onnx", main)
     (left,) = inspect(model).skipped
-    assert "`onnx-woq convert` makes it a constant" in left.reason
+    assert "--convert makes it a constant" in left.reason
     assert convert(model, tmp_path / "new.onnx") == ["1 initializers that were inputs as well are constants now"]
     assert [v.name for v in onnx.load(tmp_path / "new.onnx").graph.input] == ["x"]
     assert len(quantize(tmp_path / "new.onnx", tmp_path / "q.onnx").groups) == 1
@@ -81,7 +99,7 @@ def test_double_precision(tmp_path):
     model, new, out = doubles(tmp_path / "m.onnx"), tmp_path / "new.onnx", tmp_path / "q.onnx"
     (left,) = inspect(model).skipped
     assert "double" in left.reason
-    assert "`onnx-woq convert` makes it float32" in left.reason
+    assert "--convert makes it float32" in left.reason
     convert(model, new)
     feed = {"x": X["x"].astype(np.float64), "n": np.array(3)}
     wanted = measure.session(model).run(None, feed)
