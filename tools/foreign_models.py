@@ -25,7 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from onnx_woq import Inspection, OnnxWoqError, evaluate, inspect, quantize
+from onnx_woq import evaluate, inspect, quantize
+from onnx_woq.engine.results import Inspection
+from onnx_woq.errors import OnnxWoqError
 
 SAMPLES = 8
 Feed = dict[str, np.ndarray]
