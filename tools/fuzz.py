@@ -4,9 +4,9 @@
 
 Each number from --seed on stands for one mutated model of `tests/zoo`: a few fields of its messages are removed,
 repeated or exchanged for absurd values, or bytes of the file are flipped. The model is inspected, rounded, and by every
-third number calibrated on random data. An error is right if it is an `OnnxWoqError`; anything else is a fault, and so is
-a file that is left behind, a case that takes more than --seconds, or a crash. Faults are printed with the last lines of
-the package that were on the way; --keep has their models.
+third number calibrated on random data. An error is right if it is an `OnnxWoqError`; anything else is a fault, and so
+is a file that is left behind, a case that takes more than --seconds, or a crash. Faults are printed with the last lines
+of the package that were on the way; --keep has their models.
 """
 
 from __future__ import annotations
