@@ -96,7 +96,7 @@ def blames_models(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, 
 
     A model may be malformed in more ways than anyone checks, and be met anywhere. An error on a model that the runtime
     opens, or refuses only for an operator that it lacks, is a fault of this package and is raised as it is; but memory
-    that runs out is a MemoryLimit.
+    that runs out is a MemoryLimit. Data that does not fit such a model is not to blame either.
 
     Args:
         arguments: the names of the function's arguments that are paths of models.
@@ -107,9 +107,9 @@ def blames_models(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, 
         def guarded(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             try:
                 return function(*args, **kwargs)
-            except OnnxWoqError:
-                raise
             except Exception as error:
+                if isinstance(error, OnnxWoqError) and not isinstance(error, DataError):
+                    raise
                 given = inspect.signature(function).bind(*args, **kwargs).arguments
                 for path in (given[name] for name in arguments if isinstance(given[name], str | Path)):
                     refusal = why_not_opened(find_model(path))

@@ -147,7 +147,7 @@ def _add_sample(
         floats: activations of the float model, by name; empty if it does not run.
 
     Raises:
-        DataError: an activation has another shape in the float model.
+        DataError: an activation does not have the channels of its weight, or another shape in the float model.
         _NotFiniteError: an activation is NaN or infinite.
     """
     for name, attention in sources:
@@ -158,6 +158,11 @@ def _add_sample(
             raise DataError(
                 f"{name!r} has another shape in the float model, {exact.shape}, than in the quantized one, "
                 f"{array.shape} (sample {number + 1}): leave out asymmetric_calibration"
+            )
+        if array.shape[-1:] != stats.abs_max.shape:
+            raise DataError(
+                f"{name!r} has the shape {array.shape} (sample {number + 1}), and its weight has {len(stats.abs_max)} "
+                "input channels: the model cannot be run on such data, give samples of another shape"
             )
         exact = None if exact is None else _unpadded(exact, mask)
         try:

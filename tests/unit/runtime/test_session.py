@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from onnx_woq.errors import DataError, MemoryLimit, ModelError
+from onnx_woq.errors import DataError, MemoryLimit, ModelError, RecipeError
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
@@ -219,8 +219,10 @@ def test_what_is_raised_on_an_invalid_model_is_blamed_on_it(argument, tmp_path):
     models = {"model": sane, "other": sane, argument: invalid}
     with pytest.raises(ModelError, match=r"invalid\.onnx.*ghost.*KeyError: 'k'"):
         guarded(**models, error=KeyError("k"))
-    with pytest.raises(DataError, match="as it is"):
-        guarded(**models, error=DataError("as it is"))
+    with pytest.raises(ModelError, match="ghost"):
+        guarded(**models, error=DataError("samples of another shape"))
+    with pytest.raises(RecipeError, match="as it is"):
+        guarded(**models, error=RecipeError("as it is"))
     with pytest.raises(KeyboardInterrupt):
         guarded(**models, error=KeyboardInterrupt())
 

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from onnx_woq.core.spec import Spec
+from onnx_woq.core.stats import Stats
 from onnx_woq.errors import DataError, ModelError
 from onnx_woq.graph.edit import add_initializer
 from onnx_woq.graph.find.linears import find_linear_groups
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
+from onnx_woq.runtime.calibration import accumulate
 from onnx_woq.runtime.calibration.accumulate import collect_window
 from onnx_woq.runtime.calibration.replay import Replay
 from tests.zoo.chains import WEIGHTS, K, chain, chain_inputs
@@ -113,3 +115,10 @@ def test_what_no_sample_reaches_is_said(pool, tmp_path, caplog):
     groups, stats = collected(pool, load(chain(tmp_path / "m.onnx")), empty, groups=slice(0, 1))
     assert stats[groups[0]].tokens == 0
     assert "no sample reaches n1: there is nothing to calibrate it on" in caplog.text
+
+
+def test_activations_without_the_channels_of_their_weight_are_the_datas_fault():
+    """A graph that is cut before its product does not notice."""
+    stats = Stats(8)
+    with pytest.raises(DataError, match=r"'x' has the shape \(2, 16\) \(sample 3\), and its weight has 8 input"):
+        accumulate._add_sample(stats, {"x": np.ones((2, 16), np.float32)}, (("x", ""),), None, 2, {})
