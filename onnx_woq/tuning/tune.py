@@ -16,6 +16,7 @@ from onnx_woq.engine.output import Destination, destination, write
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
+from onnx_woq.errors import system_failure
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import file_bytes, load, model_hash
 from onnx_woq.runtime.data.feeds import Feed
@@ -48,8 +49,9 @@ def tune(
 ) -> TuneResult:
     """Quantizes `model` with one configuration after another until the accuracy holds.
 
-    The float model is evaluated once and calibrated once for all configurations. A trial that raises or gives NaN is
-    recorded and the next goes on. The best model so far is always returned.
+    The float model is evaluated once and calibrated once for all configurations. A trial that fails or gives NaN is
+    recorded and the next goes on. The best model so far is always returned. A trial lost to a fault of this program is
+    one of `TuneResult.faults`; a later run tries it again.
 
     Args:
         model: an .onnx file, or a folder that holds one.
@@ -68,8 +70,9 @@ def tune(
             `objective="smallest"`, `tolerance=0.02`, `samples=64` or `max_memory=6_000_000_000`.
 
     Raises:
-        OnnxWoqError: model, data, configurations or output cannot be used at all.
+        OnnxWoqError: model, data, configurations, evaluation or output cannot be used at all.
         DiskError: the disk is full, or fails; with `workdir` the same call goes on from there.
+        ResourceError: memory, open files or the like have run out; with `workdir` the same call goes on from there.
     """
     given = data if isinstance(data, CalibrationData) else CalibrationData(dataloader if data is None else data)
     named = {"eval_fn": eval_fn} if eval_fn is not None else {}
@@ -78,9 +81,14 @@ def tune(
     options = gather_options(given, evaluation, search, resources, named | keywords)
     path = find_model(model)
     place = destination(output, path) if output is not None else None
-    with ExitStack() as stack:
-        folder = stack.enter_context(work_folder(workdir, keep=place is None))
-        return _tune(options, path, place, folder, stack)
+    try:
+        with ExitStack() as stack:
+            folder = stack.enter_context(work_folder(workdir, keep=place is None))
+            return _tune(options, path, place, folder, stack)
+    except Exception as error:
+        if (scarce := system_failure(error)) and scarce is not error:
+            raise scarce from error
+        raise
 
 
 def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: Path, stack: ExitStack) -> TuneResult:
