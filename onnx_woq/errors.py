@@ -7,7 +7,11 @@ imports nothing of the package.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import traceback
+from collections.abc import Iterable, Iterator
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
 
 
 class OnnxWoqError(Exception):
@@ -20,6 +24,10 @@ class ModelError(OnnxWoqError):
 
 class DataError(OnnxWoqError):
     """Calibration or evaluation data that cannot be used with this model."""
+
+
+class EvaluationError(DataError):
+    """An evaluation function that cannot be used: missing, no function, failing on the float model, or no number."""
 
 
 class RecipeError(OnnxWoqError):
@@ -46,6 +54,10 @@ class BrokenResult(OnnxWoqError):
     """A result that ONNX Runtime does not open, although it opens the float model."""
 
 
+class ResourceError(OnnxWoqError):
+    """A system that has run out of something while the work was going on: memory, open files, threads, workers."""
+
+
 class RotationError(ModelError):
     """A model whose residual stream cannot be rotated without changing what the model computes."""
 
@@ -67,3 +79,57 @@ def nearest(name: str, known: Iterable[str]) -> str:
     folded = {k.lower(): k for k in known}
     close = [folded[m] for m in difflib.get_close_matches(name.lower(), list(folded), n=3, cutoff=0.5)]
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+_NO_MEMORY = "memory has run out: close other programs, or give --max-memory"
+_SCARCE = {
+    errno.EMFILE: "too many files are open in this process: raise its limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine: close other programs",
+    errno.ENOMEM: _NO_MEMORY,
+}
+_TOLD = {
+    "bad_alloc": _NO_MEMORY,
+    "Failed to allocate memory": _NO_MEMORY,
+    "can't start new thread": "no more threads can be started: raise the limit (ulimit -u), or close other programs",
+}
+"""Parts of messages of libraries that have no type for what has run out."""
+
+
+def system_failure(error: BaseException) -> ResourceError | None:
+    """Returns the ResourceError for an error that says, or follows from one that says, that something has run out.
+
+    It is None for any other error.
+    """
+    for one in _chain(error):
+        if isinstance(one, ResourceError):
+            return one
+        reason = _NO_MEMORY if isinstance(one, MemoryError) else ""
+        if isinstance(one, OSError):
+            reason = _SCARCE.get(one.errno or 0, "")
+        if isinstance(one, BrokenExecutor):
+            reason = "a worker process has ended: it may have been killed for want of memory"
+        reason = reason or next((reason for part, reason in _TOLD.items() if part in str(one)), "")
+        if reason:
+            return ResourceError(f"{reason} ({type(one).__name__}{f': {one}' if str(one) else ''})")
+    return None
+
+
+def fault_text(error: BaseException) -> str:
+    """Returns the message of an error that is a fault of this program: its type and place, and how to report it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(__file__).parent
+    own = [frame for frame in frames if Path(frame.filename).is_relative_to(package)] or list(frames)
+    place = f" in {'/'.join(Path(own[-1].filename).parts[-2:])}, line {own[-1].lineno} ({own[-1].name})" if own else ""
+    return (
+        f"a fault of onnx-woq, not of your input: {type(error).__name__}: {error}{place}. "
+        "Please report it with the command and this line; onnx-woq --debug shows all of it"
+    )
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__

@@ -1,6 +1,7 @@
 """The click group `main`, which imports each command when it is asked for.
 
-Exit codes: 0 done, 2 usage or bad input, 3 tolerance not met (the best is still written), 130 interrupted.
+Exit codes: 0 done, 1 a fault of this program, 2 usage or bad input, 3 tolerance not met (the best is still written),
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ class LazyGroup(click.Group):
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="onnx-woq")
-def main() -> None:
+@click.option("--debug", is_flag=True, help="Log every step, and faults of this program with all of their origin.")
+def main(debug: bool = False) -> None:
     """Turn float ONNX models into low-bit ones that ONNX Runtime runs natively."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Windows writes to files and pipes in an old code page
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("onnx_woq").setLevel(logging.DEBUG if debug else logging.NOTSET)

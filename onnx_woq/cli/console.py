@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnx_woq.errors import OnnxWoqError
+from onnx_woq.errors import OnnxWoqError, fault_text, system_failure
 
 if TYPE_CHECKING:
     from onnx_woq.progress import Progress
@@ -20,6 +21,11 @@ TOLERANCE_NOT_MET = 3
 
 INTERRUPTED = 130
 
+FAULT = 1
+"""Exit code of a run that met a fault of this program and has no result that is good enough."""
+
+logger = logging.getLogger(__name__)
+
 
 class BadInput(click.ClickException):
     """A named error on its way to the user: the message alone, exit code 2."""
@@ -27,13 +33,26 @@ class BadInput(click.ClickException):
     exit_code = 2
 
 
+class Fault(click.ClickException):
+    """A fault of this program on its way to the user: its type and place, exit code 1."""
+
+    exit_code = FAULT
+
+
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turns named errors into exit code 2 and an interrupt into 130, without a traceback."""
+    """Turns named errors into exit code 2, others into 1 and an interrupt into 130, without a traceback."""
     try:
         yield
     except OnnxWoqError as error:
         raise BadInput(str(error)) from error
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise
+    except Exception as error:
+        if scarce := system_failure(error):
+            raise BadInput(str(scarce)) from error
+        logger.debug("a fault of the program", exc_info=error)
+        raise Fault(fault_text(error)) from error
     except KeyboardInterrupt as interrupt:
         announce(f"interrupted: {interrupt}" if interrupt.args else "interrupted: nothing was written")
         sys.exit(INTERRUPTED)

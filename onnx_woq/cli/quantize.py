@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import shlex
 import shutil
 import sys
@@ -15,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnx_woq.cli.console import TOLERANCE_NOT_MET, announce, print_result, progress_bar
+from onnx_woq.cli.console import FAULT, TOLERANCE_NOT_MET, announce, print_result, progress_bar
+from onnx_woq.cli.metric import load_metric, output_to_stderr
 from onnx_woq.cli.mix_flags import BUDGETS, wants_mix
 from onnx_woq.cli.options import (
     DataFlags,
@@ -28,7 +27,7 @@ from onnx_woq.cli.options import (
     run_options,
     tune_options,
 )
-from onnx_woq.errors import RecipeError
+from onnx_woq.errors import DiskError, RecipeError, ResourceError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -88,7 +87,7 @@ def quantize(
         _write_report(report_file, chosen, model)
         print_result(chosen, as_json, terminal.tuning)
         if not chosen.met:
-            sys.exit(TOLERANCE_NOT_MET)
+            sys.exit(FAULT if chosen.faults else TOLERANCE_NOT_MET)
     else:
         done = _quantize(model, output, calib, recipe, data, run, resume=resume)
         _write_report(report_file, done, model)
@@ -133,17 +132,20 @@ def _tune(
 
     if flags.frontier:
         check_picture(flags.frontier)
-    evaluation = load_metric(flags.evaluation)
+    with output_to_stderr():
+        evaluation = load_metric(flags.evaluation)
     place = Path(output)
     workdir = Path(flags.workdir) if flags.workdir else place.with_name(f".{place.name}.onnx-woq-tune")
     keywords = tune_keywords(flags, has_metric=evaluation is not None) | asdict(data)
+    finished = f"finished trials are kept in {workdir}, the same command goes on from there"
     try:
         result = _try_recipes(
             model, evaluation, calib, run, configs=recipes, workdir=workdir, output=output, **keywords
         )
     except KeyboardInterrupt as interrupt:
-        finished = f"finished trials are kept in {workdir}, the same command goes on from there"
         raise KeyboardInterrupt(finished) from interrupt
+    except (DiskError, ResourceError) as error:
+        raise type(error)(f"{error}; {finished}") from error
     if not flags.workdir:  # the run is finished: nothing is left to resume
         shutil.rmtree(workdir, ignore_errors=True)
     if flags.frontier:
@@ -157,7 +159,7 @@ def _try_recipes(
     """Runs `tune` where the flags say, with a progress bar."""
     from onnx_woq.tuning.tune import tune
 
-    with open_executor(run) as executor, progress_bar() as progress:
+    with output_to_stderr(), open_executor(run) as executor, progress_bar() as progress:
         return tune(
             model,
             evaluation,
@@ -189,23 +191,6 @@ def open_executor(run: RunFlags) -> AbstractContextManager[Executor]:
     if run.dask and run.executor:
         raise RecipeError("--dask and --executor both say where to solve: give one of them")
     return dask_cluster(run.dask) if run.dask else built_in(run.executor or "threads")
-
-
-def load_metric(name: str | None) -> Callable[[Path], float] | None:
-    """Imports `module:function`; the current folder comes first, as for `python -m`."""
-    if name is None:
-        return None
-    module, sign, function = name.partition(":")
-    if not sign or not module or not function:
-        raise RecipeError(f"--eval {name!r}: write MODULE:FUNCTION")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(f"--eval {name}: {error}") from error
-    if not callable(found):
-        raise RecipeError(f"--eval {name} is not a function")
-    return found
 
 
 def _check_report(file: str | None) -> None:

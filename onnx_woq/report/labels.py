@@ -74,15 +74,15 @@ def spec_name(spec: Spec) -> str:
 
 
 def outcome(status: str, dropped: bool, verdict: str) -> str:
-    """Returns a word or two for the outcome of a trial: "failed", "no number", "dropped out" or its verdict.
+    """Returns a word or two for the outcome of a trial: "failed", "no number", "fault", "dropped out" or its verdict.
 
     Args:
-        status: "ok", "failed" or "nan".
+        status: "ok", "failed", "nan" or "fault".
         dropped: True if the trial was given up early because it was clearly worse than another one.
         verdict: "within", "outside", "undecided" or "".
     """
     if status != "ok":
-        return "failed" if status == "failed" else "no number"
+        return "no number" if status == "nan" else status
     return "dropped out" if dropped else verdict
 
 

@@ -55,6 +55,7 @@ def tuning(result: TuneResult) -> None:
     relation = "at least" if result.higher_is_better else "at most"
     stopped = {"met": "the first within the tolerance was taken"}.get(result.stopped, result.stopped)
     _show(table, f"accepted: {relation} {_number(result.limit)}; {stopped}; {result.seconds:.1f} s in all")
+    _show_faults(result)
     if result.best is None:
         _show("no configuration gave a model: nothing was written")
     elif result.met:
@@ -89,12 +90,19 @@ def mixing(result: TuneResult) -> None:
             escape("; ".join(filter(None, ["chosen" * point.chosen, "resumed" * trial.resumed, trial.error]))),
         )
     _show(table, f"asked for: {result.target}; {result.stopped}; {result.seconds:.1f} s in all")
+    _show_faults(result)
     if result.best is None:
         _show("no mix could be made within it: nothing was written")
     elif not result.met:
         _show(f"no mix is within it for sure; the best so far, {result.best.name}: {result.path}")
     else:
         _show(f"{result.best.name}: {result.path}")
+
+
+def _show_faults(result: TuneResult) -> None:
+    """Prints which configurations are missing because of faults of this program."""
+    for trial in result.faults:
+        _show(f"{trial.name} could not be tried: {trial.error}")
 
 
 def quantization(report: QuantizeReport) -> None:

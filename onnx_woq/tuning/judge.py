@@ -20,10 +20,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from onnx_woq.errors import DataError, OnnxWoqError
 from onnx_woq.graph.io.model import Model
 from onnx_woq.runtime.custom_ops import custom_operators, registered
 from onnx_woq.tuning import bootstrap, journal
+from onnx_woq.tuning.failures import failure_of
+from onnx_woq.tuning.metric import measure, measure_float
 
 KL_LIMIT = 0.05
 """Mean KL divergence to the float model, nats per token, that the built-in judge accepts for language models."""
@@ -114,17 +115,22 @@ class Judge:
 class Verdict:
     """The verdict on a model: a metric, or NaN and the error; and the seconds that it took.
 
-    `measured` holds what a race gave.
+    `measured` holds what a race gave, and `fault` says that the error is one of this program.
     """
 
     metric: float
     seconds: float
     error: str = ""
     measured: Measured | None = None
+    fault: bool = False
 
 
 def judge_model(path: Path, score: Score, report: Report | None, leader: Runner | None = None) -> Verdict:
-    """Returns the verdict on the model at `path`; an error is a verdict too."""
+    """Returns the verdict on the model at `path`; an error is a verdict too.
+
+    Raises:
+        OnnxWoqError: the error is not that of this model, see `failure_of`.
+    """
     start = time.monotonic()
     try:
         found = score(path, report) if leader is None else score(path, report, leader)
@@ -132,7 +138,8 @@ def judge_model(path: Path, score: Score, report: Report | None, leader: Runner 
         metric = found.metric if isinstance(found, Measured) else found
         return Verdict(metric, time.monotonic() - start, measured=measured)
     except Exception as error:
-        return Verdict(math.nan, time.monotonic() - start, f"{type(error).__name__}: {error}")
+        failed = failure_of(error, path)
+        return Verdict(math.nan, time.monotonic() - start, failed.text, fault=failed.status == "fault")
 
 
 FileStamps = dict[Path, tuple[int, int]]
@@ -146,7 +153,9 @@ def stamp_files(files: Iterable[Path]) -> FileStamps:
 
 
 def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner | None = None) -> Verdict:
-    """Judges a model in a worker, by a pickled score. An error there comes back as a verdict, with its message.
+    """Judges a model in a worker, by a pickled score.
+
+    An error of the model, the score or the worker comes back as a verdict, with its message.
 
     Args:
         path: of the model, absolute.
@@ -155,17 +164,14 @@ def judge_remotely(path: Path, score: bytes, files: FileStamps, leader: Runner |
         leader: of the race, if there is one.
     """
 
-    def unpickled(path: Path, *rest: Any) -> float | Measured:
-        if stamp_files(files) != files:
-            raise FileNotFoundError(f"the worker sees another file than this process at {path}")
-        try:
-            metric: float | Measured = pickle.loads(score)(path, *rest)  # noqa: S301  the asking process pickled it
-        except SystemExit as end:  # would take the worker of a cluster along
-            raise RuntimeError(f"it ends the program: {end}") from end
-        return metric
-
     with _quiet():
-        return judge_model(path, unpickled, None, leader)
+        try:
+            if stamp_files(files) != files:
+                raise FileNotFoundError(f"the worker sees another file than this process at {path}")
+            measure_it: Score = pickle.loads(score)  # noqa: S301  the asking process pickled it
+        except (Exception, SystemExit) as error:  # the latter would take the worker of a cluster along
+            return Verdict(math.nan, 0.0, f"{type(error).__name__}: {error}")
+        return judge_model(path, measure_it, None, leader)
 
 
 @contextmanager
@@ -192,14 +198,14 @@ def user_judge(
     """Makes a judge of `eval_fn`; the float model is evaluated once, or its value is in the journal.
 
     Raises:
-        DataError: `eval_fn` raises, or gives no finite number, on the float model.
+        EvaluationError: `eval_fn` raises, ends the program, or gives no finite number, on the float model.
     """
     name = f"{getattr(eval_fn, '__module__', '')}:{getattr(eval_fn, '__qualname__', type(eval_fn).__name__)}"
     key = f"{run_key}/float/{name}"
     if known := journal.read(journal_file).get(key):
         baseline = float(known["metric"])
     else:
-        baseline = _evaluate_float(eval_fn, float_model)
+        baseline = measure_float(eval_fn, float_model)
         journal.append(journal_file, {"key": key, "metric": baseline})
     room = tolerance * abs(baseline) if criterion == "relative" else tolerance
     limit = baseline - room if higher_is_better else baseline + room
@@ -241,7 +247,7 @@ def built_in_judge(
 
 
 def _evaluated(eval_fn: Callable[[Path], Any], path: Path, _: Report | None) -> float:
-    return float(eval_fn(path))
+    return measure(eval_fn, path)
 
 
 def _race(
@@ -303,20 +309,3 @@ def _metric(name: str, pairs: Sequence[Pair]) -> float:
 def _ratio(name: str, limit: float) -> float:
     """Returns the limit in the unit that samples are summed up in: noise per signal instead of decibels."""
     return float(10 ** (-limit / 10)) if name == "sqnr_db" else limit
-
-
-def _evaluate_float(eval_fn: Callable[[Path], Any], path: Path) -> float:
-    try:
-        baseline = float(eval_fn(path))
-    except OnnxWoqError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"the evaluation function failed on the float model ({type(error).__name__}: {error}): "
-            "it must take the path of an .onnx file and return a number"
-        ) from error
-    if not math.isfinite(baseline):
-        raise DataError(
-            f"the evaluation function gives {baseline} for the float model: nothing can be compared with it"
-        )
-    return baseline

@@ -17,7 +17,8 @@ class Trial:
 
     Attributes:
         name: of the configuration.
-        status: "ok", "failed" (it raised) or "nan" (its metric is not a finite number).
+        status: "ok", "failed" (it cannot be made or judged, `error` says why), "nan" (no finite number is its metric),
+            or "fault" (a fault of this program, which says nothing of the configuration and is not remembered).
         metric: what `eval_fn` or the judge gave; None unless status is "ok". The SQNR of a model without any noise is
             infinite.
         met: whether the metric is within the limit, as sure as its samples make it.
@@ -36,7 +37,7 @@ class Trial:
     """
 
     name: str
-    status: Literal["ok", "failed", "nan"]
+    status: Literal["ok", "failed", "nan", "fault"]
     metric: float | None
     met: bool
     bytes: int | None
@@ -193,6 +194,11 @@ class TuneResult:
     frontier: tuple[FrontierPoint, ...] = ()
     layers: tuple[LayerChoice, ...] = ()
     model: Path | None = None
+
+    @property
+    def faults(self) -> tuple[Trial, ...]:
+        """Returns the trials that were lost to a fault of this program."""
+        return tuple(trial for trial in self.trials if trial.status == "fault")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON-ready dictionary."""

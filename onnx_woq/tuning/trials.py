@@ -22,11 +22,11 @@ from onnx_woq.engine.plan import PlannedWeight, make_plan
 from onnx_woq.engine.resources import Resources
 from onnx_woq.engine.solve import solves_alike
 from onnx_woq.engine.statistics import SharedStatistics
-from onnx_woq.errors import DiskError, InputChanged
 from onnx_woq.graph.find.linears import LinearGroup
 from onnx_woq.graph.io.model import Model, clone, load
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning import bootstrap, journal
+from onnx_woq.tuning.failures import failure_of
 from onnx_woq.tuning.judge import FileStamps, Judge, Runner, Verdict, judge_model, judge_remotely, stamp_files
 from onnx_woq.tuning.results import Trial
 
@@ -129,7 +129,7 @@ def each_trial(
     else:
         trials = (_judged_here(run, judge, one) if isinstance(one, _Candidate) else one for one in found)
     for trial in trials:
-        if not trial.resumed:
+        if not trial.resumed and trial.status != "fault":  # a repaired program will try it again
             entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs, "metric": trial.metric}
             journal.append(run.journal, trial.to_dict() | entry)  # an infinite metric too, which reports leave out
         yield trial
@@ -187,13 +187,13 @@ def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Tria
     try:
         _make(run, path, recipe, shared)
         return _Candidate(name, recipe, path, stamp_files(load(path).files), time.monotonic() - start)
-    except (_OutOfTime, DiskError, InputChanged):  # none of them is the configuration's fault
+    except _OutOfTime:
         raise
-    except Exception as exception:
-        error = f"{type(exception).__name__}: {exception}"
-    logger.warning("%s failed: %s", name, error)
+    except Exception as error:
+        failed = failure_of(error, path)
+    logger.warning("%s failed: %s", name, failed.text)
     shutil.rmtree(path.parent, ignore_errors=True)
-    return Trial(name, "failed", None, False, None, time.monotonic() - start, error, recipe)
+    return Trial(name, failed.status, None, False, None, time.monotonic() - start, failed.text, recipe)
 
 
 def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
@@ -291,7 +291,7 @@ def _trial(run: Run, judge: Judge, candidate: _Candidate, verdict: Verdict) -> T
     outcome = judge.outcome(verdict.metric, pairs) if ok else ""
     return Trial(
         name=candidate.name,
-        status="ok" if ok else "failed" if verdict.error else "nan",
+        status="ok" if ok else "fault" if verdict.fault else "failed" if verdict.error else "nan",
         metric=verdict.metric if ok else None,
         met=outcome == "within",
         verdict=outcome,

@@ -19,6 +19,7 @@ from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.engine.verify import verify
+from onnx_woq.errors import system_failure
 from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import Model, file_bytes, load, model_hash
 from onnx_woq.runtime.custom_ops import custom_operators
@@ -54,8 +55,9 @@ def tune(
 ) -> TuneResult:
     """Quantizes `model` with one configuration after another until the accuracy holds.
 
-    The float model is evaluated once and calibrated once for all configurations. A trial that raises or gives NaN is
-    recorded and the next goes on. The best model so far is always returned.
+    The float model is evaluated once and calibrated once for all configurations. A trial that fails or gives NaN is
+    recorded and the next goes on. The best model so far is always returned. A trial lost to a fault of this program is
+    one of `TuneResult.faults`; a later run tries it again.
 
     Args:
         model: an .onnx file, a folder that holds one, or a model in memory (`onnx.ModelProto`, `onnx_ir.Model`).
@@ -74,21 +76,27 @@ def tune(
             `objective="smallest"`, `tolerance=0.02`, `samples=64` or `max_memory=6_000_000_000`.
 
     Raises:
-        OnnxWoqError: model, data, configurations or output cannot be used at all.
+        OnnxWoqError: model, data, configurations, evaluation or output cannot be used at all.
         DiskError: the disk is full, or fails; with `workdir` the same call goes on from there.
+        ResourceError: memory, open files or the like have run out; with `workdir` the same call goes on from there.
     """
     given = data if isinstance(data, CalibrationData) else CalibrationData(dataloader if data is None else data)
     named = {"eval_fn": eval_fn} if eval_fn is not None else {}
     if dataloader is not None:
         named["source"] = dataloader
     options = gather_options(given, evaluation, search, resources, named | keywords)
-    with ExitStack() as stack:
-        original = stack.enter_context(model_file(model))
-        place = destination(output, original) if output is not None else None
-        stack.enter_context(custom_operators(options.resources.custom_ops))
-        path = stack.enter_context(converted(original, options.resources.convert, options.resources.announce))
-        folder = stack.enter_context(work_folder(workdir, keep=place is None))
-        return replace(_tune(options, path, place, folder, stack), model=original)
+    try:
+        with ExitStack() as stack:
+            original = stack.enter_context(model_file(model))
+            place = destination(output, original) if output is not None else None
+            stack.enter_context(custom_operators(options.resources.custom_ops))
+            path = stack.enter_context(converted(original, options.resources.convert, options.resources.announce))
+            folder = stack.enter_context(work_folder(workdir, keep=place is None))
+            return replace(_tune(options, path, place, folder, stack), model=original)
+    except Exception as error:
+        if (scarce := system_failure(error)) and scarce is not error:
+            raise scarce from error
+        raise
 
 
 def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: Path, stack: ExitStack) -> TuneResult:

@@ -28,12 +28,14 @@ def _no_constant(name: str) -> None:
 class Cli:
     """Runs the command line in this process."""
 
-    def __call__(self, *arguments: object) -> Result:
+    def __call__(self, *arguments: object, fault: bool = False) -> Result:
+        """Runs a command, which must not end by a fault of the program unless `fault` expects one."""
         from onnx_woq.cli import main
 
         result = CliRunner().invoke(main, [str(argument) for argument in arguments])
         surprise = result.exception
         assert surprise is None or isinstance(surprise, SystemExit), f"traceback instead of a message: {surprise!r}"
+        assert fault or result.exit_code != 1, result.stderr
         return result
 
     def ok(self, *arguments: object) -> Result:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import inspect
+from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ def test_whoever_catches_the_base_class_catches_all(kind):
     ("narrow", "wide"),
     [
         (errors.DiskError, errors.OutputError),
+        (errors.EvaluationError, errors.DataError),
         (errors.RotationError, errors.ModelError),
         (errors.NothingToQuantize, errors.ModelError),
         (errors.AlreadyQuantized, errors.ModelError),
@@ -59,3 +62,27 @@ def test_at_most_three_are_suggested_the_closest_first():
     answer = nearest("bits", (name for name in ["bitz1", "bits2", "bits1x", "bitsy", "bit"]))
     assert answer.count(" or ") == 2
     assert answer.startswith(("did you mean bits2", "did you mean bitsy", "did you mean bit"))
+
+
+def test_what_has_run_out_is_found_behind_other_errors():
+    scarce = OSError(errno.EMFILE, "Too many open files")
+    for error in (scarce, MemoryError("4 GB"), BrokenExecutor("gone"), RuntimeError("std::bad_alloc")):
+        outer = errors.ModelError("cannot be opened")
+        outer.__cause__ = error
+        for one in (error, outer):
+            found = errors.system_failure(one)
+            assert isinstance(found, errors.ResourceError)
+            assert type(error).__name__ in str(found)
+    assert errors.system_failure(found) is found
+    assert errors.system_failure(OSError(errno.ENOENT, "no such file")) is None
+    outer.__cause__ = outer
+    assert errors.system_failure(outer) is None
+
+
+def test_a_fault_is_told_with_its_place_in_the_package():
+    with pytest.raises(AttributeError) as raised:
+        nearest(None, [])
+    told = errors.fault_text(raised.value)
+    for part in ("a fault of onnx-woq", "AttributeError", "onnx_woq/errors.py, line", "(nearest)", "report"):
+        assert part in told
+    assert "ValueError: never raised." in errors.fault_text(ValueError("never raised"))

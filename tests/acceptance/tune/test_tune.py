@@ -147,20 +147,6 @@ def test_when_all_trials_raise_the_history_is_returned(enc, tmp_path):
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-def test_a_trial_that_quantization_cannot_make_does_not_stop_the_others(enc, enc_data, tmp_path, monkeypatch):
-    import onnx_woq.core.methods.registry as methods
-
-    def broken(*_: object, **__: object) -> None:
-        raise MemoryError("too large")
-
-    broken_gptq = dataclasses.replace(methods.METHODS["gptq"], solve=broken)
-    monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "gptq": broken_gptq})
-    result = tune(enc, by_recipe(lambda _: 1.0), enc_data, configs=["GPTQ_G32ASYM", "RTN_G32ASYM"], workdir=tmp_path)
-    assert result.trials[0].status == "failed"
-    assert "MemoryError" in result.trials[0].error
-    assert result.met
-
-
 def test_a_float_model_that_cannot_be_evaluated_is_an_error_of_the_data(enc, tmp_path):
     from onnx_woq.errors import OnnxWoqError
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from onnx_woq import Recipe, Spec, TuneResult, tune
+from onnx_woq.errors import EvaluationError
 from onnx_woq.tuning import trials
 from tests.support import evaluations, measure
 from tests.support.commands import spawning
@@ -225,9 +226,9 @@ def test_a_worker_that_sees_another_file_of_that_name(processes, enc, tmp_path, 
     assert {call.pid for call in evaluations.calls(tmp_path / "there.log")} == {os.getpid()}
 
 
-def test_an_evaluation_that_ends_the_program_does_so_here(elsewhere, enc, tmp_path):
+def test_an_evaluation_that_ends_the_program_is_an_error_here_too(elsewhere, enc, tmp_path):
     evaluate = recorded(tmp_path, METRICS | {3: "exit"})
-    with pytest.raises(SystemExit, match="enough"):
+    with pytest.raises(EvaluationError, match=r"ends the program .SystemExit: enough"):
         tune(enc, evaluate, configs=RTNS, objective="best", workdir=tmp_path / "w", executor=elsewhere)
     assert [line["name"] for line in lines(tmp_path / "w")] == ["b2"]
     assert elsewhere.submit(int, "7").result() == 7

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,18 @@ def model(tmp_path: Path) -> Path:
     products = [node("MatMul", ["x", "W"], ["h"], name="first"), node("MatMul", ["h", "V"], ["y"], name="second")]
     weights = {"W": random(64, 64), "V": random(64, 32)}
     return write(tmp_path / "m.onnx", graph(products, [value("x", ("t", 64))], [value("y", ("t", 32))], weights))
+
+
+@pytest.fixture
+def metric(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Writes a module with a metric, and leaves no trace of its import."""
+    (tmp_path / "cli_metric.py").write_text(
+        "def score(path):\n    return 0.5 if 'onnx-woq-tune' in str(path) else 1.0\nthree = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "cli_metric:score"
+    sys.modules.pop("cli_metric", None)
 
 
 @pytest.fixture

@@ -6,12 +6,14 @@ import io
 import json
 import sys
 
+import click
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnx_woq.cli.console import (
     BadInput,
+    Fault,
     announce,
     named_errors,
     print_json,
@@ -36,9 +38,24 @@ def test_a_named_error_becomes_its_message_and_exit_code_2(error):
     assert raised.value.exit_code == 2
 
 
-def test_other_errors_are_not_hidden():
-    with pytest.raises(ZeroDivisionError), named_errors():
-        raise ZeroDivisionError
+def test_other_errors_are_faults_of_the_program_with_their_place_and_exit_code_1():
+    with (
+        pytest.raises(Fault, match=r"TypeError: .* in cli/console.py, line \d+ \(print_json\)") as raised,
+        named_errors(),
+    ):
+        print_json(object())
+    assert raised.value.exit_code == 1
+
+
+def test_memory_that_runs_out_is_no_fault():
+    with pytest.raises(BadInput, match="memory has run out"), named_errors():
+        raise MemoryError
+
+
+@pytest.mark.parametrize("end", [click.UsageError("no"), click.Abort(), click.exceptions.Exit(0), BrokenPipeError()])
+def test_ends_of_a_command_stay_as_they_are(end):
+    with pytest.raises(type(end)), named_errors():
+        raise end
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from onnx_woq.cli.options import RunFlags, TuneFlags
-from onnx_woq.cli.quantize import load_metric, open_executor, tune_keywords
+from onnx_woq.cli.quantize import open_executor, tune_keywords
 from onnx_woq.errors import RecipeError
 from onnx_woq.presets import TUNED
 from onnx_woq.tuning import tune as tuning
@@ -27,26 +27,16 @@ def arguments(model, tmp_path):
 @pytest.fixture
 def tuned(monkeypatch):
     """Records the keywords of `tune`, and gives the result that it is told to."""
-    recorded = SimpleNamespace(calls=[], met=True)
+    recorded = SimpleNamespace(calls=[], met=True, faults=())
 
     def tune(model, evaluation, calib, **keywords):
         recorded.calls.append({"evaluation": evaluation, "calib": calib, **keywords})
-        return SimpleNamespace(met=recorded.met, to_dict=lambda: {"metric": float("nan")})
+        return SimpleNamespace(
+            met=recorded.met, faults=recorded.faults, stopped="met", to_dict=lambda: {"metric": float("nan")}
+        )
 
     monkeypatch.setattr(tuning, "tune", tune)
     return recorded
-
-
-@pytest.fixture
-def metric(tmp_path, monkeypatch):
-    """Writes a module with a metric, and leaves no trace of its import."""
-    (tmp_path / "cli_metric.py").write_text(
-        "def score(path):\n    return 0.5 if 'onnx-woq-tune' in str(path) else 1.0\nthree = 3\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield "cli_metric:score"
-    sys.modules.pop("cli_metric", None)
 
 
 def test_one_recipe_is_quantized_and_told_as_json(run, arguments, tmp_path):
@@ -109,6 +99,12 @@ def test_a_tolerance_that_is_not_met_is_exit_code_3(run, arguments, tuned):
     assert strict_json(run(*arguments, "--auto", "--json", code=3).stdout) == {"metric": None}
 
 
+@pytest.mark.parametrize(("met", "code"), [(True, 0), (False, 1)])
+def test_a_fault_of_the_program_is_exit_code_1_unless_the_limit_is_met(met, code, run, arguments, tuned):
+    tuned.met, tuned.faults = met, ("a trial",)
+    run(*arguments, "--auto", "--json", code=code)
+
+
 def test_the_best_is_written_also_where_it_is_not_good_enough(run, arguments, metric, tmp_path):
     found = strict_json(run(*arguments, "--eval", metric, "--json", code=3).stdout)
     assert found["met"] is False
@@ -143,27 +139,6 @@ def test_an_interrupted_tuning_run_says_where_its_trials_are(run, arguments, mon
 def test_contradictions_are_named_before_the_work(flags, says, run, arguments, tmp_path):
     assert says in run(*arguments, *flags, code=2).stderr
     assert [file.name for file in tmp_path.iterdir()] == ["m.onnx"]
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("cli_metric", "write MODULE:FUNCTION"),
-        (":score", "write MODULE:FUNCTION"),
-        ("cli_metric:", "write MODULE:FUNCTION"),
-        ("cli_metric:nothing", "has no attribute"),
-        ("no_such_metric:score", "No module named"),
-        ("cli_metric:three", "is not a function"),
-    ],
-)
-def test_what_is_no_metric(name, says, metric):
-    with pytest.raises(RecipeError, match=says):
-        load_metric(name)
-
-
-def test_a_metric_is_found_in_the_current_folder(metric, tmp_path):
-    assert load_metric(None) is None
-    assert load_metric(metric)(tmp_path / "m.onnx") == 1.0
 
 
 def test_an_unknown_executor_is_named(monkeypatch):

@@ -7,22 +7,30 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from onnx_woq.engine.executors import Serial, leaves_process, pickled
+from onnx_woq.errors import EvaluationError
 from onnx_woq.tuning.judge import judge_remotely, stamp_files
+from onnx_woq.tuning.metric import measure
 
 
 def size(path: Path, _: object) -> float:
     return float(path.stat().st_size)
 
 
-def ends(path: Path, _: object) -> float:
+def ends(path: Path) -> float:
     raise SystemExit(f"no {path.name}")
+
+
+def measured(metric: Callable[[Path], float], path: Path, _: object) -> float:
+    return measure(metric, path)
 
 
 @pytest.fixture
@@ -51,7 +59,8 @@ def test_another_file_is_not_judged(change, model):
 
 
 def test_a_worker_lives_on(model):
-    assert "it ends the program: no m.onnx" in judge_remotely(model, pickle.dumps(ends), stamp_files([model])).error
+    with pytest.raises(EvaluationError, match=r"ends the program .SystemExit: no m.onnx"):
+        judge_remotely(model, pickle.dumps(partial(measured, ends)), stamp_files([model]))
     assert "UnpicklingError" in judge_remotely(model, b"nonsense", stamp_files([model])).error
 
 

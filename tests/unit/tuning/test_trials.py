@@ -20,6 +20,7 @@ from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning import bootstrap
 from onnx_woq.tuning.judge import Judge
+from onnx_woq.tuning.metric import MetricFailedError
 from onnx_woq.tuning.results import Trial
 from onnx_woq.tuning.trials import Run, drop, each_trial, made_again, measured_further
 from tests.support import hooks, measure
@@ -111,7 +112,7 @@ def test_another_judge_model_or_data_is_another_trial():
 def test_a_model_without_a_number_is_removed(metric, status, work, tmp_path):
     def score(_):
         if metric is None:
-            raise KeyError("no")
+            raise MetricFailedError("KeyError: no")
         return metric
 
     run, shared = work()
