@@ -25,6 +25,7 @@ from onnx_woq.graph.find.embeddings import Embedding, find_embeddings
 from onnx_woq.graph.find.float_copies import float_copy_bytes
 from onnx_woq.graph.find.linears import Linear, LinearGroup, Skipped, WeightSource, find_linear_groups
 from onnx_woq.graph.find.quantized import low_bit_nodes
+from onnx_woq.graph.find.remaining import account
 from onnx_woq.graph.io.model import Model, clone, file_bytes
 from onnx_woq.graph.rewrite.raise_opset import raise_opset
 from onnx_woq.graph.rewrite.rotate import rotate
@@ -190,7 +191,7 @@ class Plan:
         recipe: the recipe.
         groups: the linear groups that become codes, in graph order.
         embeddings: the tables that become codes, in graph order.
-        skipped: the matrix products and large tables that stay float, with the reason.
+        skipped: the matrix products, tables and other readers of large constants that stay float, with the reason.
         copies: name -> bytes of each float weight that stays in the file because another node reads it.
         bytes_before: the size of the model's files.
     """
@@ -319,7 +320,9 @@ def make_plan(model: Model, recipe: Recipe) -> Plan:
     copies = float_copy_bytes(model, found, tables)
     groups = tuple(_planned_group(model, recipe, group) for group in found)
     embeddings = tuple(_planned_table(model, recipe, table) for table in tables)
-    return Plan(model, recipe, groups, embeddings, (*skipped, *left_float), copies, file_bytes(model))
+    size = file_bytes(model)
+    stays = account(model, found, tables, [*skipped, *left_float], size)
+    return Plan(model, recipe, groups, embeddings, tuple(stays), copies, size)
 
 
 def prepared_plan(source: Model, recipe: Recipe) -> Plan:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from onnx_woq.core.spec import Spec
+from onnx_woq.graph.find.remaining import ALREADY
 from onnx_woq.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -83,9 +85,29 @@ class WeightReport:
 
 
 class _Weights:
-    """The rows of a report, by kind of weight."""
+    """The rows of a report, by kind of weight, and what they leave of the bytes."""
 
     weights: tuple[WeightReport, ...]
+    skipped: tuple[Skipped, ...]
+    copies: Mapping[str, int]
+    bytes_before: int
+
+    @property
+    def rest(self) -> int:
+        """Returns the bytes of the float model that no row has: its structure and small constants."""
+        rows = sum(row.bytes_before for row in self.weights)
+        return self.bytes_before - rows - sum(row.weight_bytes - row.again for row in self.skipped)
+
+    @property
+    def float_bytes(self) -> dict[str, int]:
+        """Returns the bytes that stay float, by the operator that reads them, the largest first."""
+        found: Counter[str] = Counter()
+        for row in self.skipped:
+            if ALREADY not in row.reason and row.weight_bytes > row.again:
+                found[row.op_type or "unread"] += row.weight_bytes - row.again
+        if self.copies:
+            found["weights that are quantized as well"] += sum(self.copies.values())
+        return dict(found.most_common())
 
     @property
     def groups(self) -> tuple[WeightReport, ...]:
@@ -112,7 +134,7 @@ class QuantizeReport(_Weights):
         output: the .onnx file that was written.
         recipe: the recipe.
         weights: the rows, linear groups before tables.
-        skipped: the matrix products and large tables that stay float, with the reason.
+        skipped: the products, tables and other readers of large constants that stay float, with the reason.
         copies: name -> bytes of each float weight that stays in the file because another node reads it.
         bytes_before: the size of the model's files.
         bytes_after: the size of the output's files.
@@ -150,7 +172,7 @@ class Inspection(_Weights):
         model: the .onnx file of the float model.
         recipe: the recipe.
         weights: the rows, linear groups before tables.
-        skipped: the matrix products and large tables that would stay float, with the reason.
+        skipped: the products, tables and other readers of large constants that would stay float, with the reason.
         copies: name -> bytes of each float weight that would stay because another node reads it.
         bytes_before: the size of the model's files.
         bytes_after: about the size of the output's files.
@@ -183,7 +205,7 @@ def _plan(result: QuantizeReport | Inspection) -> dict[str, Any]:
         "model": str(result.model),
         "taps": [group.to_dict() for group in result.groups],
         "embeddings": [table.to_dict() for table in result.embeddings],
-        "skipped": [asdict(skipped) for skipped in result.skipped],
+        "skipped": [skipped.to_dict() for skipped in result.skipped],
         "copies": dict(result.copies),
         "bytes_before": result.bytes_before,
         "bytes_after": result.bytes_after,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -118,7 +117,7 @@ def _beside(source: Model, recipe: Recipe | None) -> tuple[list[dict[str, Any]],
     if recipe is None:
         return [], []
     plan = make_plan(source, recipe)
-    return [asdict(node) for node in plan.skipped], [table.report().to_dict() for table in plan.embeddings]
+    return [node.to_dict() for node in plan.skipped], [table.report().to_dict() for table in plan.embeddings]
 
 
 def _versions() -> dict[str, str]:

@@ -122,7 +122,7 @@ def quantization(report: QuantizeReport) -> None:
         _show(f"the {len(rows)} {which} of {len(report.groups)} are shown")
     _show_embeddings(report.embeddings)
     _show_skipped(report.skipped)
-    _show_bytes(report.bytes_before, report.bytes_after, report.copies)
+    _show_bytes(report)
     _show(f"{report.output} in {report.seconds:.1f} s")
     _show(f"what it cost: onnx-woq evaluate {report.output} --reference {report.model} --data …")
 
@@ -138,7 +138,7 @@ def inspection(found: Inspection) -> None:
     _show_skipped(found.skipped, every=True)
     for cut in found.cuts:
         _show(f"calibration{f', {cut.graph}' if cut.graph else ''}: {cut.reason}")
-    _show_bytes(found.bytes_before, found.bytes_after, found.copies)
+    _show_bytes(found)
 
 
 def evaluation(metrics: Metrics) -> None:
@@ -205,11 +205,16 @@ def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:
         _show(f"{count} left float: {reason}")
 
 
-def _show_bytes(before: int, after: int, copies: Any) -> None:
-    """Prints the bytes of a model before and after, and of the float weights that have to stay beside the codes."""
-    for name, count in copies.items():
+def _show_bytes(report: Inspection | QuantizeReport) -> None:
+    """Prints the bytes of a model before and after, and of what stays float: copies beside codes, or most of it."""
+    for name, count in report.copies.items():
         _show(f"{size(count)} of {name} stay float as well: something else in the model reads them")
+    before, after = report.bytes_before, report.bytes_after
     _show(f"{size(before)} → {size(after)} ({100 * after / before:.1f} %)")
+    left = report.float_bytes
+    if 2 * sum(left.values()) > before:
+        parts = ", ".join(f"{op} {100 * count / before:.0f} %" for op, count in list(left.items())[:WORST])
+        _show(f"{100 * sum(left.values()) / before:.0f} % of the bytes stay float: {parts}")
 
 
 def _number(value: float) -> str:

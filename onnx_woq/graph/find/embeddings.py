@@ -98,7 +98,7 @@ def find_embeddings(
             continue
         reason = _unfit(node, table)
         if recipe.embedding is None:
-            skipped += [] if reason else [_skip(node, table, FLOAT_BY_DEFAULT)]
+            skipped.append(_skip(node, table, reason or FLOAT_BY_DEFAULT))
             continue
         names = (node.name or "", node.outputs[0].name or "", table.root.name or "")
         spec, left_out = recipe.spec_for(*names, default=recipe.embedding)

@@ -9,7 +9,7 @@ are in one group as well, whatever activations they read. A **weight source** is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -234,14 +234,15 @@ class LinearGroup:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A matrix product or Gather that stays as it is.
+    """A node that stays as it is: a matrix product, the Gather of a table, or any other that reads large constants.
 
     Attributes:
         name: the name of its output value.
         node_name: the name of the node, which may be empty.
-        op_type: "MatMul", "Gemm", a fused form of these, or "Gather".
+        op_type: "MatMul", "Gemm", a fused form of these, "Gather", or any other; "" for a constant that nothing reads.
         reason: why it stays, for people.
-        weight_bytes: the size of its constant as stored; 0 if it has none.
+        weight_bytes: the size of its constants as stored; 0 if it has none.
+        again: how many of these bytes belong to a weight that is counted before, because another node reads it too.
     """
 
     name: str
@@ -249,6 +250,12 @@ class Skipped:
     op_type: str
     reason: str
     weight_bytes: int
+    again: int = 0
+
+    def to_dict(self) -> dict[str, object]:
+        """Returns a JSON-ready dictionary."""
+        row = asdict(self)
+        return row if self.again else {name: row[name] for name in row if name != "again"}
 
 
 def find_linear_groups(model: Model, recipe: Recipe) -> tuple[list[LinearGroup], list[Skipped]]:

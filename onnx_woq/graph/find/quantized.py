@@ -12,7 +12,9 @@ import onnx_ir as ir
 from onnx_woq.graph.find.constants import Constant, resolve
 from onnx_woq.graph.io.model import Model
 
-_LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
+LOW_BIT_OPS = {"MatMulNBits", "MatMulBnb4", "MatMulFpQ4", "GatherBlockQuantized", "QMoE"}
+"""The operators of ONNX Runtime for block-quantized weights."""
+
 _BELOW_8_BITS = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.FLOAT4E2M1}
 _8_BITS = {ir.DataType.INT8, ir.DataType.UINT8}
 _WEIGHT_INPUT = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # operator -> index of the input that a weight comes in by
@@ -84,7 +86,7 @@ def _codes(dequantize: ir.Node) -> Constant | None:
 
 
 def _is_low_bit(node: ir.Node) -> bool:
-    if node.op_type in _LOW_BIT_OPS:
+    if node.op_type in LOW_BIT_OPS:
         return True
     if node.op_type not in ("DequantizeLinear", "QuantizeLinear"):
         return False

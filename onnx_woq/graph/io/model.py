@@ -310,7 +310,9 @@ def _place_tensors(
     for graph in graphs:
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = place(value.const_value)
+                placed = place(value.const_value)
+                inner = value.graph is not model.graph  # sessions read files for the main graph alone
+                value.const_value = placed if is_large(placed) or not inner else _in_memory(placed)
             elif value.const_value is not None:
                 value.const_value = _unpacked(named, value.const_value)
         for node in graph:
@@ -325,8 +327,11 @@ def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.Exte
     """Reads the tensors in attributes of a node: only initializers may be external in every version of ONNX Runtime."""
     for name, attribute in list(node.attributes.items()):
         if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-            loaded = ir.Tensor(place(attribute.value).numpy().copy(), name=attribute.value.name)
-            node.attributes[name] = ir.AttrTensor(name, loaded)
+            node.attributes[name] = ir.AttrTensor(name, _in_memory(place(attribute.value)))
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _unpacked(named: Path, tensor: ir.TensorProtocol) -> ir.TensorProtocol:
