@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import sys
 from typing import Any
 
 import click
 
-from onnx_woq.cli.console import named_errors
+from onnx_woq.cli.console import named_errors, set_up_logging
 
 SUMMARIES = {
     "configs": "List the predefined configurations in tuning order, with what each means.",
@@ -54,4 +53,4 @@ def main() -> None:
     """Turn float ONNX models into low-bit ones that ONNX Runtime runs natively."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Windows writes to files and pipes in an old code page
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    set_up_logging()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnx_woq.errors import OnnxWoqError
+from onnx_woq.errors import OnnxWoqError, visible
 
 if TYPE_CHECKING:
     from onnx_woq.progress import Progress
@@ -33,7 +35,7 @@ def named_errors() -> Iterator[None]:
     try:
         yield
     except OnnxWoqError as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(visible(str(error))) from error
     except KeyboardInterrupt as interrupt:
         announce(f"interrupted: {interrupt}" if interrupt.args else "interrupted: nothing was written")
         sys.exit(INTERRUPTED)
@@ -41,7 +43,26 @@ def named_errors() -> Iterator[None]:
 
 def announce(line: str) -> None:
     """Writes a line to standard error, where it is not in the way of JSON and tables."""
-    click.echo(line, err=True)
+    click.echo(visible(line), err=True)
+
+
+class _Messages(logging.Formatter):
+    """The form of log messages, each on one line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return visible(super().formatMessage(record))
+
+
+def set_up_logging() -> None:
+    """Sends warnings, those of the log and those of libraries, to standard error."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Messages("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
+
+    warnings.showwarning = show
 
 
 @contextmanager
@@ -55,7 +76,7 @@ def progress_bar() -> Iterator[Progress | None]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -65,7 +86,7 @@ def progress_bar() -> Iterator[Progress | None]:
         task = bar.add_task("", total=None)
 
         def progress(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total or None)
+            bar.update(task, description=visible(stage), completed=done, total=total or None)
 
         yield progress
 
