@@ -100,7 +100,7 @@ def quantize(
             lambda left, states: collect(plan, left, batches, resources, states),
             resources,
             properties=metadata(recipe, model_hash(source), calibration),
-            companions_from=path.parent,
+            companions_from=path,
             resume="same" if resume else "",
         )
     warn_of_old_runtime(result.runtime)

@@ -3,8 +3,8 @@
 The first line names the model, recipe, data and package version that the output follows from. A record has the name of
 its weight (under the key "tap"), the end of its arrays in the data file and their checksum, the arrays that are too
 small for that file, the input scale, the bias, the error, and a checksum of all that. It counts only if the data file
-has its arrays, since the system may write the two files in any order. The shapes of arrays and their offsets follow from
-model and recipe alone, so nothing that stands in a journal can make anyone read or write elsewhere.
+has its arrays, since the system may write the two files in any order. The shapes of arrays and their offsets follow
+from model and recipe alone, so nothing that stands in a journal can make anyone read or write elsewhere.
 """
 
 from __future__ import annotations
