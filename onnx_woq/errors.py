@@ -70,6 +70,17 @@ class AlreadyQuantized(ModelError):
     """A model that already carries low-bit weights, which quantizing again would not change."""
 
 
+def visible(text: str) -> str:
+    """Returns a text as a terminal may be given it: whatever is no printable character becomes its escape sequence.
+
+    Names in models and paths may hold sequences that move the cursor or rename the window, marks that reverse the
+    reading direction, line breaks that forge a message, and bytes that are no text at all.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Returns the end of an error message about an unknown `name`: the known names closest to it, or all of them.
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import importlib
 import io
-import logging
 import sys
 from typing import Any
 
 import click
 
-from onnx_woq.cli.console import named_errors
+from onnx_woq.cli.console import named_errors, set_up_logging
 
 SUMMARIES = {
     "configs": "List the predefined configurations in tuning order, with what each means.",
@@ -57,5 +56,4 @@ def main(debug: bool = False) -> None:
     """Turn float ONNX models into low-bit ones that ONNX Runtime runs natively."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # Windows writes to files and pipes in an old code page
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("onnx_woq").setLevel(logging.DEBUG if debug else logging.NOTSET)
+    set_up_logging(debug=debug)

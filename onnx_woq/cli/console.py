@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnx_woq.errors import OnnxWoqError, fault_text, system_failure
+from onnx_woq.errors import OnnxWoqError, fault_text, system_failure, visible
 
 if TYPE_CHECKING:
     from onnx_woq.progress import Progress
@@ -45,14 +46,14 @@ def named_errors() -> Iterator[None]:
     try:
         yield
     except OnnxWoqError as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(visible(str(error))) from error
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except Exception as error:
         if scarce := system_failure(error):
-            raise BadInput(str(scarce)) from error
+            raise BadInput(visible(str(scarce))) from error
         logger.debug("a fault of the program", exc_info=error)
-        raise Fault(fault_text(error)) from error
+        raise Fault(visible(fault_text(error))) from error
     except KeyboardInterrupt as interrupt:
         announce(f"interrupted: {interrupt}" if interrupt.args else "interrupted: nothing was written")
         sys.exit(INTERRUPTED)
@@ -60,7 +61,27 @@ def named_errors() -> Iterator[None]:
 
 def announce(line: str) -> None:
     """Writes a line to standard error, where it is not in the way of JSON and tables."""
-    click.echo(line, err=True)
+    click.echo(visible(line), err=True)
+
+
+class _Messages(logging.Formatter):
+    """The form of log messages, each on one line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return visible(super().formatMessage(record))
+
+
+def set_up_logging(*, debug: bool = False) -> None:
+    """Sends warnings, those of the log and those of libraries, to standard error; with `debug` all of our own log."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Messages("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("onnx_woq").setLevel(logging.DEBUG if debug else logging.NOTSET)
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        logging.getLogger("py.warnings").warning("%s: %s", category.__name__, message)
+
+    warnings.showwarning = show
 
 
 @contextmanager
@@ -74,7 +95,7 @@ def progress_bar() -> Iterator[Progress | None]:
     from rich.progress import Progress as Bar
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -84,7 +105,7 @@ def progress_bar() -> Iterator[Progress | None]:
         task = bar.add_task("", total=None)
 
         def progress(stage: str, done: int, total: int) -> None:
-            bar.update(task, description=stage, completed=done, total=total or None)
+            bar.update(task, description=visible(stage), completed=done, total=total or None)
 
         yield progress
 

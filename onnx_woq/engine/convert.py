@@ -36,7 +36,7 @@ def convert(model: str | Path, output: str | Path) -> list[str]:
     if place.onnx.parent.is_dir():
         check_output(source, place.onnx)
     converted, done = modernize(source)
-    write(converted, place, {}, path.parent)
+    write(converted, place, {}, path)
     return done
 
 

@@ -72,7 +72,7 @@ def execute(
         statistics: yields the statistics of the linear groups that are left to solve.
         resources: the executor that solves them, the memory that this may take, and the progress callback.
         properties: the metadata of the result; an unfinished run is resumed only if its metadata was the same.
-        companions_from: the folder of tokenizer and config files, which are copied if the output is a folder.
+        companions_from: the .onnx file whose tokenizer and config files are copied if the output is a folder.
         resume: "" to begin anew, "same" or "any" to resume, see `open_store`.
         cache: solutions of the same model and data, which are not solved again; new ones are added.
 

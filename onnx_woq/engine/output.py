@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -13,10 +14,15 @@ from pathlib import Path
 from onnx_woq.engine.plan import Plan
 from onnx_woq.engine.resume.store import ResumeStore, partial_folder
 from onnx_woq.errors import OutputError
+from onnx_woq.graph.io.external_data import leads_out
 from onnx_woq.graph.io.model import Model, file_bytes
 from onnx_woq.graph.io.save import data_path, failure, save
 
-COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+logger = logging.getLogger(__name__)
+
+COMPANIONS = (
+    "*.json", "*.jinja", "*.model", "*.spm", "*.tiktoken", "bpe.codes", "merges.txt", "tokens.txt", "vocab.txt",
+)  # fmt: skip
 """Patterns of the files that a tokenizer or `optimum` needs beside a model; they are copied into an output folder."""
 
 MAX_COMPANION_BYTES = 64 << 20
@@ -62,23 +68,42 @@ def destination(output: str | Path, source: Path) -> Destination:
     return place
 
 
-def companions(folder: Path) -> list[Path]:
-    """Returns the tokenizer and config files in a folder; files of more than 64 MiB are taken for weights, left out."""
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.is_file()}
-    return sorted(path for path in found if path.stat().st_size <= MAX_COMPANION_BYTES)
+def companions(model: Path) -> list[Path]:
+    """Returns the tokenizer and config files of a model: those beside it and, from a folder `onnx`, those one above.
+
+    Links that lead out of the model's folders are left out with a warning: they would give away other people's files.
+    Files of more than 64 MiB are taken for weights.
+
+    Args:
+        model: the .onnx file, as the user named it.
+    """
+    found: dict[str, Path] = {}
+    for folder in homes(model):
+        for path in sorted({path for pattern in COMPANIONS for path in folder.glob(pattern)}):
+            if path.name in found or not path.is_file() or path.stat().st_size > MAX_COMPANION_BYTES:
+                continue
+            if leads_out(path, model):
+                logger.warning("%s is not copied: it is a link that leads out of the model's folder", path)
+            else:
+                found[path.name] = path
+    return [found[name] for name in sorted(found)]
+
+
+def homes(model: Path) -> list[Path]:
+    """Returns the folders that a model's companions may be in; optimum and the Hub keep models in a folder `onnx`."""
+    beside = model.absolute().parent
+    return [beside, beside.parent] if beside.name == "onnx" else [beside]
 
 
 @contextmanager
-def companions_copied(source: Path, target: Path) -> Iterator[None]:
-    """Copies the companions in the folder `source` into the folder `target`, once the `with` block has succeeded.
+def companions_copied(model: Path, target: Path) -> Iterator[None]:
+    """Copies the companions of a model into the folder `target`, once the `with` block has succeeded.
 
     The copies are made before the block, in a private folder, so that a full disk is met before `target` changes.
     """
-    if source.resolve() == target.resolve():
-        yield
-        return
+    left = [path for path in companions(model) if path.parent.resolve() != target.resolve()]
     with tempfile.TemporaryDirectory(prefix=".onnx-woq-", dir=target) as stage:
-        copies = [Path(shutil.copyfile(path, Path(stage) / path.name)) for path in companions(source)]
+        copies = [Path(shutil.copyfile(path, Path(stage) / path.name)) for path in left]
         yield
         for copy in copies:
             os.replace(copy, target / copy.name)
@@ -140,7 +165,7 @@ def write(
         model: the model.
         place: its destination.
         properties: its metadata.
-        companions_from: the folder of the companions.
+        companions_from: the .onnx file whose companions are copied, as the user named it.
         store: the resume store whose data file becomes that of the model; None if there is none.
         check: called with the complete model before it takes its place, see `save`.
 

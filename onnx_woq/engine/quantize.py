@@ -113,7 +113,7 @@ def quantize(
                 lambda left, states: collect(plan, left, batches, resources, states),
                 resources,
                 properties=metadata(recipe, model_hash(source), calibration),
-                companions_from=given.parent,
+                companions_from=given,
                 resume="same" if resume else "",
             )
         warn_of_old_runtime(result.runtime)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from onnx_woq.errors import visible
 from onnx_woq.report.labels import METRICS, outcome, size, spec_name
 
 if TYPE_CHECKING:
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 PLAIN_WIDTH = 10_000
 """Columns at most when standard output is not a terminal, so that rows stay whole for grep."""
+
+Cell = str | tuple[str, str]
+"""A cell of a table: a text, or a text and its style."""
 
 WORST = 10
 """Linear groups with the largest errors that a quantization report lists."""
@@ -42,15 +47,13 @@ def tuning(result: TuneResult) -> None:
     for trial in result.trials:
         best = result.best is not None and trial.name == result.best.name
         table.add_row(
-            f"[bold]{escape(trial.name)}[/bold]" if best else escape(trial.name),
+            (trial.name, "bold" if best else ""),
             "" if trial.metric is None else _number(trial.metric),
             _verdict(trial),
             "" if trial.bytes is None else size(trial.bytes),
             "" if trial.bytes is None else f"{100 * trial.bytes / result.float_bytes:.1f} %",
             f"{trial.seconds:.1f}",
-            escape(
-                "; ".join(filter(None, ["chosen" if best else "", "resumed" if trial.resumed else "", trial.error]))
-            ),
+            "; ".join(filter(None, ["chosen" if best else "", "resumed" if trial.resumed else "", trial.error])),
         )
     relation = "at least" if result.higher_is_better else "at most"
     stopped = {"met": "the first within the tolerance was taken"}.get(result.stopped, result.stopped)
@@ -73,7 +76,7 @@ def mixing(result: TuneResult) -> None:
             share = "" if layer.predicted is None or not total else f"{100 * layer.predicted / total:.1f} %"
             more = f" +{len(layer.nodes) - 1}" if len(layer.nodes) > 1 else ""
             grid = "float" if layer.spec is None else spec_name(layer.spec)
-            table.add_row(escape(layer.name + more), grid, f"{layer.bits:.2f}", size(layer.bytes), share)
+            table.add_row(layer.name + more, grid, f"{layer.bits:.2f}", size(layer.bytes), share)
         _show(table)
     loss = f">{METRICS[result.metric_name].loss_column}"
     table = _table("config", ">size", ">of float", ">bits", loss, ">predicted", "note")
@@ -81,13 +84,13 @@ def mixing(result: TuneResult) -> None:
         error = "" if point.standard_error is None else f" ± {point.standard_error:.2g}"
         trial = next(trial for trial in result.trials if trial.name == point.name)
         table.add_row(
-            f"[bold]{escape(point.name)}[/bold]" if point.chosen else escape(point.name),
+            (point.name, "bold" if point.chosen else ""),
             "" if trial.bytes is None else size(trial.bytes),
             "" if trial.bytes is None else f"{100 * trial.bytes / result.float_bytes:.1f} %",
             f"{point.bpw:.2f}",
             "" if point.measured is None else f"{_number(point.measured)}{error}",
             "" if point.predicted is None else _number(point.predicted),
-            escape("; ".join(filter(None, ["chosen" * point.chosen, "resumed" * trial.resumed, trial.error]))),
+            "; ".join(filter(None, ["chosen" * point.chosen, "resumed" * trial.resumed, trial.error])),
         )
     _show(table, f"asked for: {result.target}; {result.stopped}; {result.seconds:.1f} s in all")
     _show_faults(result)
@@ -114,8 +117,8 @@ def quantization(report: QuantizeReport) -> None:
         error = "" if group.error is None else f"{100 * group.error**0.5:.2f} %"
         before, after = size(group.bytes_before), size(group.bytes_after)
         more = f" +{len(group.nodes) - 1}" if len(group.nodes) > 1 else ""
-        name = escape(group.nodes[0] + more)
-        table.add_row(name, _grid(group), str(group.k), str(group.n), before, after, error, group.scaling)
+        name, k, n = group.nodes[0] + more, str(group.k), str(group.n)
+        table.add_row(name, _grid(group), k, n, before, after, error, group.scaling)
     _show(table)
     if len(report.groups) > len(rows):
         which = "with the largest error" if known else "first"
@@ -124,7 +127,8 @@ def quantization(report: QuantizeReport) -> None:
     _show_skipped(report.skipped)
     _show_bytes(report)
     _show(f"{report.output} in {report.seconds:.1f} s")
-    _show(f"what it cost: onnx-woq evaluate {report.output} --reference {report.model} --data …")
+    names = shlex.join([str(report.output), "--reference", str(report.model)])
+    _show(f"what it cost: onnx-woq evaluate {names} --data …")
 
 
 def inspection(found: Inspection) -> None:
@@ -132,7 +136,7 @@ def inspection(found: Inspection) -> None:
     table = _table("MatMuls of one input", "grid", ">K", ">N", ">before", ">after")
     for group in found.groups:
         before, after = size(group.bytes_before), size(group.bytes_after)
-        table.add_row(escape(", ".join(group.nodes)), _grid(group), str(group.k), str(group.n), before, after)
+        table.add_row(", ".join(group.nodes), _grid(group), str(group.k), str(group.n), before, after)
     _show(table)
     _show_embeddings(found.embeddings)
     _show_skipped(found.skipped, every=True)
@@ -168,13 +172,13 @@ def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _verdict(trial: Trial) -> str:
+def _verdict(trial: Trial) -> Cell:
     """Formats the outcome of a trial in colour."""
     text = outcome(trial.status, trial.dropped, trial.verdict)
     if trial.status == "ok" and trial.dropped:
         return text
     colour = "red" if trial.status != "ok" else "green" if trial.met else "yellow"
-    return f"[{colour}]{text}[/{colour}]"
+    return text, colour
 
 
 def _show_embeddings(embeddings: Sequence[WeightReport]) -> None:
@@ -185,8 +189,8 @@ def _show_embeddings(embeddings: Sequence[WeightReport]) -> None:
     for row in embeddings:
         shared = f"those of {row.shared_with}" if row.shared_with else "its own"
         before, after = (size(count) if count else "" for count in (row.bytes_before, row.bytes_after))
-        name, grid = escape(row.weight_name), spec_name(row.spec)
-        table.add_row(name, grid, str(row.n), str(row.k), before, after, escape(shared))
+        name, grid = row.weight_name, spec_name(row.spec)
+        table.add_row(name, grid, str(row.n), str(row.k), before, after, shared)
     _show(table)
 
 
@@ -198,7 +202,7 @@ def _show_skipped(skipped: Sequence[Skipped], every: bool = False) -> None:
         table = _table("left float", "op", ">weight", "why")
         for node in skipped:
             weight = size(node.weight_bytes) if node.weight_bytes else ""
-            table.add_row(escape(node.node_name or node.name), node.op_type, weight, escape(node.reason))
+            table.add_row(node.node_name or node.name, node.op_type, weight, node.reason)
         _show(table)
         return
     for reason, count in Counter(node.reason for node in skipped).most_common():
@@ -222,17 +226,29 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _table(*columns: str) -> Table:
+class _Table(Table):
+    """A table whose cells are shown as they are: neither markup nor control characters in them have any effect."""
+
+    def add_row(self, *cells: Cell) -> None:  # type: ignore[override]
+        """Adds a row."""
+        styled = [(cell, "") if isinstance(cell, str) else cell for cell in cells]
+        super().add_row(*(Text(visible(text), style) for text, style in styled))
+
+
+def _table(*columns: str) -> _Table:
     """Returns an empty table; columns whose names begin with ">" are right-aligned."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = _Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         right = column.startswith(">")
         table.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right)
     return table
 
 
-def _show(*things: Any) -> None:
-    """Prints tables, and texts as they are."""
+def _show(*things: Table | str) -> None:
+    """Prints tables, and texts as they are, each on one line."""
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False, soft_wrap=False)
     for thing in things:
-        console.print(thing, markup=not isinstance(thing, str), soft_wrap=isinstance(thing, str))
+        if isinstance(thing, str):
+            console.print(Text(visible(thing)), soft_wrap=True)
+        else:
+            console.print(thing)

@@ -215,7 +215,7 @@ def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> Non
         while_time_lasts,
         run.resources,
         properties=metadata(recipe, run.source_hash, run.calibration_hash),
-        companions_from=run.source.path.parent,
+        companions_from=run.source.named,
         resume="any",
         cache=run.known,
     )

@@ -199,6 +199,6 @@ def _deliver(made: Path, place: Destination, source: Model, *, verified: bool) -
     """Writes the model of a trial to where it goes."""
     chosen = load(made)
     check = partial(verify, out=place.onnx, source=source, opens=verified)
-    write(chosen, place, {}, source.named.parent, check=check)  # the trial's file says already what it is
+    write(chosen, place, {}, source.named, check=check)  # the trial's file says already what it is
     warn_of_old_runtime(required_runtime(chosen))
     return place.onnx

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from onnx_woq import errors
-from onnx_woq.errors import nearest
+from onnx_woq.errors import nearest, visible
 
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
 
@@ -86,3 +86,21 @@ def test_a_fault_is_told_with_its_place_in_the_package():
     for part in ("a fault of onnx-woq", "AttributeError", "onnx_woq/errors.py, line", "(nearest)", "report"):
         assert part in told
     assert "ValueError: never raised." in errors.fault_text(ValueError("never raised"))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("", ""),
+        ("Größe → 3 µm, 日本語, 🙂", "Größe → 3 µm, 日本語, 🙂"),
+        ("a\x1b[31mb\x07", r"a\x1b[31mb\x07"),
+        ("one\r\ntwo\t", r"one\r\ntwo\t"),
+        ("\x9b5m\x7f\x00", r"\x9b5m\x7f\x00"),
+        ("\u202etxt\u2066\u200b\u2028", r"\u202etxt\u2066\u200b\u2028"),
+        (b"no-\xff-text".decode("utf-8", "surrogateescape"), r"no-\udcff-text"),
+        ("\U000e0001", r"\U000e0001"),
+    ],
+)
+def test_a_terminal_gets_only_what_can_be_seen(text, shown):
+    assert visible(text) == shown
+    visible(text).encode()

@@ -2,9 +2,9 @@
 
 The first line names the model, recipe, data and package version that the output follows from. A record has the name of
 its weight (under the key "tap"), the end of its arrays in the data file and their checksum, the arrays that are too
-small for that file, the input scale, the bias and the error. It counts only if the data file has its arrays, since the
-system may write the two files in any order. The shapes of arrays and their offsets follow from model and recipe alone,
-so nothing that stands in a journal can make anyone read or write elsewhere.
+small for that file, the input scale, the bias, the error, and a checksum of all that. It counts only if the data file
+has its arrays, since the system may write the two files in any order. The shapes of arrays and their offsets follow
+from model and recipe alone, so nothing that stands in a journal can make anyone read or write elsewhere.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from onnx_woq.graph.edit import LARGE
 from onnx_woq.graph.io.save import next_place
 
 _FORMAT = 1
+_SUM = "sum"  # of the whole record; version 0.1 did not write it
 
 Read = Callable[[tuple[int, ...], np.dtype, int], np.ndarray]
 """A function that reads an array of a shape and type at an offset of the data file, in bytes.
@@ -97,17 +98,16 @@ def record_line(weight: PlannedWeight, solved: Solved, end: int) -> bytes:
     check = 0
     for array in arrays:
         check = zlib.crc32(raw(array), check)
-    return _line(
-        {
-            "tap": weight.name,
-            "end": end,
-            "check": check,
-            "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
-            "input_scale": None if solved.input_scale is None else _text(solved.input_scale),
-            "bias": [_text(bias) for bias in solved.bias],
-            "error": solved.error,
-        }
-    )
+    entry = {
+        "tap": weight.name,
+        "end": end,
+        "check": check,
+        "small": [_text(array) for array in arrays if array.nbytes <= LARGE],
+        "input_scale": None if solved.input_scale is None else _text(solved.input_scale),
+        "bias": [_text(bias) for bias in solved.bias],
+        "error": solved.error,
+    }
+    return _line(entry | {_SUM: _line_sum(entry)})
 
 
 def finished(
@@ -130,6 +130,8 @@ def finished(
     position, end = start, 0
     for line in journal[start:].splitlines(keepends=True):
         entry = _parsed(line)
+        if entry.pop(_SUM, None) not in (None, _line_sum(entry)):  # none: a record of version 0.1
+            break
         weight = by_name.get(str(entry.get("tap")))
         solved = None if weight is None or weight.name in found else _read_back(entry, weight, end, read)
         if weight is None or solved is None:
@@ -212,6 +214,11 @@ def _read_back(entry: Mapping[str, Any], weight: PlannedWeight, start: int, read
     except (ValueError, TypeError, KeyError, IndexError):
         return None
     return Solved(packed, input_scale, error, factors, bias)
+
+
+def _line_sum(entry: Mapping[str, Any]) -> int:
+    """Returns a checksum of a whole record, also of what no checksum of arrays covers: scales, biases, the error."""
+    return zlib.crc32(_line(entry))
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:

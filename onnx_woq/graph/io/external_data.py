@@ -157,6 +157,22 @@ def _linked_alike(location: str, named: Path, real: Path) -> bool:
     return (named.is_symlink() or real.stat().st_nlink > 1) and location == os.path.basename(location)
 
 
+def leads_out(file: Path, named: Path) -> bool:
+    """Tells whether a file beside a model is a link that leads out of the folders that the model may be read from.
+
+    These are the file's own folder, and the one that the real .onnx file lies in: all links of the Hugging Face cache
+    lead to that. Hard links are taken for links unless the .onnx is one itself.
+
+    Args:
+        file: the file.
+        named: the path of the .onnx file as the user gave it.
+    """
+    target, real = Path(os.path.realpath(file)), Path(os.path.realpath(named))
+    if not any(target.is_relative_to(folder) for folder in (file.parent.resolve(), real.parent)):
+        return True
+    return target.stat().st_nlink > 1 and not _linked_alike(file.name, named, real)
+
+
 def place_tensor(tensor: ir.ExternalTensor, source: Source) -> ir.ExternalTensor:
     """Returns `tensor` as one whose data lies in the file `source`, at the offset that the model says.
 

@@ -320,14 +320,28 @@ def _place_tensors(
     for function in model.functions.values():
         for node in function.all_nodes():
             _load_attributes(node, place)
+        for value in (value for body in function.subgraphs() for value in body.initializers.values()):
+            if value.const_value is not None:
+                value.const_value = _loaded(value.const_value, place)
     return {source.path: source.stamp for source in sources.values()}
 
 
 def _load_attributes(node: ir.Node, place: Callable[[ir.ExternalTensor], ir.ExternalTensor]) -> None:
     """Reads the tensors in attributes of a node: only initializers may be external in every version of ONNX Runtime."""
     for name, attribute in list(node.attributes.items()):
-        if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-            node.attributes[name] = ir.AttrTensor(name, _in_memory(place(attribute.value)))
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.TENSOR:
+            node.attributes[name] = ir.AttrTensor(name, _loaded(attribute.value, place))
+        elif attribute.type == ir.AttributeType.TENSORS:
+            node.attributes[name] = ir.AttrTensors(name, [_loaded(tensor, place) for tensor in attribute.value])
+
+
+def _loaded(tensor: ir.TensorProtocol, place: Callable[[ir.ExternalTensor], ir.ExternalTensor]) -> ir.TensorProtocol:
+    """Returns a tensor in memory, if it is external; others as they are."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor
+    return _in_memory(place(tensor))
 
 
 def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:

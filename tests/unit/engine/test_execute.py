@@ -31,7 +31,7 @@ def executed(path, out, recipe, data=(), *, statistics=None, cache=None, executo
         place = destination(out, path)
         result = execute(
             plan, place, lambda left, states: given(left, states), resources,
-            properties=metadata(recipe, "0" * 32, "1" * 32), companions_from=path.parent, resume=resume, cache=cache,
+            properties=metadata(recipe, "0" * 32, "1" * 32), companions_from=path, resume=resume, cache=cache,
         )  # fmt: skip
     return plan, result
 
@@ -80,7 +80,7 @@ def test_who_waits_for_what_is_put_in(fields, waits, lm, lm_data, tmp_path):
 
         execute(
             plan, destination(tmp_path / "q.onnx", lm), watched, resources,
-            properties=metadata(recipe, "", ""), companions_from=lm.parent, resume="",
+            properties=metadata(recipe, "", ""), companions_from=lm, resume="",
         )  # fmt: skip
     names = [group.name for group in plan.groups]
     before = {name: names[:place] for place, name in enumerate(names)}

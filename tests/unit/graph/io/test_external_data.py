@@ -15,7 +15,7 @@ from onnx_woq.graph.io.external_data import check_unchanged, describe_source
 from onnx_woq.graph.io.model import load, model_hash
 from onnx_woq.graph.io.save import save
 from onnx_woq.recipe import Recipe
-from tests.zoo.nodes import graph, linear, node, random, run, value, write
+from tests.zoo.nodes import BOOL, graph, linear, node, random, run, value, write
 
 W = random(40, 9)
 
@@ -223,3 +223,49 @@ def test_changed_files_are_noticed(tmp_path):
     (tmp_path / "b").unlink()
     with pytest.raises(InputChanged, match="b was changed, replaced or removed"):
         check_unchanged(stamps)
+
+
+def outside(folder, place):
+    """A model with an external tensor that claims to lie outside of the folder, at a place where few look."""
+    tensor = onnx.TensorProto(name="secret", dims=[3], data_type=onnx.TensorProto.FLOAT)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, entry in {"location": "../secret", "offset": "0", "length": "12"}.items():
+        tensor.external_data.add(key=key, value=entry)
+    odd, body, functions = node("Odd", ["x"], ["y"], domain="elsewhere"), graph([], [], []), []
+    if place == "attribute":
+        odd.attribute.add(name="t", type=onnx.AttributeProto.TENSOR, t=tensor)
+    elif place == "list in an attribute":
+        odd.attribute.add(name="t", type=onnx.AttributeProto.TENSORS, tensors=[tensor])
+    elif place == "constant":
+        odd = node("Constant", [], ["y"], value=tensor)
+    else:
+        body = graph([node("Identity", ["secret"], ["b"])], [], [value("b")], {"secret": tensor})
+        inner = node("If", ["c"], ["y"], then_branch=body, else_branch=body)
+        if place == "body":
+            odd = node("If", ["flag"], ["y"], then_branch=body, else_branch=body)
+        else:
+            imports = [onnx.helper.make_opsetid("", 21)]
+            functions = [onnx.helper.make_function("elsewhere", "Odd", ["c"], ["y"], [inner], imports)]
+    nodes = [node("MatMul", ["x", "W"], ["h"]), odd]
+    main = graph(nodes, [value("x", (3, 40)), value("flag", [], BOOL)], [value("h"), value("y")], {"W": random(40, 9)})
+    return write(folder / "m.onnx", main, functions=functions, domains={"elsewhere": 1})
+
+
+@pytest.mark.parametrize("place", ["attribute", "list in an attribute", "constant", "body", "body in a function"])
+def test_external_tensors_are_checked_wherever_they_are(place, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret").write_bytes(bytes(12))
+    with pytest.raises(ModelError, match=r"'\.\./secret', outside its own folder"):
+        load(outside(tmp_path / "in", place))
+
+
+def test_lists_of_external_tensors_in_attributes_are_read_into_memory(tmp_path):
+    path = outside(tmp_path, "list in an attribute")
+    proto = onnx.load(path, load_external_data=False)
+    proto.graph.node[1].attribute[0].tensors[0].external_data[0].value = "beside"
+    onnx.save(proto, path)
+    (tmp_path / "beside").write_bytes(np.array([1, 2, 3], np.float32).tobytes())
+    (tmp_path / "out").mkdir()
+    save(load(path), tmp_path / "out" / "o.onnx", metadata={})
+    (tensor,) = onnx.load(tmp_path / "out" / "o.onnx").graph.node[1].attribute[0].tensors
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), [1, 2, 3])

@@ -119,6 +119,6 @@ def test_what_no_sample_reaches_is_said(pool, tmp_path, caplog):
 
 def test_activations_without_the_channels_of_their_weight_are_the_datas_fault():
     """A graph that is cut before its product does not notice."""
-    stats = Stats(8)
+    stats = Stats(np.zeros((8, 8)), np.zeros(8), np.zeros(8), 0)
     with pytest.raises(DataError, match=r"'x' has the shape \(2, 16\) \(sample 3\), and its weight has 8 input"):
         accumulate._add_sample(stats, {"x": np.ones((2, 16), np.float32)}, (("x", ""),), None, 2, {})
