@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from onnx_woq.core.methods.registry import METHODS
+from onnx_woq.engine.plan import PlannedWeight
 from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 from onnx_woq.runtime.data.feeds import Feed, data_hash, feeds
 from onnx_woq.runtime.data.inputs import model_inputs
+
+logger = logging.getLogger(__name__)
 
 
 def calibrated_on(recipe: Recipe, samples: int | None, seqlen: int | None) -> Recipe:
@@ -62,6 +67,23 @@ def read_data(
         model_dir=named.parent,
         at_most=at_most,
     )
+
+
+def warn_of_few_tokens(weights: Sequence[PlannedWeight], batches: Sequence[Feed]) -> None:
+    """Warns where the samples have fewer tokens than a weight has inputs: nothing then says how good the result is."""
+    if not batches or not weights:
+        return
+    from onnx_woq.runtime.calibration.windows import token_count  # brings onnxruntime
+
+    tokens, widest = sum(map(token_count, batches)), max(weights, key=lambda weight: weight.k)
+    if tokens < widest.k:
+        logger.warning(
+            "the calibration data has %d tokens, fewer than the %d inputs of %s: on other data the result may be worse "
+            "than rounding to nearest; give more data, or compare with `onnx-woq evaluate`",
+            tokens,
+            widest.k,
+            widest.name,
+        )
 
 
 def feeds_hash(batches: list[Feed]) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from onnx_woq.engine.output import destination, write
+from onnx_woq.errors import OnnxWoqError
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import load
 from onnx_woq.graph.io.save import check_output
@@ -61,4 +62,8 @@ def converted(path: Path, wanted: bool, announce: Callable[[str], None] | None =
         for line in convert(path, folder):
             if announce:
                 announce(line)
-        yield Path(folder) / path.name
+        new = Path(folder) / path.name
+        try:
+            yield new
+        except OnnxWoqError as error:
+            raise type(error)(str(error).replace(str(new), str(path))) from error  # the user knows no other

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
-from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data
+from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data, warn_of_few_tokens
 from onnx_woq.engine.convert import converted
 from onnx_woq.engine.execute import execute
 from onnx_woq.engine.metadata import metadata, warn_of_old_runtime
@@ -103,6 +103,7 @@ def quantize(
         plan.prepare()
         wanted = recipe.nsamples if recipe.needs_data and plan.groups else 0
         batches = read_data(source, given, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
+        warn_of_few_tokens(plan.groups, batches)
         calibration = feeds_hash(batches)
         with open_resources(
             plan, batches, max_memory=max_memory, executor=executor, progress=progress, announce=announce, verify=verify

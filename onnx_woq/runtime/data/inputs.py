@@ -213,8 +213,10 @@ def _window(value: ir.Value) -> int:
 
 
 def _dim(dim: int | ir.SymbolicDim) -> int | str | None:
-    """Returns a dimension as a number, or as a name, None where it has neither."""
-    return dim if isinstance(dim, int) else dim.value
+    """Returns a dimension as a number, or as a name, None where it has neither: some exports write -1 for that."""
+    if isinstance(dim, int):
+        return dim if dim >= 0 else None
+    return dim.value
 
 
 def _rows_indexed(value: ir.Value) -> int | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data
+from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data, warn_of_few_tokens
+from onnx_woq.engine.plan import make_plan
 from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
@@ -66,3 +67,13 @@ def test_a_hash_tells_data_apart():
     touched[1]["x"][0, 0, 0] = np.nextafter(touched[1]["x"][0, 0, 0], np.float32(9))
     others = [touched, data[:2], data[::-1], [{"z": feed["x"]} for feed in data]]
     assert len({feeds_hash(one) for one in (data, *others)}) == 5
+
+
+def test_fewer_tokens_than_inputs_are_said(enc, caplog):
+    weights = make_plan(load(enc), Recipe("gptq")).groups
+    widest = max(weight.k for weight in weights)
+    warn_of_few_tokens(weights, zoo.float_feeds(1, length=widest))
+    warn_of_few_tokens(weights, [])
+    assert not caplog.records
+    warn_of_few_tokens(weights, zoo.float_feeds(1, length=widest - 1))
+    assert f"{widest - 1} tokens, fewer than the {widest} inputs" in caplog.text

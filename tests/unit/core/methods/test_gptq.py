@@ -14,6 +14,7 @@ from onnx_woq.errors import RecipeError
 from onnx_woq.recipe import Recipe
 from tests.support import reference
 from tests.support.memory import peak_bytes
+from tests.zoo import small as zoo
 
 
 def problem(k, n, seed=0, tokens=None, dead=()):
@@ -29,6 +30,11 @@ def problem(k, n, seed=0, tokens=None, dead=()):
 
 def loss(q, weight, stats):
     return output_error(q.effective() - weight, stats.gram)
+
+
+def few(inputs, tokens):
+    """What is added to the damping for fewer tokens than inputs."""
+    return max(0.0, inputs - tokens) / tokens / 10
 
 
 def naive_factor(gram, percdamp, order):
@@ -83,6 +89,7 @@ def test_codes_are_the_papers_on_many_problems(seed):
     spec = Spec(int(rng.integers(1, 9)), int(rng.choice([16, 32, 48, -1])), bool(rng.integers(2)))
     options = {"percdamp": float(rng.choice([0.001, 0.01, 0.3]))} | ORDERS[rng.integers(len(ORDERS))]
     q = gptq.solve(weight, stats, spec, block_size=int(rng.integers(1, 150)), **options)
+    options["percdamp"] += few(k - k // 8, stats.tokens)
     codes, _, zeros = reference.gptq(weight, stats.gram, spec.bits, q.group_size, symmetric=spec.symmetric, **options)
     np.testing.assert_array_equal(q.codes, codes)
     np.testing.assert_array_equal(q.zeros, zeros)
@@ -249,7 +256,8 @@ def test_dead_inputs_get_zero_weights_and_harm_nobody(options):
 def test_fewer_tokens_than_inputs():
     weight, stats = problem(96, 10, tokens=5)
     q = gptq.solve(weight, stats, Spec(4, 32))
-    np.testing.assert_array_equal(q.codes, reference.gptq(weight, stats.gram, 4, 32)[0])
+    codes, _, _ = reference.gptq(weight, stats.gram, 4, 32, percdamp=0.01 + few(96, 5))
+    np.testing.assert_array_equal(q.codes, codes)
 
 
 @pytest.mark.parametrize("tokens", [0, 10])
@@ -267,7 +275,7 @@ def test_damping_is_raised_until_the_factorization_succeeds(caplog):
     gram = stats.gram - 0.05 * stats.gram.diagonal().mean() * np.eye(48, dtype=np.float32)
     assert np.linalg.eigvalsh(gram).min() < -0.01 * gram.diagonal().mean()
     with caplog.at_level(logging.INFO):
-        q = gptq.solve(weight, Stats(gram, stats.abs_mean, stats.abs_max, 9), Spec(4, 16))
+        q = gptq.solve(weight, Stats(gram, stats.abs_mean, stats.abs_max, 144), Spec(4, 16))
     assert "not positive definite" in caplog.text
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     np.testing.assert_array_equal(q.codes, reference.gptq(weight, gram, 4, 16, percdamp=0.1)[0])
@@ -332,3 +340,24 @@ def test_statistics_that_keep_their_factors_give_the_same_codes_and_factorize_on
             assert np.array_equal(found.codes, expected.codes)
             assert np.array_equal(found.scales, expected.scales)
     assert len(calls) == 6 + 3
+
+
+def test_few_tokens_are_damped_more_and_enough_are_not():
+    assert [gptq.damping(0.01, tokens, 64) for tokens in (64, 65, 10**6)] == [0.01] * 3
+    assert gptq.damping(0.01, 32, 64) == pytest.approx(0.11)
+    assert gptq.damping(0.01, 4, 64) == pytest.approx(1.51)
+    assert gptq.damping(0.01, 0, 0) == 0.01
+
+
+@pytest.mark.parametrize("tokens", [4, 16, 48])
+@pytest.mark.parametrize("group_order", [True, False])
+def test_few_tokens_lose_nothing_to_rounding_on_others(tokens, group_order):
+    """With as little damping as for many they lose up to two thirds."""
+    k, spec = 256, Spec(4, 32, symmetric=False)
+    weight = zoo.weight(1, k, 64)
+    stats = Stats.empty(k)
+    stats.update(zoo.correlated(5, tokens, k, rank=24, noise=0.3))
+    others = zoo.correlated(99, 1000, k, rank=24, noise=0.3).astype(np.float64)
+    found = gptq.solve(weight, stats, spec, group_order=group_order).effective()
+    plain = rtn.solve(weight, None, spec).effective()
+    assert np.linalg.norm(others @ (found - weight)) < np.linalg.norm(others @ (plain - weight))

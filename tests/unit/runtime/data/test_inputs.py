@@ -188,3 +188,9 @@ def test_what_is_fed_is_left_as_it_is_and_others_are_left_out():
     assert list(full) == ["input_ids", "token_type_ids"]
     assert full["token_type_ids"] is given["token_type_ids"]
     assert list(given) == ["token_type_ids", "input_ids", "labels"]
+
+
+def test_a_dimension_below_zero_may_have_any_size(tmp_path):
+    main = graph([node("Relu", ["x"], ["y"])], [value("x", (-1, 3))], [value("y", (-1, 3))])
+    (info,) = model_inputs(load(write(tmp_path / "m.onnx", main)))
+    assert info.shape == (None, 3)
