@@ -33,11 +33,15 @@ class BadInput(click.ClickException):
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turns named errors into exit code 2 and an interrupt into 130, without a traceback."""
+    """Turns named errors, and those of the system on a file, into exit code 2 and an interrupt into 130."""
     try:
         yield
     except OnnxWoqError as error:
         raise BadInput(visible(str(error))) from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise BadInput(visible(f"{os.fsdecode(error.filename)}: {error.strerror}: check the path")) from error
     except KeyboardInterrupt as interrupt:
         announce(f"interrupted: {interrupt}" if interrupt.args else "interrupted: nothing was written")
         sys.exit(INTERRUPTED)
