@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from onnx_woq.cli.console import named_errors, set_up_logging
+from onnx_woq.cli.console import make_streams_last, named_errors, set_up_logging
 
 SUMMARIES = {
     "configs": "List the predefined configurations in tuning order, with what each means.",
@@ -42,6 +42,11 @@ class LazyGroup(click.Group):
         """Writes the list of commands by their summaries, which imports none of them."""
         stubs = {name: click.Command(name, help=summary) for name, summary in SUMMARIES.items()}
         click.Group(commands={**self.commands, **stubs}).format_commands(ctx, formatter)
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the command line, whatever becomes of the streams it writes to."""
+        make_streams_last()
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Runs the command that the arguments name; named errors and interrupts end it without a traceback."""

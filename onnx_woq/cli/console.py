@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -42,7 +44,7 @@ class Fault(click.ClickException):
 
 @contextmanager
 def named_errors() -> Iterator[None]:
-    """Turns named errors into exit code 2, others into 1 and an interrupt into 130, without a traceback."""
+    """Turns named errors, and those of the system on a file, into exit code 2, others into 1, an interrupt into 130."""
     try:
         yield
     except OnnxWoqError as error:
@@ -52,6 +54,8 @@ def named_errors() -> Iterator[None]:
     except Exception as error:
         if scarce := system_failure(error):
             raise BadInput(visible(str(scarce))) from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise BadInput(visible(f"{os.fsdecode(error.filename)}: {error.strerror}: check the path")) from error
         logger.debug("a fault of the program", exc_info=error)
         raise Fault(visible(fault_text(error))) from error
     except KeyboardInterrupt as interrupt:
@@ -62,6 +66,32 @@ def named_errors() -> Iterator[None]:
 def announce(line: str) -> None:
     """Writes a line to standard error, where it is not in the way of JSON and tables."""
     click.echo(visible(line), err=True)
+
+
+class _Lasting(io.FileIO):
+    """A stream that forgets what nobody takes: its reader has gone, or its disk is full."""
+
+    def write(self, content: Any) -> int:
+        """Writes bytes if that is possible; returns their number in any case."""
+        with suppress(OSError):
+            return super().write(content)
+        return memoryview(content).nbytes
+
+
+def make_streams_last() -> None:
+    """Keeps standard output and standard error from stopping or undoing the work when they cannot be written.
+
+    The numbers of closed streams are taken, or the next file that is opened would get the lines meant for them.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None or (stream is getattr(sys, f"__{name}__") and not stream.isatty()):
+            encoding, errors = (stream.encoding, stream.errors) if stream else ("utf-8", "replace")
+            raw = io.BufferedWriter(_Lasting(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=name == "stderr"))
 
 
 class _Messages(logging.Formatter):

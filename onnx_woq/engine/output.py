@@ -51,13 +51,21 @@ def destination(output: str | Path, source: Path) -> Destination:
     Raises:
         OutputError: the destination cannot be written, or is the source itself.
     """
-    output = Path(output)
+    try:
+        return _destination(Path(output), source)
+    except OSError as error:  # such as a name that is too long
+        raise failure(error, Path(output)) from error
+
+
+def _destination(output: Path, source: Path) -> Destination:
     is_file = output.suffix == ".onnx" and not output.is_dir()
     place = Destination(output if is_file else output / source.name, None if is_file else output)
     if place.onnx.is_dir():
         raise OutputError(f"{place.onnx} is a folder: choose another output")
     if place.onnx.exists() and place.onnx.samefile(source):
         raise OutputError(f"output {place.onnx} is the input model: choose another output, the input is never modified")
+    for name in (partial_folder(place.onnx), data_path(place.onnx)):  # both are longer than that of the file
+        name.exists()
     above = place.onnx.absolute().parent
     while not above.exists():
         above = above.parent

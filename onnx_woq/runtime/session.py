@@ -9,7 +9,8 @@ import functools
 import inspect
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -170,15 +171,16 @@ def _opened(source: str | Path | Model, options: ort.SessionOptions) -> ort.Infe
     """Returns a session of a model file or a model in memory, or raises a ModelError that says why there is none."""
     weights: list[np.ndarray] = []
     content: str | bytes
-    if isinstance(source, Model):
-        name = str(source.path)
-        content, weights = _structure(source, options)
-    else:
-        name = content = str(source)
-    try:
-        session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-    except Exception as error:  # ONNX Runtime's exceptions have no common base
-        raise ModelError(f"{name} cannot be run: {_explain(error)}") from error
+    path = source.path if isinstance(source, Model) else Path(source)
+    with _folder_in_utf8(path.parent) as folder:
+        if isinstance(source, Model):
+            content, weights = _structure(source, folder, options)
+        else:
+            content = os.path.join(folder, path.name)
+        try:
+            session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+        except Exception as error:  # ONNX Runtime's exceptions have no common base
+            raise ModelError(f"{path} cannot be run: {_explain(error)}") from error
     session.borrowed_weights = weights  # ONNX Runtime reads these arrays in place and does not own them
     return session
 
@@ -202,12 +204,27 @@ def _register(library: str, options: ort.SessionOptions) -> None:
         raise ModelError(f"{library} is not a library of custom operators: {_explain(error)}") from error
 
 
-def _structure(model: Model, options: ort.SessionOptions) -> tuple[bytes, list[np.ndarray]]:
+@contextmanager
+def _folder_in_utf8(folder: Path) -> Iterator[str]:
+    """Yields a path of a folder that is valid UTF-8, as ONNX Runtime demands; on Linux a name may be any bytes."""
+    try:
+        str(folder).encode()
+        yield str(folder)
+        return
+    except UnicodeEncodeError:
+        number = os.open(folder, os.O_RDONLY)
+    try:
+        yield f"/proc/self/fd/{number}"
+    finally:
+        os.close(number)
+
+
+def _structure(model: Model, folder: str, options: ort.SessionOptions) -> tuple[bytes, list[np.ndarray]]:
     """Returns a model without its weights as bytes, and its weights in memory.
 
     `options` are told the folder of the weights on disk and the addresses of those in memory.
     """
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.path.parent))
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     arrays = {name: np.ascontiguousarray(array) for name, array in memory_tensors(model).items()}
     if arrays:
         types = {name: model.ir.graph.initializers[name].dtype for name in arrays}

@@ -23,11 +23,14 @@ def find_model(path: str | Path) -> Path:
     In a folder that is `model.onnx`, or else its only .onnx file. Whether a file exists is not checked.
 
     Raises:
-        ModelError: the folder holds no .onnx file, or several without a `model.onnx`.
+        ModelError: the path cannot be looked at, or the folder holds no .onnx file, or several without a `model.onnx`.
     """
     path = Path(path)
-    if not path.is_dir():
-        return path
+    try:
+        if not path.is_dir():
+            return path
+    except OSError as error:  # such as a name that is too long
+        raise ModelError(f"{path} cannot be read ({error.strerror}): check the path") from error
     found = sorted(path.glob("*.onnx"))
     if path / "model.onnx" in found:
         return path / "model.onnx"

@@ -53,7 +53,7 @@ class Maker:
 
     def model(self) -> Model:
         self.graph.outputs.extend(value for node in self.graph for value in node.outputs if not value.uses())
-        return Model(ir.Model(self.graph, ir_version=10), Path("m.onnx"))
+        return Model(ir.Model(self.graph, ir_version=10), Path("m.onnx"), Path("m.onnx"))
 
 
 @pytest.fixture
