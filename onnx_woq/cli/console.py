@@ -49,8 +49,8 @@ def named_errors() -> Iterator[None]:
     except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
         raise
     except Exception as error:
-        if scarce := system_failure(error):
-            raise BadInput(str(scarce)) from error
+        if named := system_failure(error) or (error if isinstance(error, OSError) else None):
+            raise BadInput(str(named)) from error
         logger.debug("a fault of the program", exc_info=error)
         raise Fault(fault_text(error)) from error
     except KeyboardInterrupt as interrupt:

@@ -16,9 +16,10 @@ from onnx_woq.engine.output import Destination, destination, write
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
-from onnx_woq.errors import system_failure
+from onnx_woq.errors import OutputChanged, system_failure
 from onnx_woq.graph.io.find_model import find_model
 from onnx_woq.graph.io.model import file_bytes, load, model_hash
+from onnx_woq.graph.io.save import data_path
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.targets.registry import required_runtime
 from onnx_woq.tuning.budget import Budget, budget_of
@@ -83,7 +84,7 @@ def tune(
     place = destination(output, path) if output is not None else None
     try:
         with ExitStack() as stack:
-            folder = stack.enter_context(work_folder(workdir, keep=place is None))
+            folder = stack.enter_context(work_folder(workdir, keep=place is None, out=place.onnx if place else None))
             return _tune(options, path, place, folder, stack)
     except Exception as error:
         if (scarce := system_failure(error)) and scarce is not error:
@@ -93,7 +94,7 @@ def tune(
 
 def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: Path, stack: ExitStack) -> TuneResult:
     """Tries what `options` ask for in a work folder; what has to stay open until the end goes onto `stack`."""
-    start = time.monotonic()
+    start, there = time.monotonic(), _seen(place)
     search, evaluation, limits = options.search, options.evaluation, options.resources
     budget = budget_of(search, has_metric=evaluation.eval_fn is not None)
     recipes = named_recipes({"mixes": MIX} if budget and search.configs is None else search.configs, options.data)
@@ -134,6 +135,11 @@ def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: P
             best = made_again(run, best, shared)
     final = best.path if best else None
     if place and final:
+        if _seen(place) != there:
+            raise OutputChanged(
+                f"{place.onnx} has been written by others since the run began, and is not overwritten: move it away "
+                f"and give the same command again, or take the chosen model from {final}"
+            )
         final = _deliver(final, place, path.parent)
     return _result(replace(found, best=best), final, judge, budget, path, file_bytes(source), start)
 
@@ -184,6 +190,15 @@ def _result(
         layers=found.layers,
         model=path,
     )
+
+
+def _seen(place: Destination | None) -> list[tuple[int, ...] | None]:
+    """Returns how the files of an output look now, None for those that are not there."""
+    stamps: list[tuple[int, ...] | None] = []
+    for file in (place.onnx, data_path(place.onnx)) if place else ():
+        status = file.stat() if file.exists() else None
+        stamps.append(status and (status.st_size, status.st_mtime_ns, status.st_ino))
+    return stamps
 
 
 def _deliver(made: Path, place: Destination, companions: Path) -> Path:
