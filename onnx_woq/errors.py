@@ -42,6 +42,10 @@ class DiskError(OutputError):
     """A disk that is full or fails while a result is written; where finished layers are kept, the message says so."""
 
 
+class OutputChanged(OutputError):
+    """An output that others have written since the run began, and that is therefore not overwritten."""
+
+
 class MemoryLimit(OnnxWoqError):
     """A memory budget that is too small for the largest weight."""
 

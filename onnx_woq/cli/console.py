@@ -56,6 +56,8 @@ def named_errors() -> Iterator[None]:
             raise BadInput(visible(str(scarce))) from error
         if isinstance(error, OSError) and error.filename is not None:
             raise BadInput(visible(f"{os.fsdecode(error.filename)}: {error.strerror}: check the path")) from error
+        if isinstance(error, OSError):
+            raise BadInput(visible(str(error))) from error
         logger.debug("a fault of the program", exc_info=error)
         raise Fault(visible(fault_text(error))) from error
     except KeyboardInterrupt as interrupt:

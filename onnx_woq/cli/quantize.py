@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -129,13 +128,14 @@ def _tune(
 ) -> TuneResult:
     """Tries recipes, or mixes made with the first of them, and writes the model that wins."""
     from onnx_woq.report.frontier_plot import check_picture, draw_frontier
+    from onnx_woq.tuning.work_folder import default_folder, discard
 
     if flags.frontier:
         check_picture(flags.frontier)
     with output_to_stderr():
         evaluation = load_metric(flags.evaluation)
     place = Path(output)
-    workdir = Path(flags.workdir) if flags.workdir else place.with_name(f".{place.name}.onnx-woq-tune")
+    workdir = Path(flags.workdir) if flags.workdir else default_folder(place)
     keywords = tune_keywords(flags, has_metric=evaluation is not None) | asdict(data)
     finished = f"finished trials are kept in {workdir}, the same command goes on from there"
     try:
@@ -146,8 +146,10 @@ def _tune(
         raise KeyboardInterrupt(finished) from interrupt
     except (DiskError, ResourceError) as error:
         raise type(error)(f"{error}; {finished}") from error
-    if not flags.workdir:  # the run is finished: nothing is left to resume
-        shutil.rmtree(workdir, ignore_errors=True)
+    if result.stopped == "timeout" and workdir.exists():
+        announce(f"the time was over: {finished}")
+    elif not flags.workdir:  # the run is finished: nothing is left to resume
+        discard(workdir)
     if flags.frontier:
         draw_frontier(result, flags.frontier)
     return result

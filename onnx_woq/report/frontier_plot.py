@@ -58,7 +58,10 @@ def draw_frontier(result: TuneResult, path: str | Path) -> None:
     _curve(axes, result.frontier)
     _measured(axes, [p for p in result.frontier if p.measured is not None])
     _limits(axes, result)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.8)
+    if not result.frontier:
+        axes.text(0.5, 0.5, "nothing was measured", transform=axes.transAxes, ha="center", color=INK)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9, labelspacing=0.8)
     try:
         figure.savefig(path)
     except OSError as error:

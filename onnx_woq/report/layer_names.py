@@ -10,6 +10,10 @@ from collections.abc import Sequence
 _DULL = re.compile(r"(MatMul|Gemm|FusedMatMul)?(_?output)?(_\d+)?|model|#", re.IGNORECASE)
 
 
+_LAYER = "\0"
+"""Stands for the number of the layer in a kind, until all are known: no name has it."""
+
+
 def layer_positions(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()) -> list[tuple[int | None, str]]:
     """Returns layer and kind of each weight: the number that tells repetitions of a pattern apart, and the pattern.
 
@@ -33,14 +37,14 @@ def layer_positions(names: Sequence[str], shapes: Sequence[tuple[int, int]] = ()
             counts: dict[tuple[int, int], int] = defaultdict(int)
             for index in members:
                 k, n = shapes[index]
-                found[index] = counts[k, n], f"{'#'.join(between)}/{k} × {n}"
+                found[index] = counts[k, n], f"{_LAYER.join(between)}/{k} × {n}"
                 counts[k, n] += 1
             continue
         distinct = [len(set(column)) for column in zip(*numbers, strict=True)]
         slot = distinct.index(max(distinct))
         for index, row in zip(members, numbers, strict=True):
             found[index] = row[slot], _kind(names[index], slot)
-    return found
+    return _told_apart(names, found)
 
 
 def short_names(kinds: Sequence[str]) -> list[str]:
@@ -61,6 +65,28 @@ def short_names(kinds: Sequence[str]) -> list[str]:
 
 
 def _kind(name: str, slot: int) -> str:
-    """Returns the name with the number in place `slot`, that of its layer, replaced by #."""
+    """Returns the name with `_LAYER` for the number in place `slot`, that of its layer."""
     count = iter(range(len(name)))
-    return re.sub(r"\d+", lambda match: "#" if next(count) == slot else match[0], name)
+    return re.sub(r"\d+", lambda match: _LAYER if next(count) == slot else match[0], name)
+
+
+def _told_apart(names: Sequence[str], found: Sequence[tuple[int | None, str]]) -> list[tuple[int | None, str]]:
+    """Returns the places with # for the layer in their kinds, no two kinds and no two weights of a kind alike.
+
+    A name may have a # of its own, so two kinds may look alike then: the second gets a number. Of two weights in one
+    place, as `layer.1` and `layer.01`, the second has no layer.
+    """
+    labels: dict[str, str] = {}
+    seen: set[tuple[int, str]] = set()
+    places: list[tuple[int | None, str]] = []
+    for name, (layer, kind) in zip(names, found, strict=True):
+        if layer is None or (layer, kind) in seen:
+            places.append((None, name))
+            continue
+        seen.add((layer, kind))
+        if kind not in labels:
+            plain = kind.replace(_LAYER, "#")
+            alike = sum(label == plain or label.startswith(f"{plain} (") for label in labels.values())
+            labels[kind] = f"{plain} ({alike + 1})" if alike else plain
+        places.append((layer, labels[kind]))
+    return places

@@ -202,9 +202,8 @@ def user_judge(
     """
     name = f"{getattr(eval_fn, '__module__', '')}:{getattr(eval_fn, '__qualname__', type(eval_fn).__name__)}"
     key = f"{run_key}/float/{name}"
-    if known := journal.read(journal_file).get(key):
-        baseline = float(known["metric"])
-    else:
+    baseline = journal.read(journal_file).get(key, {}).get("metric")
+    if not isinstance(baseline, int | float) or not math.isfinite(baseline):
         baseline = measure_float(eval_fn, float_model)
         journal.append(journal_file, {"key": key, "metric": baseline})
     room = tolerance * abs(baseline) if criterion == "relative" else tolerance

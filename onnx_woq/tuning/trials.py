@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from onnx_woq.engine.plan import PlannedWeight, make_plan
 from onnx_woq.engine.resources import Resources
 from onnx_woq.engine.solve import solves_alike
 from onnx_woq.engine.statistics import SharedStatistics
+from onnx_woq.errors import OnnxWoqError
 from onnx_woq.graph.find.linears import LinearGroup
-from onnx_woq.graph.io.model import Model, clone, load
+from onnx_woq.graph.io.model import Model, clone, load, model_hash
 from onnx_woq.recipe import Recipe
 from onnx_woq.tuning import bootstrap, journal
 from onnx_woq.tuning.failures import failure_of
@@ -130,8 +132,10 @@ def each_trial(
         trials = (_judged_here(run, judge, one) if isinstance(one, _Candidate) else one for one in found)
     for trial in trials:
         if not trial.resumed and trial.status != "fault":  # a repaired program will try it again
-            entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs, "metric": trial.metric}
-            journal.append(run.journal, trial.to_dict() | entry)  # an infinite metric too, which reports leave out
+            made = model_hash(load(trial.path)) if trial.path else ""
+            entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs, "model": made}
+            entry["metric"] = trial.metric  # an infinite one too, which reports leave out
+            journal.append(run.journal, trial.to_dict() | entry)
         yield trial
 
 
@@ -166,8 +170,8 @@ def _each_made(
     for name, recipe in recipes.items():
         left.pop(0)
         found: Trial | _Candidate
-        if entry := known.get(run.trial_key(recipe, judge)):
-            found = _remembered(run, name, recipe, judge, entry)
+        if remembered := _remembered(run, name, recipe, judge, known.get(run.trial_key(recipe, judge))):
+            found = remembered
         elif run.out_of_time():
             return
         else:
@@ -198,6 +202,8 @@ def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Tria
 
 def _make(run: Run, path: Path, recipe: Recipe, shared: SharedStatistics) -> None:
     """Quantizes the float model by `recipe` and writes it to `path`."""
+    if path.parent.is_symlink():  # nothing is written where a link leads to
+        path.parent.unlink()
     plan = make_plan(clone(run.source), recipe)
     plan.require_work()
     plan = plan.raised()
@@ -314,25 +320,52 @@ def measured_further(judge: Judge, trial: Trial, pairs: tuple[tuple[float, float
     return replace(trial, metric=metric, pairs=pairs, verdict=outcome, met=outcome == "within", standard_error=error)
 
 
-def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
-    """Returns a trial that an earlier run finished, from its journal entry; its verdict follows the present limit."""
+def _remembered(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any] | None) -> Trial | None:
+    """Returns a trial that an earlier run finished, from its journal entry; its verdict follows the present limit.
+
+    It is None if there is no entry, or none that makes sense. The model of the trial counts only if it is the one that
+    was judged.
+    """
+    try:
+        return None if entry is None else _read_back(run, name, recipe, judge, entry)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        logger.warning("%s: the entry of %s makes no sense, so it is tried again", run.journal, name)
+        return None
+
+
+def _read_back(run: Run, name: str, recipe: Recipe, judge: Judge, entry: Mapping[str, Any]) -> Trial:
     path = run.trial_path(name, recipe)
-    metric = entry.get("metric")
+    status, metric = entry["status"], entry["metric"]
+    if status not in ("ok", "failed", "nan") or (status == "ok") != (metric is not None):
+        raise ValueError(status)
     pairs = tuple((float(num), float(den)) for num, den in entry.get("pairs", ()))
-    outcome = "" if metric is None else judge.outcome(metric, pairs)
+    if metric is not None and any(math.isnan(number) for number in (float(metric), *sum(pairs, ()))):
+        raise ValueError("no number")
+    outcome = "" if metric is None else judge.outcome(float(metric), pairs)
     return Trial(
         name=name,
-        status=entry["status"],
+        status=status,
         metric=metric,
         met=outcome == "within",
         verdict=outcome,
         standard_error=bootstrap.standard_error(np.array(pairs)) if pairs else None,
         dropped=bool(entry.get("dropped", False)),
         pairs=pairs,
-        bytes=entry.get("bytes"),
-        seconds=entry.get("seconds", 0.0),
-        error=entry.get("error", ""),
+        bytes=None if entry.get("bytes") is None else int(entry["bytes"]),
+        seconds=float(entry.get("seconds", 0.0)),
+        error=str(entry.get("error", "")),
         recipe=recipe,
         resumed=True,
-        path=path if metric is not None and path.exists() else None,
+        path=path if metric is not None and _is_model(path, entry.get("model")) else None,
     )
+
+
+def _is_model(path: Path, wanted: object) -> bool:
+    """Tells whether the model at `path` is there, as the run that wrote the journal has judged it."""
+    if not path.exists():
+        return False
+    with suppress(OnnxWoqError):
+        if model_hash(load(path)) == wanted:
+            return True
+    logger.warning("%s is not the model that was judged: it is made again if it is wanted", path)
+    return False

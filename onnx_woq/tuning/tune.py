@@ -19,9 +19,10 @@ from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.statistics import SharedStatistics
 from onnx_woq.engine.verify import verify
-from onnx_woq.errors import system_failure
+from onnx_woq.errors import OutputChanged, system_failure
 from onnx_woq.graph.io.find_model import ModelSource, model_file
 from onnx_woq.graph.io.model import Model, file_bytes, load, model_hash
+from onnx_woq.graph.io.save import data_path
 from onnx_woq.runtime.custom_ops import custom_operators
 from onnx_woq.runtime.data.feeds import Feed
 from onnx_woq.runtime.session import blames_models
@@ -91,7 +92,7 @@ def tune(
             place = destination(output, original) if output is not None else None
             stack.enter_context(custom_operators(options.resources.custom_ops))
             path = stack.enter_context(converted(original, options.resources.convert, options.resources.announce))
-            folder = stack.enter_context(work_folder(workdir, keep=place is None))
+            folder = stack.enter_context(work_folder(workdir, keep=place is None, out=place.onnx if place else None))
             return replace(_tune(options, path, place, folder, stack), model=original)
     except Exception as error:
         if (scarce := system_failure(error)) and scarce is not error:
@@ -101,7 +102,7 @@ def tune(
 
 def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: Path, stack: ExitStack) -> TuneResult:
     """Tries what `options` ask for in a work folder; what has to stay open until the end goes onto `stack`."""
-    start = time.monotonic()
+    start, there = time.monotonic(), _seen(place)
     search, evaluation, limits = options.search, options.evaluation, options.resources
     budget = budget_of(search, has_metric=evaluation.eval_fn is not None)
     recipes = named_recipes({"mixes": MIX} if budget and search.configs is None else search.configs, options.data)
@@ -143,6 +144,11 @@ def _tune(options: TuneOptions, path: Path, place: Destination | None, folder: P
             best = made_again(run, best, shared)
     final = best.path if best else None
     if place and final:
+        if _seen(place) != there:
+            raise OutputChanged(
+                f"{place.onnx} has been written by others since the run began, and is not overwritten: move it away "
+                f"and give the same command again, or take the chosen model from {final}"
+            )
         final = _deliver(final, place, source, verified=limits.verify)
     return _result(replace(found, best=best), final, judge, budget, path, file_bytes(source), start)
 
@@ -193,6 +199,15 @@ def _result(
         layers=found.layers,
         model=path,
     )
+
+
+def _seen(place: Destination | None) -> list[tuple[int, ...] | None]:
+    """Returns how the files of an output look now, None for those that are not there."""
+    stamps: list[tuple[int, ...] | None] = []
+    for file in (place.onnx, data_path(place.onnx)) if place else ():
+        status = file.stat() if file.exists() else None
+        stamps.append(status and (status.st_size, status.st_mtime_ns, status.st_ino))
+    return stamps
 
 
 def _deliver(made: Path, place: Destination, source: Model, *, verified: bool) -> Path:

@@ -21,22 +21,27 @@ from onnx_woq.errors import OutputError
 _LOCK = "lock"
 
 
-def locked(folder: Path, out: Path) -> FileIO:
-    """Makes a folder, if it is not there, and locks it; closing the returned file frees the lock.
+PRIVATE, READABLE = 0o077, 0o022
+"""Permissions of others that a folder may not have: any, or those to write."""
+
+
+def locked(folder: Path, out: Path, refused: int = PRIVATE) -> FileIO:
+    """Makes a private folder, if it is not there, and locks it; closing the returned file frees the lock.
 
     Args:
         folder: the folder.
         out: the file that is being written in it, for messages.
+        refused: the permissions of others that a folder which is there already may not have.
 
     Raises:
-        OutputError: another process has locked the folder, or others than this user may write to it.
+        OutputError: another process has locked the folder, or others than this user may use it.
         OSError: the folder cannot be made.
     """
     while True:
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         with suppress(FileNotFoundError):  # the process that had locked it removes it meanwhile
-            _check(folder)
+            _check(folder, refused)
             if (folder / _LOCK).is_symlink():
                 raise OutputError(f"{folder} is in the way: its lock is a link; remove it")
             lock = _opened(folder / _LOCK)
@@ -61,15 +66,21 @@ def remove(folder: Path, lock: FileIO) -> None:
             if path.name != _LOCK:
                 with suppress(OSError):
                     _discard(path)
-    free = False
+    free(folder, lock)
     with suppress(OSError):
-        (folder / _LOCK).unlink()  # last, since another process may use the folder from here on
-        free = True
+        folder.rmdir()
+
+
+def free(folder: Path, lock: FileIO) -> None:
+    """Frees the lock of a folder and removes its file; another process may use the folder from here on."""
+    removed = False
+    with suppress(OSError):
+        (folder / _LOCK).unlink()
+        removed = True
     lock.close()
     with suppress(OSError):
-        if not free:  # Windows removes it now that it is closed, unless another process has opened it meanwhile
+        if not removed:  # Windows removes it now that it is closed, unless another process has opened it meanwhile
             (folder / _LOCK).unlink()
-        folder.rmdir()
 
 
 def clear(folder: Path, but: Collection[str]) -> None:
@@ -95,12 +106,12 @@ def own_file(path: Path) -> FileIO:
     return _opened(path)
 
 
-def _check(folder: Path) -> None:
-    """Raises OutputError unless a path is a folder of this user that nobody else may write to."""
+def _check(folder: Path, refused: int) -> None:
+    """Raises OutputError unless a path is a folder of this user on which others have no permission in `refused`."""
     status = os.stat(folder, follow_symlinks=False)
     if not stat.S_ISDIR(status.st_mode):
         raise OutputError(f"{folder} is in the way, and no folder of this program: remove it")
-    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o077):
+    if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & refused):
         raise OutputError(f"{folder} is in the way: others may write to it; remove it")
 
 

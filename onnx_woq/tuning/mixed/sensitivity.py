@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,7 +103,7 @@ def measured(
     """
     keys = {unit.name: _key(run, recipe, unit) for unit in units}
     known = journal.read(run.journal)
-    missing = [unit for unit in units if keys[unit.name] not in known]
+    missing = [unit for unit in units if not _is_whole(known.get(keys[unit.name], {}), unit)]
     if missing:
         losses = dict(_losses(run, recipe, shared, missing))
         moved = _distances(run, recipe, missing, batches)
@@ -117,6 +118,21 @@ def measured(
             journal.append(run.journal, entry)
             known[keys[unit.name]] = entry
     return [_with_losses(unit, known[keys[unit.name]]) for unit in units]
+
+
+def _is_whole(entry: Mapping[str, Any], unit: MixedLayer) -> bool:
+    """Tells whether a journal entry has a loss for each choice of a layer, so that it need not be measured again."""
+    choices = sum(spec is not None for spec in unit.specs)
+    try:
+        numbers = [entry["alpha"], entry["table_alpha"]]
+        for name, there in (("tap", unit.group), ("table", unit.table)):
+            losses = entry["losses"][name]
+            if len(losses) != (choices if there else 0):
+                return False
+            numbers += losses
+        return all(math.isfinite(number) for number in numbers)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
 
 
 def _with_losses(unit: MixedLayer, entry: Mapping[str, Any]) -> MixedLayer:

@@ -62,7 +62,7 @@ def outline(result: TuneResult) -> dict[str, Any]:
 def lines(work: Path) -> list[dict[str, Any]]:
     """The trials in the journal."""
     entries = [json.loads(line) for line in (work / "journal.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in e.items() if k not in ("seconds", "path")} for e in entries if "name" in e]
+    return [{k: v for k, v in e.items() if k not in ("seconds", "path", "check")} for e in entries if "name" in e]
 
 
 # The same result

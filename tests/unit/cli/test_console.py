@@ -47,9 +47,12 @@ def test_other_errors_are_faults_of_the_program_with_their_place_and_exit_code_1
     assert raised.value.exit_code == 1
 
 
-def test_memory_that_runs_out_is_no_fault():
-    with pytest.raises(BadInput, match="memory has run out"), named_errors():
-        raise MemoryError
+@pytest.mark.parametrize(
+    ("error", "says"), [(MemoryError(), "memory has run out"), (PermissionError(13, "denied", "m.onnx"), "m.onnx")]
+)
+def test_what_the_system_does_not_give_is_no_fault(error, says):
+    with pytest.raises(BadInput, match=says), named_errors():
+        raise error
 
 
 @pytest.mark.parametrize("end", [click.UsageError("no"), click.Abort(), click.exceptions.Exit(0), BrokenPipeError()])

@@ -83,6 +83,11 @@ def test_without_losses_above_zero_predictions_are_drawn_alone(axes):
         assert list(points_of(drawn)) == ["mixes, predicted"]
 
 
+def test_where_nothing_was_measured_the_picture_says_so(axes):
+    drawn = axes(replace(mixed(limit=inf), frontier=()))
+    assert [text.get_text() for text in drawn.texts] == ["nothing was measured"]
+
+
 def test_the_ending_says_the_kind_of_file(tmp_path):
     draw_frontier(mixed(), tmp_path / "f.svg")
     assert ET.parse(tmp_path / "f.svg").getroot().tag.endswith("svg")

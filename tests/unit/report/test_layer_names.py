@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from onnx_woq.report.layer_names import layer_positions, short_names
@@ -45,6 +45,20 @@ def test_any_names_get_a_place_each_and_kinds_get_labels_of_their_own(names):
                if layer is not None and "#" not in name and "0" not in name)  # fmt: skip
     kinds = list(dict.fromkeys(kind for _, kind in found))
     assert len(set(short_names(kinds))) == len(kinds)
+
+
+@given(st.lists(st.text("01/#", max_size=6), max_size=12, unique=True))
+@example(["a#0", "a#1", "a0#", "a1#"])
+@example(["a0", "a1", "a00"])
+def test_no_two_weights_share_a_place(names):
+    """A kind is called by a name with # for the layer, and a name may have a # of its own."""
+    found = [place for place in layer_positions(names) if place[0] is not None]
+    assert len(set(found)) == len(found)
+
+
+def test_a_name_with_a_sign_of_its_own_keeps_its_kind():
+    names = [f"a#{i}" for i in range(3)] + [f"a{i}#" for i in range(1, 4)]
+    assert layer_positions(names) == [(i, "a##") for i in range(3)] + [(i, "a## (2)") for i in range(1, 4)]
 
 
 def test_of_two_numbers_the_one_that_takes_more_values_is_the_layer():

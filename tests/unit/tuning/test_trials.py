@@ -177,3 +177,62 @@ def test_a_leader_that_is_seen_on_more_samples_has_another_metric():
     worse = measured_further(race, before, tuple((9.0, 1.0) for _ in pairs))
     assert (worse.verdict, worse.met) == ("outside", False)
     assert (worse.name, worse.bytes, worse.recipe) == (before.name, before.bytes, before.recipe)
+
+
+def changed(journal, **fields):
+    """Writes the only entry of a journal with other fields, as version 0.1 did, without a checksum."""
+    entry = json.loads(journal.read_text()) | fields
+    del entry["check"]
+    journal.write_text(json.dumps({name: value for name, value in entry.items() if value != "gone"}) + "\n")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"status": "fault"}, {"status": "done"}, {"status": "gone"}, {"metric": None}, {"metric": "good"},
+        {"metric": math.nan}, {"metric": [1.0]}, {"pairs": 7}, {"pairs": [[1, 2, 3]]}, {"pairs": [[None, 1]]},
+        {"bytes": "many"}, {"bytes": 1e999}, {"seconds": {}}, {"metric": "gone"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_entry_that_makes_no_sense_is_tried_again(fields, work, tmp_path, caplog):
+    run, shared = work()
+    [first] = each_trial(run, {"a": Recipe()}, judge(size_of), shared)
+    changed(tmp_path / "journal.jsonl", **fields)
+    [again] = each_trial(work()[0], {"a": Recipe()}, judge(size_of), shared)
+    assert (again.resumed, again.status, again.metric) == (False, "ok", first.metric)
+    assert "makes no sense" in caplog.text
+
+
+def test_an_entry_of_version_0_1_counts_and_its_model_is_made_again(work, tmp_path):
+    run, shared = work()
+    [first] = each_trial(run, {"a": Recipe()}, judge(size_of), shared)
+    changed(tmp_path / "journal.jsonl", model="gone")
+    [again] = each_trial(work()[0], {"a": Recipe()}, judge(size_of), shared)
+    assert (again.resumed, again.metric, again.path) == (True, first.metric, None)
+
+
+@pytest.mark.parametrize("planted", ["other model", "other data", "garbage", "link"])
+def test_only_the_model_that_was_judged_is_taken(planted, work, tmp_path, caplog):
+    run, shared = work()
+    [first, other] = each_trial(run, {"a": Recipe(), "b": Recipe(spec=Spec(8, 32))}, judge(size_of), shared)
+    wanted = measure.listing(first.path.parent)
+    data = first.path.with_name(first.path.name + ".data")
+    if planted == "other model":
+        for file in other.path.parent.iterdir():
+            (first.path.parent / file.name).write_bytes(file.read_bytes())
+    elif planted == "other data":
+        data.write_bytes(bytes(data.stat().st_size))
+    elif planted == "garbage":
+        first.path.write_bytes(b"planted")
+    else:
+        first.path.parent.rename(tmp_path / "moved")
+        first.path.parent.symlink_to(other.path.parent)
+    known = measure.listing(other.path.parent)
+    run, shared = work()
+    [again] = each_trial(run, {"a": Recipe()}, judge(size_of), shared)
+    assert (again.resumed, again.path) == (True, None)
+    assert "is not the model that was judged" in caplog.text
+    made = made_again(run, again, shared)
+    assert measure.listing(made.path.parent) == wanted
+    assert measure.listing(other.path.parent) == known
