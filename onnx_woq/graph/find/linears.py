@@ -21,6 +21,7 @@ from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.dependencies import closed_bodies
 from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
+from onnx_woq.graph.fold import follows_from_constants
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 
@@ -319,6 +320,8 @@ def _computed(node: ir.Node, left: Constant | None) -> str:
     producer = node.inputs[1].producer() if node.inputs[1] is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear" and resolve(producer.inputs[0]):
         return "the weight is quantized already (DequantizeLinear)"
+    if producer is not None and follows_from_constants(node.inputs[1]):
+        return f"the weight is made of constants by {producer.op_type}: computed, it takes more bytes, or it cannot be"
     return "both inputs are computed"
 
 

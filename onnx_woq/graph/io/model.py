@@ -21,6 +21,7 @@ from onnx_ir.passes.common import InlinePass
 from onnx_woq.core.cpu import no_garbage_search
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
+from onnx_woq.graph.fold import fold_weights
 from onnx_woq.graph.io import external_data as files
 from onnx_woq.graph.io import wire
 from onnx_woq.graph.io.interface import remember_interfaces
@@ -66,7 +67,8 @@ def load(path: str | Path, *, convert: bool = False) -> Model:
       of `graph.io.interface` again;
     * functions that contain a MatMul or Gemm are inlined;
     * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
-    * every node stands behind the nodes it reads.
+    * every node stands behind the nodes it reads;
+    * weights that nodes compute from constants are constants, see `graph.fold`.
 
     Args:
         path: the .onnx file.
@@ -98,6 +100,7 @@ def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
     graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
     share_names(graphs, _unique_names(graphs, remember_interfaces(graphs)))
+    fold_weights(model.ir.graph)
     lift_large(model.ir)
     return model
 
