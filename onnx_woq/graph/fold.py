@@ -22,7 +22,8 @@ from onnx_woq.graph.find.constants import FLOATS, mapped, resolve
 _WEIGHT = {"MatMul": 1, "Gemm": 1, "Gather": 0}  # operator -> the input that a weight comes in by
 _RANDOM = {"Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform"}
 _RANDOM |= {"RandomUniformLike"}
-_QUANTIZING = 19
+_QUANTIZING = 19  # the first opset whose quantizing operators have a reference implementation
+_LONGEST = 64  # nodes between constants and a weight: more are no weight but a table that is computed, such as a mask
 
 
 def fold_weights(main: ir.Graph) -> None:
@@ -43,9 +44,12 @@ def fold_weights(main: ir.Graph) -> None:
         value = node.inputs[index]
         if value is None or value.producer() is None or resolve(value) or not follows_from_constants(value, known):
             continue
-        key = _key(value)
+        recipe = _Recipe.of(value)
+        if recipe is None:
+            continue
+        key = recipe.key(value)
         if key not in made:
-            made[key] = _constant(main, value)
+            made[key] = _constant(main, value, recipe)
         if constant := made[key]:
             node.replace_input_with(index, constant)
             _remove(value)
@@ -94,21 +98,37 @@ class _Recipe:
     leaves: dict[str, ir.TensorProtocol] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, value: ir.Value) -> _Recipe:
+    def of(cls, value: ir.Value) -> _Recipe | None:
+        """Returns the recipe of a value, None if it takes more than `_LONGEST` nodes."""
         recipe, seen = cls(), set[ir.Node]()
-
-        def visit(one: ir.Value | None) -> None:
-            node = None if one is None else one.producer()
-            if one is not None and node is None and one.const_value is not None:
-                recipe.leaves[one.name or ""] = one.const_value
-            elif node is not None and node not in seen:
+        pending: list[ir.Value | ir.Node] = [value]
+        while pending:
+            one = pending.pop()
+            if isinstance(one, ir.Node):  # all that it reads is there
+                recipe.nodes.append(one)
+            elif (node := one.producer()) is None:
+                if one.const_value is not None:
+                    recipe.leaves[one.name or ""] = one.const_value
+            elif node not in seen:
                 seen.add(node)
-                for read in node.inputs:
-                    visit(read)
-                recipe.nodes.append(node)
-
-        visit(value)
+                pending.append(node)
+                pending += [read for read in node.inputs if read is not None]
+            if len(seen) > _LONGEST:
+                return None
         return recipe
+
+    def key(self, value: ir.Value) -> object:
+        """Returns a key that is equal for values that the same nodes compute from the same constants."""
+        places: dict[ir.Value | None, object] = {None: None}
+        steps = []
+        for number, node in enumerate(self.nodes):
+            attributes = tuple(
+                (name, id(a.value) if a.type == ir.AttributeType.TENSOR else repr(a.value))
+                for name, a in sorted(node.attributes.items())
+            )
+            steps.append((node.op_type, attributes, tuple(places.get(read, id(read)) for read in node.inputs)))
+            places |= {output: (number, index) for index, output in enumerate(node.outputs)}
+        return (tuple(steps), places[value])
 
     def model(self, name: str, opset: int) -> onnx.ModelProto:
         """Returns a model that computes the value `name`; large constants are its inputs."""
@@ -124,9 +144,9 @@ class _Recipe:
         return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
 
 
-def _constant(main: ir.Graph, value: ir.Value) -> ir.Value | None:
+def _constant(main: ir.Graph, value: ir.Value, recipe: _Recipe) -> ir.Value | None:
     """Adds the constant that a value amounts to; returns None if it is better left as it is."""
-    recipe, name = _Recipe.of(value), value.name or ""
+    name = value.name or ""
     held = [*recipe.leaves.items(), *((n.name or "", n.attributes["value"].value) for n in recipe.nodes if _holds(n))]
     root, largest = max(held, key=lambda pair: pair[1].nbytes, default=("", None))
     if largest is None or largest.dtype not in FLOATS:
@@ -158,23 +178,11 @@ def _constant(main: ir.Graph, value: ir.Value) -> ir.Value | None:
 
 
 def _evaluator(model: onnx.ModelProto) -> ReferenceEvaluator:
-    """Returns what runs a small model; quantizing operators have no reference before opset 19 and are raised to it."""
+    """Returns what runs a small model; quantizing operators are raised to an opset that has a reference."""
     quantizes = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
     if quantizes and model.opset_import[0].version < _QUANTIZING:
         model = version_converter.convert_version(model, _QUANTIZING)
     return ReferenceEvaluator(model)
-
-
-def _key(value: ir.Value | None) -> object:
-    """Returns a key that is equal for values that the same nodes compute from the same constants."""
-    node = None if value is None else value.producer()
-    if value is None or node is None:
-        return id(value) if value is not None else None
-    attributes = tuple(
-        (name, id(a.value) if a.type == ir.AttributeType.TENSOR else repr(a.value))
-        for name, a in sorted(node.attributes.items())
-    )
-    return (node.op_type, attributes, tuple(_key(read) for read in node.inputs), value.index())
 
 
 def _holds(node: ir.Node) -> bool:

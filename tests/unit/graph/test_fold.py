@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -64,3 +66,14 @@ def test_a_weight_that_cannot_be_computed_is_a_named_error(tmp_path, monkeypatch
     monkeypatch.setattr("onnx.reference.ReferenceEvaluator.run", fails)
     with pytest.raises(ModelError, match=r"weight 'w' cannot be computed from 'a' \(no kernel\): exclude it"):
         resolve(weight_of(model)).view()
+
+
+@pytest.mark.parametrize(("count", "folded"), [(30, True), (3000, False)])
+def test_long_chains_and_values_that_are_read_twice(count, folded, tmp_path):
+    """Each node reads the one before twice: 2 to the power of 30 ways lead back."""
+    names = ["a", *(f"b{i}" for i in range(count - 1)), "w"]
+    nodes = [node("Max", [old, old], [new]) for old, new in pairwise(names)]
+    model = product_of(tmp_path / "m.onnx", nodes, {"a": random(64, 32)})
+    assert (weight_of(model).name == "a_folded") == folded
+    if folded:
+        np.testing.assert_array_equal(resolve(weight_of(model)).array(), random(64, 32))
