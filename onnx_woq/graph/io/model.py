@@ -26,6 +26,7 @@ from onnx_woq.graph.io import external_data as files
 from onnx_woq.graph.io import wire
 from onnx_woq.graph.io.interface import remember_interfaces
 from onnx_woq.graph.io.proto import copy_structure, from_proto, to_proto
+from onnx_woq.graph.plain_products import write_plainly
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def load(path: str | Path, *, convert: bool = False) -> Model:
     * functions that contain a MatMul or Gemm are inlined;
     * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
     * every node stands behind the nodes it reads;
-    * weights that nodes compute from constants are constants, see `graph.fold`.
+    * weights that nodes compute from constants are constants, see `graph.fold`;
+    * products by a constant are MatMul and Gemm where they can be, see `graph.plain_products`.
 
     Args:
         path: the .onnx file.
@@ -100,6 +102,7 @@ def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
     graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
     share_names(graphs, _unique_names(graphs, remember_interfaces(graphs)))
+    write_plainly(model.ir.graph)
     fold_weights(model.ir.graph)
     lift_large(model.ir)
     return model

@@ -169,7 +169,7 @@ SKIPS = {
     "both constant": ([node("MatMul", ["W", "W"], ["y"])], "both inputs are constant"),
     "vector": ([node("MatMul", ["x", "v"], ["y"])], "the weight is a vector"),
     "narrow": ([node("MatMul", ["n", "W8"], ["y"])], "only 8 input channels, fewer than the smallest block (16)"),
-    "transA": ([node("Gemm", ["x", "W", "b"], ["y"], transA=1)], "Gemm with transA=1"),
+    "transA": ([node("Gemm", ["x", "O", "b"], ["y"], transA=1)], "the weight is also a graph input"),
     "integers": ([node("MatMul", ["ix", "I"], ["y"])], "the weight is int32, not float32, float16 or bfloat16"),
     "doubles": ([node("MatMul", ["dx", "D"], ["y"])], "the weight is double, not float32, float16 or bfloat16"),
     "cast integers": ([node("Cast", ["I"], ["w"], to=FLOAT), node("MatMul", ["x", "w"], ["y"])], "the weight is int32"),
@@ -182,7 +182,7 @@ SKIPS = {
         [node("Transpose", ["S"], ["s"]), node("MatMul", ["x", "s"], ["y"])],
         "a stack of matrices [3, 40, 2]",
     ),
-    "fused": ([node("FusedMatMul", ["x", "W"], ["y"], domain="com.microsoft")], "FusedMatMul is not supported"),
+    "fused": ([node("FusedMatMul", ["x", "W"], ["y"], domain="com.microsoft", transA=1)], "FusedMatMul of this form"),
 }
 
 
