@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
 import time
@@ -134,8 +135,8 @@ def each_trial(
         if not trial.resumed and trial.status != "fault":  # a repaired program will try it again
             made = model_hash(load(trial.path)) if trial.path else ""
             entry = {"key": run.trial_key(trial.recipe, judge), "pairs": trial.pairs, "model": made}
-            entry["metric"] = trial.metric  # an infinite one too, which reports leave out
-            journal.append(run.journal, trial.to_dict() | entry)
+            exact = {"metric": trial.metric}  # an infinite one too, which reports leave out
+            journal.append(run.journal, trial.to_dict() | entry | exact)
         yield trial
 
 

@@ -342,7 +342,7 @@ def functions(path: Path) -> Path:
 
 
 def leftovers(path: Path) -> Path:
-    """One eligible MatMul, `good`, among products that cannot be quantized."""
+    """Two eligible products, `good` and `turned`, among others that cannot be quantized."""
     k, net = 48, Net()
     net.matmul("x", weight(1, k, 32), "good")
     net.op("MatMul", "x", "other", out="no_constant")

@@ -19,6 +19,14 @@ from onnx_woq.graph.find.quantized import low_bit_shape
 OPEN = ("If", "Loop", "Scan")
 """The operators whose bodies values can be taken out of: they know what an output that is added to a body means."""
 
+UNCUT = 1 << 30
+"""The size of a live set with a value that is no tensor: there is no cut, for what crosses it is kept and fed again."""
+
+_NO_TENSOR = {
+    "Optional", "SequenceConstruct", "SequenceEmpty", "SequenceErase", "SequenceInsert", "SequenceMap",
+    "SplitToSequence", "ZipMap",
+}  # fmt: skip
+
 _PRODUCTS = re.compile("MatMul|Gemm|Conv|LSTM|GRU|RNN|QMoE")
 
 
@@ -45,6 +53,22 @@ def closed_bodies(graph: ir.Graph) -> dict[ir.Node, str]:
         if above is not None:
             found[node] = above.op_type
     return found
+
+
+def is_tensor(value: ir.Value) -> bool:
+    """Tells whether a value is a tensor, and not a sequence, a map or an optional, which cannot be fed or kept."""
+    seen: ir.Value | None = value
+    while seen is not None:
+        if isinstance(seen.type, ir.SequenceType | ir.OptionalType):
+            return False
+        node = seen.producer()
+        if node is None:
+            return True
+        if node.op_type in _NO_TENSOR:
+            return False
+        inner = bodies(node) if node.op_type == "If" else []
+        seen = inner[0].outputs[seen.index() or 0] if inner else node.inputs[0] if node.op_type == "Identity" else None
+    return True
 
 
 def reads_of(node: ir.Node, graph: ir.Graph) -> list[ir.Value]:
@@ -118,7 +142,7 @@ class Dependencies:
         return sum(node in self.costly for node in nodes)
 
     def live_counts(self) -> list[int]:
-        """Returns the size of the live set behind each downstream node, one number per node.
+        """Returns the size of the live set behind each downstream node, one number per node; `UNCUT` with a sequence.
 
         The live set holds the values that are computed by then and still to be read by a later downstream node. Masks
         and rotary tables follow from the inputs alone and are left out, although the layers read them. The embeddings
@@ -135,7 +159,7 @@ class Dependencies:
         for index, node in enumerate(self.downstream):
             live |= {value: last_read[value] for value in node.outputs if value in last_read}
             live = {value: last for value, last in live.items() if last > index}
-            counts.append(len(live))
+            counts.append(len(live) if all(map(is_tensor, live)) else UNCUT)
         return counts
 
 

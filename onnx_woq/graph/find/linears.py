@@ -21,6 +21,7 @@ from onnx_woq.graph.find.constants import FLOATS, Constant, resolve
 from onnx_woq.graph.find.dependencies import closed_bodies
 from onnx_woq.graph.find.heads import find_heads
 from onnx_woq.graph.find.ranks import Ranks
+from onnx_woq.graph.fold import follows_from_constants
 from onnx_woq.graph.io.model import Model
 from onnx_woq.recipe import Recipe
 
@@ -296,7 +297,7 @@ def _examine(node: ir.Node, ranks: Ranks) -> Linear | Skipped:
     """Returns the linear that a node is, or the reason why it is none."""
     left, right = (resolve(v) for v in node.inputs[:2])
     if node.op_type.startswith("Fused"):
-        return _skip(node, f"{node.op_type} is not supported: export the model without runtime optimizations")
+        return _skip(node, f"{node.op_type} of this form is not supported: export it without runtime optimizations")
     if right is None:
         return _skip(node, _computed(node, left))
     if reason := _unfit(node, right, ranks):
@@ -324,6 +325,8 @@ def _computed(node: ir.Node, left: Constant | None) -> str:
     producer = node.inputs[1].producer() if node.inputs[1] is not None else None
     if producer is not None and producer.op_type == "DequantizeLinear" and resolve(producer.inputs[0]):
         return "the weight is quantized already (DequantizeLinear)"
+    if producer is not None and follows_from_constants(node.inputs[1]):
+        return f"the weight is made of constants by {producer.op_type}: computed, it takes more bytes, or it cannot be"
     return "both inputs are computed"
 
 
@@ -342,8 +345,6 @@ def _unfit(node: ir.Node, weight: Constant, ranks: Ranks) -> str:
         return f"the weight is a stack of matrices {list(weight.shape)}"
     if len(weight.shape) > 2 and (ranks.of(node.inputs[0]) or 0) < len(weight.shape):
         return f"the weight has {len(weight.shape)} dimensions and the activation is not known to have as many"
-    if node.op_type == "Gemm" and _int(node, "transA", 0):
-        return "Gemm with transA=1"
     k = weight.shape[-1] if node.op_type == "Gemm" and _int(node, "transB", 0) else weight.shape[-2]
     if k < SMALLEST_K or 0 in weight.shape:
         return f"only {k} input channels, fewer than the smallest block ({SMALLEST_K})"

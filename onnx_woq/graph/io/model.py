@@ -21,10 +21,12 @@ from onnx_ir.passes.common import InlinePass
 from onnx_woq.core.cpu import no_garbage_search
 from onnx_woq.errors import ModelError
 from onnx_woq.graph.edit import LARGE, is_large, lift_constants, lift_large, share_names, unshare_names
+from onnx_woq.graph.fold import fold_weights
 from onnx_woq.graph.io import external_data as files
 from onnx_woq.graph.io import wire
 from onnx_woq.graph.io.interface import remember_interfaces
 from onnx_woq.graph.io.proto import copy_structure, from_proto, to_proto
+from onnx_woq.graph.plain_products import write_plainly
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,9 @@ def load(path: str | Path, *, convert: bool = False) -> Model:
       of `graph.io.interface` again;
     * functions that contain a MatMul or Gemm are inlined;
     * large Constant nodes are initializers, and large initializers of bodies are in the main graph;
-    * every node stands behind the nodes it reads.
+    * every node stands behind the nodes it reads;
+    * weights that nodes compute from constants are constants, see `graph.fold`;
+    * products by a constant are MatMul and Gemm where they can be, see `graph.plain_products`.
 
     Args:
         path: the .onnx file.
@@ -110,6 +114,8 @@ def finish(model: Model, graphs: list[ir.Graph] | None = None) -> Model:
     graphs = list(model.ir.graphs()) if graphs is None else graphs
     _sort(model.ir.graph)
     share_names(graphs, _unique_names(graphs, remember_interfaces(graphs)))
+    write_plainly(model.ir.graph)
+    fold_weights(model.ir.graph)
     lift_large(model.ir)
     return model
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnx_woq.graph.find.dependencies import bodies, is_costly, product_bytes, reads_of
+from onnx_woq.graph.find.dependencies import bodies, is_costly, is_tensor, product_bytes, reads_of
 from onnx_woq.graph.io.model import Model
 
 
@@ -46,7 +46,8 @@ class Structure:
     ) -> list[str]:
         """Returns the names of the values to remember once `values` are computed, because `later` ones need them.
 
-        Worth remembering is a value that was costly to compute or is named in `side`.
+        Worth remembering is a value that was costly to compute or is named in `side`. What is no tensor cannot be
+        remembered: the nodes that make it run again, from tensors.
 
         Args:
             values: names of the values computed up to now.
@@ -56,6 +57,7 @@ class Structure:
         """
         wanted = self._found(later)
         done = self._ancestors(self._found(values))
+        done -= {node for node in self.reads if not all(map(is_tensor, node.outputs))}
         todo = self._ancestors(wanted) - done
         crossing = dict.fromkeys(value for value in wanted if value.producer() in done)
         for node in self.reads:

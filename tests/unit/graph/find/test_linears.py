@@ -169,17 +169,20 @@ SKIPS = {
     "both constant": ([node("MatMul", ["W", "W"], ["y"])], "both inputs are constant"),
     "vector": ([node("MatMul", ["x", "v"], ["y"])], "the weight is a vector"),
     "narrow": ([node("MatMul", ["n", "W8"], ["y"])], "only 8 input channels, fewer than the smallest block (16)"),
-    "transA": ([node("Gemm", ["x", "W", "b"], ["y"], transA=1)], "Gemm with transA=1"),
+    "transA": ([node("Gemm", ["x", "O", "b"], ["y"], transA=1)], "the weight is also a graph input"),
     "integers": ([node("MatMul", ["ix", "I"], ["y"])], "the weight is int32, not float32, float16 or bfloat16"),
     "doubles": ([node("MatMul", ["dx", "D"], ["y"])], "the weight is double, not float32, float16 or bfloat16"),
     "cast integers": ([node("Cast", ["I"], ["w"], to=FLOAT), node("MatMul", ["x", "w"], ["y"])], "the weight is int32"),
     "override": ([node("MatMul", ["x", "O"], ["y"])], "the weight is also a graph input, which a caller may override"),
-    "computed weight": ([node("Neg", ["W"], ["w"]), node("MatMul", ["x", "w"], ["y"])], "both inputs are computed"),
+    "random weight": (
+        [node("RandomNormalLike", ["W"], ["w"]), node("MatMul", ["x", "w"], ["y"])],
+        "both inputs are computed",
+    ),
     "computed stack": (
         [node("Transpose", ["S"], ["s"]), node("MatMul", ["x", "s"], ["y"])],
         "a stack of matrices [3, 40, 2]",
     ),
-    "fused": ([node("FusedMatMul", ["x", "W"], ["y"], domain="com.microsoft")], "FusedMatMul is not supported"),
+    "fused": ([node("FusedMatMul", ["x", "W"], ["y"], domain="com.microsoft", transA=1)], "FusedMatMul of this form"),
 }
 
 
@@ -200,7 +203,7 @@ def test_every_other_product_is_listed_with_its_reason(tmp_path, case):
     assert reason in skipped.reason
     assert skipped.name == "y"
     assert skipped.op_type == nodes[-1].op_type
-    assert bool(skipped.weight_bytes) == (case != "computed weight")
+    assert bool(skipped.weight_bytes) == (case != "random weight")
 
 
 def test_convolutions_and_embeddings_are_not_products(tmp_path):
