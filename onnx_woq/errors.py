@@ -10,7 +10,6 @@ import difflib
 import errno
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 
@@ -121,7 +120,7 @@ def system_failure(error: BaseException) -> ResourceError | None:
         reason = _NO_MEMORY if isinstance(one, MemoryError) else ""
         if isinstance(one, OSError):
             reason = _SCARCE.get(one.errno or 0, "")
-        if isinstance(one, BrokenExecutor):
+        if any(kind.__name__ == "BrokenExecutor" for kind in type(one).__mro__):  # its module takes time to import
             reason = "a worker process has ended: it may have been killed for want of memory"
         reason = reason or next((reason for part, reason in _TOLD.items() if part in str(one)), "")
         if reason:

@@ -35,14 +35,14 @@ class MixCandidates:
     Attributes:
         source: the float model.
         base: tells method, options and what is quantized at all.
-        units: in graph order.
+        layers: in graph order.
         hashes: of source and calibration, which a written file carries.
         out: where the chosen model is written; None if it stays where it was made.
     """
 
     source: Model
     base: Recipe
-    units: tuple[MixedLayer, ...]
+    layers: tuple[MixedLayer, ...]
     hashes: tuple[str, str]
     out: Path | None
 
@@ -62,33 +62,33 @@ class MixCandidates:
 
     def smallest(self, count: Count) -> Allocation:
         """Returns the mix of the fewest bytes, which is known before anything is measured."""
-        picks = [int(np.argmin([*getattr(unit, count)])) for unit in self.units]
+        picks = [int(np.argmin([*getattr(layer, count)])) for layer in self.layers]
         return Allocation(
-            sum(getattr(u, count)[p] for u, p in zip(self.units, picks, strict=True)), math.nan, tuple(picks)
+            sum(getattr(u, count)[p] for u, p in zip(self.layers, picks, strict=True)), math.nan, tuple(picks)
         )
 
     def loss(self, picks: Sequence[int]) -> float:
         """Returns the predicted loss of a mix."""
-        return math.fsum(unit.losses[pick] for unit, pick in zip(self.units, picks, strict=True))
+        return math.fsum(layer.losses[pick] for layer, pick in zip(self.layers, picks, strict=True))
 
     def bits_per_weight(self, picks: Sequence[int]) -> float:
         """Bits that a weight takes on average, scales and zero points included, float ones as they are stored."""
-        stored = sum(unit.stored[pick] for unit, pick in zip(self.units, picks, strict=True))
+        stored = sum(layer.stored[pick] for layer, pick in zip(self.layers, picks, strict=True))
         return 8 * stored / self.weights
 
     @property
     def weights(self) -> int:
         """Returns the number of weights that the base recipe selects."""
-        return sum(unit.weights for unit in self.units)
+        return sum(layer.weights for layer in self.layers)
 
     def written(self, picks: Sequence[int]) -> int:
         """Returns about the bytes of the files of a mix, by addition alone."""
-        return self._rest + sum(unit.written[pick] for unit, pick in zip(self.units, picks, strict=True))
+        return self._rest + sum(layer.written[pick] for layer, pick in zip(self.layers, picks, strict=True))
 
     @cached_property
     def _rest(self) -> int:
         """Returns the bytes of the files beside those of the layers."""
-        return file_bytes(self.source) - sum(freed(self.source, unit) for unit in self.units)
+        return file_bytes(self.source) - sum(freed(self.source, layer) for layer in self.layers)
 
     def planned(self, recipe: Recipe) -> int:
         """Returns the bytes of the files that a recipe will give, by writing them without their content."""
@@ -106,72 +106,72 @@ class MixCandidates:
             ModelError: the linears of some layers cannot be told apart by name.
         """
         names: dict[Spec | None, list[str]] = {}
-        for unit, pick in zip(self.units, picks, strict=True):
-            if not unit.settled:
-                names.setdefault(unit.specs[pick], []).extend(self._names[unit.name])
+        for layer, pick in zip(self.layers, picks, strict=True):
+            if not layer.settled:
+                names.setdefault(layer.specs[pick], []).extend(self._names[layer.name])
         overrides = {f"^(?:{'|'.join(map(re.escape, found))})$": spec for spec, found in names.items()}
         options = {"enable_full_range": True} if "enable_full_range" in METHODS[self.base.method].options else {}
         return replace(
             self.base, options=options | dict(self.base.options), overrides={**self.base.overrides, **overrides}
         )
 
-    def layers(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
+    def layer_choices(self, recipe: Recipe) -> tuple[LayerChoice, ...]:
         """Returns what a recipe makes of each layer."""
         plan = make_plan(self.source, recipe)
         group_of = {linear.name: group for group in plan.groups for linear in linears_of(group)}
         table_of = {table.name: table for table in plan.embeddings}
         found = []
-        for unit in self.units:
-            mine = {linear.name for linear in linears_of(unit.group)}
+        for layer in self.layers:
+            mine = {linear.name for linear in linears_of(layer.group)}
             groups = dict.fromkeys(group_of[name] for name in mine if name in group_of)
-            table = table_of.get(unit.table.name) if unit.table and (groups or not unit.group) else None
-            first = group_of.get(unit.name)
+            table = table_of.get(layer.table.name) if layer.table and (groups or not layer.group) else None
+            first = group_of.get(layer.name)
             spec = first.spec if first else table.spec if table else None
-            size = made_bytes(unit, [*groups], table)
-            loss = unit.losses[unit.specs.index(spec)] if spec in unit.specs and unit.losses else None
-            nodes, main = tuple(names[0] for names in unit.names), unit.main
-            found.append(LayerChoice(unit.name, nodes, main.k, main.n, spec, size, unit.alpha, loss))
+            size = made_bytes(layer, [*groups], table)
+            loss = layer.losses[layer.specs.index(spec)] if spec in layer.specs and layer.losses else None
+            nodes, main = tuple(names[0] for names in layer.names), layer.main
+            found.append(LayerChoice(layer.name, nodes, main.k, main.n, spec, size, layer.alpha, loss))
         return tuple(found)
 
     def _choices(self, count: Count) -> list[list[Choice]]:
         return [
-            [Choice(size, loss) for size, loss in zip(getattr(unit, count), unit.losses, strict=True)]
-            for unit in self.units
+            [Choice(size, loss) for size, loss in zip(getattr(layer, count), layer.losses, strict=True)]
+            for layer in self.layers
         ]
 
     def _all_float(self, found: Allocation) -> bool:
-        return all(unit.specs[pick] is None for unit, pick in zip(self.units, found.picks, strict=True))
+        return all(layer.specs[pick] is None for layer, pick in zip(self.layers, found.picks, strict=True))
 
     def _some_quantized(self, found: Allocation | None) -> Allocation | None:
         return self.nearest_float() if found and self._all_float(found) else found
 
     def nearest_float(self) -> Allocation:
         """Returns the mix that quantizes one layer only, the one that loses least."""
-        floats = [len(unit.specs) - 1 for unit in self.units]
+        floats = [len(layer.specs) - 1 for layer in self.layers]
         changes = [
-            (unit.losses[pick], index, pick)
-            for index, unit in enumerate(self.units)
-            for pick in range(len(unit.specs))
-            if unit.specs[pick] is not None
+            (layer.losses[pick], index, pick)
+            for index, layer in enumerate(self.layers)
+            for pick in range(len(layer.specs))
+            if layer.specs[pick] is not None
         ]
         loss, index, pick = min(changes)
         picks = (*floats[:index], pick, *floats[index + 1 :])
-        return Allocation(sum(u.written[p] for u, p in zip(self.units, picks, strict=True)), loss, picks)
+        return Allocation(sum(u.written[p] for u, p in zip(self.layers, picks, strict=True)), loss, picks)
 
     @cached_property
     def _names(self) -> dict[str, list[str]]:
         """Returns for each layer a name of each of its nodes that finds no node of another layer."""
         owners: dict[str, set[str]] = {}
-        for unit in self.units:
-            for name in (name for names in unit.names for name in names):
-                owners.setdefault(name, set()).add(unit.name)
+        for layer in self.layers:
+            for name in (name for names in layer.names for name in names):
+                owners.setdefault(name, set()).add(layer.name)
         found = {}
-        for unit in self.units:
-            standalone_tables = [next((name for name in names if len(owners[name]) == 1), None) for names in unit.names]
-            if None in standalone_tables:
+        for layer in self.layers:
+            own_names = [next((name for name in names if len(owners[name]) == 1), None) for names in layer.names]
+            if None in own_names:
                 raise ModelError(
-                    f"the nodes and values around {unit.name!r} share their names with other products, so a recipe "
+                    f"the nodes and values around {layer.name!r} share their names with other products, so a recipe "
                     "cannot tell them apart: export the model again, or exclude them"
                 )
-            found[unit.name] = [name for name in dict.fromkeys(standalone_tables) if name]
+            found[layer.name] = [name for name in dict.fromkeys(own_names) if name]
         return found

@@ -34,7 +34,7 @@ def check_sizes(mixer: MixCandidates, target: Budget) -> None:
     Raises:
         RecipeError: it names the sizes that can be reached.
     """
-    everything = [max(range(len(u.specs)), key=u.written.__getitem__) for u in mixer.units]
+    everything = [max(range(len(u.specs)), key=u.written.__getitem__) for u in mixer.layers]
     if target.kind == "bpw":
         low, high = (mixer.bits_per_weight(picks) for picks in (mixer.smallest("stored").picks, everything))
         if not low <= target.value <= high:

@@ -39,36 +39,36 @@ class Allocation:
     picks: tuple[int, ...]
 
 
-Units = Sequence[Sequence[Choice]]
+Layers = Sequence[Sequence[Choice]]
 
 
-def frontier(units: Units) -> list[Allocation]:
+def frontier(layers: Layers) -> list[Allocation]:
     """Returns the allocations that are optimal for a price per byte, from the fewest bytes to the least loss.
 
     None of any kind has less loss at the bytes of one of them. Bytes rise strictly and losses fall strictly; steps of
-    equal slope are taken in the order of the units.
+    equal slope are taken in the order of the layers.
 
     Raises:
         ValueError: there are no layers, one has no choice, or a loss is negative or not finite.
     """
-    _check(units)
-    hulls = [_hull(unit) for unit in units]
+    _check(layers)
+    hulls = [_hull(layer) for layer in layers]
     steps = sorted(
-        (-(unit[a].loss - unit[b].loss) / (unit[b].bytes - unit[a].bytes), index, place, b)
-        for index, (unit, hull) in enumerate(zip(units, hulls, strict=True))
+        (-(layer[a].loss - layer[b].loss) / (layer[b].bytes - layer[a].bytes), index, place, b)
+        for index, (layer, hull) in enumerate(zip(layers, hulls, strict=True))
         for place, (a, b) in enumerate(itertools.pairwise(hull))
     )
     picks = [hull[0] for hull in hulls]
-    points = [_sum(units, picks)]
+    points = [_sum(layers, picks)]
     for _, index, _, choice in steps:
         picks[index] = choice
-        point = _sum(units, picks)
+        point = _sum(layers, picks)
         if point.loss < points[-1].loss:  # not where the step is lost in rounding
             points.append(point)
     return points
 
 
-def within_bytes(units: Units, most: int) -> Allocation | None:
+def within_bytes(layers: Layers, most: int) -> Allocation | None:
     """Returns an allocation of at most `most` bytes with little loss, None if the smallest takes more.
 
     Never worse than the last point of the frontier that fits. What that leaves unused is filled by changing one layer
@@ -78,15 +78,15 @@ def within_bytes(units: Units, most: int) -> Allocation | None:
     Raises:
         ValueError: as `frontier`.
     """
-    points = frontier(units)
+    points = frontier(layers)
     if points[0].bytes > most:
         return None
     last = max(index for index, point in enumerate(points) if point.bytes <= most)
-    filled = [_filled(units, start, most) for start in points[last : last + 2]]
+    filled = [_filled(layers, start, most) for start in points[last : last + 2]]
     return min((one for one in filled if one.bytes <= most), key=lambda one: (one.loss, one.bytes))
 
 
-def within_loss(units: Units, most: float) -> Allocation | None:
+def within_loss(layers: Layers, most: float) -> Allocation | None:
     """Returns an allocation that loses at most `most` in few bytes, None if all lose more.
 
     Never larger than the first point of the frontier within the limit, see `within_bytes`.
@@ -94,35 +94,35 @@ def within_loss(units: Units, most: float) -> Allocation | None:
     Raises:
         ValueError: as `frontier`.
     """
-    points = frontier(units)
+    points = frontier(layers)
     if points[-1].loss > most:
         return None
     first = min(index for index, point in enumerate(points) if point.loss <= most)
-    emptied = [_emptied(units, start, most) for start in points[max(0, first - 1) : first + 1]]
+    emptied = [_emptied(layers, start, most) for start in points[max(0, first - 1) : first + 1]]
     return min((one for one in emptied if one.loss <= most), key=lambda one: (one.bytes, one.loss))
 
 
-def _check(units: Units) -> None:
-    if not units:
-        raise ValueError("there is no unit to share bytes out to")
-    for unit in units:
-        if not unit:
-            raise ValueError("a unit has no choice")
-        if not all(math.isfinite(choice.loss) for choice in unit):
+def _check(layers: Layers) -> None:
+    if not layers:
+        raise ValueError("there is no layer to share bytes out to")
+    for layer in layers:
+        if not layer:
+            raise ValueError("a layer has no choice")
+        if not all(math.isfinite(choice.loss) for choice in layer):
             raise ValueError("a loss is not finite")
-        if any(choice.loss < 0 for choice in unit):
+        if any(choice.loss < 0 for choice in layer):
             raise ValueError("a loss is negative")
 
 
-def _hull(unit: Sequence[Choice]) -> list[int]:
+def _hull(layer: Sequence[Choice]) -> list[int]:
     """Returns the choices on the lower convex hull, by rising bytes and falling loss; the first of equals."""
     hull: list[int] = []
-    for new in sorted(range(len(unit)), key=lambda i: (unit[i].bytes, unit[i].loss, i)):
-        if hull and unit[new].loss >= unit[hull[-1]].loss:
+    for new in sorted(range(len(layer)), key=lambda i: (layer[i].bytes, layer[i].loss, i)):
+        if hull and layer[new].loss >= layer[hull[-1]].loss:
             continue
-        while len(hull) > 1 and not _below(unit[hull[-2]], unit[hull[-1]], unit[new]):
+        while len(hull) > 1 and not _below(layer[hull[-2]], layer[hull[-1]], layer[new]):
             hull.pop()
-        if hull and unit[hull[-1]].bytes == unit[new].bytes:
+        if hull and layer[hull[-1]].bytes == layer[new].bytes:
             hull.pop()
         hull.append(new)
     return hull
@@ -134,52 +134,52 @@ def _below(left: Choice, middle: Choice, right: Choice) -> bool:
     return saved * (right.bytes - left.bytes) > whole * (middle.bytes - left.bytes)
 
 
-def _sum(units: Units, picks: Sequence[int]) -> Allocation:
-    chosen = [unit[pick] for unit, pick in zip(units, picks, strict=True)]
+def _sum(layers: Layers, picks: Sequence[int]) -> Allocation:
+    chosen = [layer[pick] for layer, pick in zip(layers, picks, strict=True)]
     return Allocation(sum(c.bytes for c in chosen), math.fsum(c.loss for c in chosen), tuple(picks))
 
 
-def _changes(units: Units, start: Allocation) -> list[tuple[int, float, int, int]]:
+def _changes(layers: Layers, start: Allocation) -> list[tuple[int, float, int, int]]:
     """Returns (bytes added, loss added, layer, choice) of every change of one layer."""
     return [
-        (new.bytes - unit[pick].bytes, new.loss - unit[pick].loss, index, choice)
-        for index, (unit, pick) in enumerate(zip(units, start.picks, strict=True))
-        for choice, new in enumerate(unit)
+        (new.bytes - layer[pick].bytes, new.loss - layer[pick].loss, index, choice)
+        for index, (layer, pick) in enumerate(zip(layers, start.picks, strict=True))
+        for choice, new in enumerate(layer)
         if choice != pick
     ]
 
 
-def _with(units: Units, start: Allocation, unit: int, choice: int) -> Allocation:
-    return _sum(units, (*start.picks[:unit], choice, *start.picks[unit + 1 :]))
+def _with(layers: Layers, start: Allocation, layer: int, choice: int) -> Allocation:
+    return _sum(layers, (*start.picks[:layer], choice, *start.picks[layer + 1 :]))
 
 
-def _filled(units: Units, start: Allocation, most: int) -> Allocation:
+def _filled(layers: Layers, start: Allocation, most: int) -> Allocation:
     """Changes one layer at a time, each time the one that saves the most loss within `most` bytes.
 
     A start of more bytes is first brought within them, by the change that loses least.
     """
     while True:
         over = start.bytes > most
-        fitting = [c for c in _changes(units, start) if start.bytes + c[0] <= most and (over or c[1] < 0)]
+        fitting = [c for c in _changes(layers, start) if start.bytes + c[0] <= most and (over or c[1] < 0)]
         if not fitting:
             return start
-        _, _, unit, choice = min(fitting, key=lambda c: (c[1], c[0], c[2], c[3]))
-        changed = _with(units, start, unit, choice)
+        _, _, layer, choice = min(fitting, key=lambda c: (c[1], c[0], c[2], c[3]))
+        changed = _with(layers, start, layer, choice)
         if not over and changed.loss >= start.loss:  # less by less than rounding
             return start
         start = changed
 
 
-def _emptied(units: Units, start: Allocation, most: float) -> Allocation:
+def _emptied(layers: Layers, start: Allocation, most: float) -> Allocation:
     """Changes one layer at a time, each time the one that saves the most bytes within a loss of `most`.
 
     A start of more loss is first brought within it, by the change that adds the fewest bytes.
     """
     while True:
         over = start.loss > most
-        fitting = (c for c in sorted(_changes(units, start)) if start.loss + c[1] <= most and (over or c[0] < 0))
-        for _, _, unit, choice in fitting:
-            changed = _with(units, start, unit, choice)
+        fitting = (c for c in sorted(_changes(layers, start)) if start.loss + c[1] <= most and (over or c[0] < 0))
+        for _, _, layer, choice in fitting:
+            changed = _with(layers, start, layer, choice)
             if changed.loss <= most:  # by no less than rounding
                 start = changed
                 break

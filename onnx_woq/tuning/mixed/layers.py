@@ -47,7 +47,7 @@ class MixedLayer:
         """Returns the linear group, or else the table."""
         main = self.group or self.table
         if main is None:
-            raise ValueError("a unit without a weight")
+            raise ValueError("a layer without a weight")
         return main
 
     @property
@@ -80,21 +80,21 @@ def mixed_layers(source: Model, base: Recipe) -> list[MixedLayer]:
     """
     plan = make_plan(source, base)
     tied = {head: table for table in plan.embeddings if (head := _embedding(table).head) is not None}
-    units = []
+    layers = []
     for group in plan.groups:
         table = next((tied[linear] for linear in linears_of(group) if linear in tied), None)
-        units.append(_unit(source, base, group, table))
-    loose = [table for table in plan.embeddings if table not in {unit.table for unit in units}]
+        layers.append(_layer(source, base, group, table))
+    loose = [table for table in plan.embeddings if table not in {layer.table for layer in layers}]
     # A table that a group reads as well, other than as its transpose, is left to the recipe: neither can move alone.
-    return units + [_unit(source, base, None, table) for table in loose if not _embedding(table).counted]
+    return layers + [_layer(source, base, None, table) for table in loose if not _embedding(table).counted]
 
 
-def freed(source: Model, unit: MixedLayer) -> int:
+def freed(source: Model, layer: MixedLayer) -> int:
     """Returns the bytes of float weights that leave the file when a layer is quantized."""
-    if unit.group is None or not isinstance(unit.group.source, LinearGroup):
-        return unit.main.weight_bytes
-    kept = float_copy_bytes(source, [unit.group.source], [_embedding(unit.table)] if unit.table else [])
-    return unit.group.weight_bytes - sum(kept.values())
+    if layer.group is None or not isinstance(layer.group.source, LinearGroup):
+        return layer.main.weight_bytes
+    kept = float_copy_bytes(source, [layer.group.source], [_embedding(layer.table)] if layer.table else [])
+    return layer.group.weight_bytes - sum(kept.values())
 
 
 def bytes_on(group: PlannedWeight | None, table: PlannedWeight | None, spec: Spec | None) -> int:
@@ -143,19 +143,19 @@ def _embedding(table: PlannedWeight) -> Embedding:
     return table.source
 
 
-def _unit(source: Model, base: Recipe, group: PlannedWeight | None, table: PlannedWeight | None) -> MixedLayer:
+def _layer(source: Model, base: Recipe, group: PlannedWeight | None, table: PlannedWeight | None) -> MixedLayer:
     size = lambda spec: bytes_on(group, table, spec)  # noqa: E731
     main = group or table
     if main is None:
-        raise ValueError("a unit without a weight")
+        raise ValueError("a layer without a weight")
     if any(_named(names, base) for names in _node_names(group, table)):
         settled = MixedLayer(group, table, (main.spec,), (), ())
         taken = made_bytes(settled, [group] if group else [], table)
         return replace(settled, stored=(taken,), written=(taken,))
     specs = _worthwhile(size)
-    unit = MixedLayer(group, table, (*specs, None), (), ())
+    layer = MixedLayer(group, table, (*specs, None), (), ())
     sizes = tuple(size(spec) for spec in specs)
-    return MixedLayer(group, table, unit.specs, (*sizes, main.weight_bytes), (*sizes, freed(source, unit)))
+    return MixedLayer(group, table, layer.specs, (*sizes, main.weight_bytes), (*sizes, freed(source, layer)))
 
 
 def _worthwhile(size: Callable[[Spec], int]) -> tuple[Spec, ...]:

@@ -106,8 +106,8 @@ def search_mixes(
         search: tells how many mixes are measured along the frontier (by default `POINTS` where that is the target,
             else none), and how many configurations are tried at most.
     """
-    mixer = replace(mixer, units=tuple(measured(run, mixer.base, mixer.units, shared, batches)))
-    check_sizes(mixer, target)  # again: units of which nothing is known have lost their choices
+    mixer = replace(mixer, layers=tuple(measured(run, mixer.base, mixer.layers, shared, batches)))
+    check_sizes(mixer, target)  # again: layers of which nothing is known have lost their choices
     most = math.inf if search.max_trials is None else search.max_trials
     lab = _MixSearch(run, mixer, judge, shared, target, most, compared)
     start, run.more = time.process_time(), MAPS
@@ -124,7 +124,7 @@ def search_mixes(
     run.known.clear()
     logger.info("%d points: %.1f s of CPU", len(lab.trials), time.process_time() - start)
     best = lab.best
-    layers = mixer.layers(best.recipe) if best else ()
+    layers = mixer.layer_choices(best.recipe) if best else ()
     return SearchResult(lab.trials, best, lab.stopped, lab.frontier(), layers)
 
 
@@ -189,7 +189,7 @@ class _MixSearch:
         """Returns the bits per weight, over the weights that the base selects, under another recipe."""
         key = recipe.fingerprint()
         if key not in self._bpw:
-            self._bpw[key] = 8 * sum(layer.bytes for layer in self.mixer.layers(recipe)) / self.mixer.weights
+            self._bpw[key] = 8 * sum(layer.bytes for layer in self.mixer.layer_choices(recipe)) / self.mixer.weights
         return self._bpw[key]
 
     def loss(self, trial: Trial) -> float | None:
@@ -257,7 +257,7 @@ class _MixSearch:
         points = []
         for trial in self.trials:
             picks = self.mixes.get(trial.name)
-            layers = self.mixer.layers(trial.recipe)
+            layers = self.mixer.layer_choices(trial.recipe)
             losses = [layer.predicted for layer in layers]
             alike = picks or (trial.recipe.method, trial.recipe.options) == (
                 self.mixer.base.method,

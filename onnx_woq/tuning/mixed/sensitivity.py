@@ -86,7 +86,7 @@ class Losses:
 
 
 def measured(
-    run: Run, recipe: Recipe, units: Sequence[MixedLayer], shared: SharedStatistics, batches: Sequence[Feed]
+    run: Run, recipe: Recipe, layers: Sequence[MixedLayer], shared: SharedStatistics, batches: Sequence[Feed]
 ) -> list[MixedLayer]:
     """Measures what each choice of each layer is predicted to lose.
 
@@ -97,35 +97,35 @@ def measured(
     Args:
         run: tells model, journal and means.
         recipe: method and options are those of the mix.
-        units: found by it in the float model.
+        layers: found by it in the float model.
         shared: statistics of their linear groups.
         batches: calibration samples, of which some are looked at.
     """
-    keys = {unit.name: _key(run, recipe, unit) for unit in units}
+    keys = {layer.name: _key(run, recipe, layer) for layer in layers}
     known = journal.read(run.journal)
-    missing = [unit for unit in units if not _is_whole(known.get(keys[unit.name], {}), unit)]
+    missing = [layer for layer in layers if not _is_whole(known.get(keys[layer.name], {}), layer)]
     if missing:
         losses = dict(_losses(run, recipe, shared, missing))
         moved = _distances(run, recipe, missing, batches)
-        for unit in missing:
-            found, (group, table) = losses[unit.name], moved[unit.name]
+        for layer in missing:
+            found, (group, table) = losses[layer.name], moved[layer.name]
             entry = {
-                "key": keys[unit.name],
+                "key": keys[layer.name],
                 "losses": found.to_dict(),
                 "alpha": group / found.group_noise if found.group_noise else 0.0,
                 "table_alpha": table / found.table_noise if found.table_noise else 0.0,
             }
             journal.append(run.journal, entry)
-            known[keys[unit.name]] = entry
-    return [_with_losses(unit, known[keys[unit.name]]) for unit in units]
+            known[keys[layer.name]] = entry
+    return [_with_losses(layer, known[keys[layer.name]]) for layer in layers]
 
 
-def _is_whole(entry: Mapping[str, Any], unit: MixedLayer) -> bool:
+def _is_whole(entry: Mapping[str, Any], layer: MixedLayer) -> bool:
     """Tells whether a journal entry has a loss for each choice of a layer, so that it need not be measured again."""
-    choices = sum(spec is not None for spec in unit.specs)
+    choices = sum(spec is not None for spec in layer.specs)
     try:
         numbers = [entry["alpha"], entry["table_alpha"]]
-        for name, there in (("tap", unit.group), ("table", unit.table)):
+        for name, there in (("tap", layer.group), ("table", layer.table)):
             losses = entry["losses"][name]
             if len(losses) != (choices if there else 0):
                 return False
@@ -135,20 +135,20 @@ def _is_whole(entry: Mapping[str, Any], unit: MixedLayer) -> bool:
         return False
 
 
-def _with_losses(unit: MixedLayer, entry: Mapping[str, Any]) -> MixedLayer:
-    specs = [spec for spec in unit.specs if spec is not None]
+def _with_losses(layer: MixedLayer, entry: Mapping[str, Any]) -> MixedLayer:
+    specs = [spec for spec in layer.specs if spec is not None]
     losses, alpha, table_alpha = entry["losses"], entry["alpha"], entry["table_alpha"]
     predicted = np.zeros(len(specs))
     if losses["tap"]:
         predicted += alpha * np.array(losses["tap"])
     if losses["table"]:
         predicted += table_alpha * np.array(losses["table"])
-    main = alpha if unit.group is not None else table_alpha
-    if unit.settled or (main > 0 and predicted.any()):
-        return replace(unit, losses=(*predicted.tolist(), *[0.0] * (len(unit.specs) - len(specs))), alpha=main)
-    spec = unit.main.spec
-    size = bytes_on(unit.group, unit.table, spec)
-    return replace(unit, specs=(spec,), stored=(size,), written=(size,), losses=(0.0,), alpha=main)
+    main = alpha if layer.group is not None else table_alpha
+    if layer.settled or (main > 0 and predicted.any()):
+        return replace(layer, losses=(*predicted.tolist(), *[0.0] * (len(layer.specs) - len(specs))), alpha=main)
+    spec = layer.main.spec
+    size = bytes_on(layer.group, layer.table, spec)
+    return replace(layer, specs=(spec,), stored=(size,), written=(size,), losses=(0.0,), alpha=main)
 
 
 def statistics_recipe(recipe: Recipe) -> Recipe:
@@ -158,7 +158,7 @@ def statistics_recipe(recipe: Recipe) -> Recipe:
     return replace(recipe, true_sequential=False, asymmetric_calibration=False)
 
 
-def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> Losses:
+def layer_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> Losses:
     """Measures what a layer loses by each of `specs`, on a sample of its columns; and by rounding it to `NOISE`.
 
     What more than `FINE` bits lose follows from what those do. The statistics of the task are those of its input; where
@@ -203,7 +203,7 @@ def unit_losses(task: Task, specs: Sequence[Spec], *, shares: bool = False) -> L
 
 
 def _losses(
-    run: Run, recipe: Recipe, shared: SharedStatistics, units: list[MixedLayer]
+    run: Run, recipe: Recipe, shared: SharedStatistics, layers: list[MixedLayer]
 ) -> Iterator[tuple[str, Losses]]:
     """Measures the losses of each layer, several at a time."""
     resources, start = run.resources, time.process_time()
@@ -219,41 +219,41 @@ def _losses(
             logger.info("the losses of %s are measured here (%s: %s)", name, type(error).__name__, error)
             found = work()
         done += 1
-        run.say("losses", done, len(units))
+        run.say("losses", done, len(layers))
         return name, found
 
     with one_blas_thread():
-        for unit, task in _tasks(run, recipe, shared, units):
-            specs = tuple(spec for spec in unit.specs if spec is not None)
-            work = partial(unit_losses, task, specs, shares=unit.table is not None)
+        for layer, task in _tasks(run, recipe, shared, layers):
+            specs = tuple(spec for spec in layer.specs if spec is not None)
+            work = partial(layer_losses, task, specs, shares=layer.table is not None)
             while len(running) >= resources.memory.workers:
                 yield finished()
-            running.append((unit.name, work, submitted(resources.executor, work)))
+            running.append((layer.name, work, submitted(resources.executor, work)))
         while running:
             yield finished()
-    logger.info("losses of %d units: %.1f s of CPU", len(units), time.process_time() - start)
+    logger.info("losses of %d layers: %.1f s of CPU", len(layers), time.process_time() - start)
 
 
 def _tasks(
-    run: Run, recipe: Recipe, shared: SharedStatistics, units: list[MixedLayer]
+    run: Run, recipe: Recipe, shared: SharedStatistics, layers: list[MixedLayer]
 ) -> Iterator[tuple[MixedLayer, Task]]:
     """Gives the layers with the tasks of solving them: groups with their statistics, and then tables."""
     start = time.process_time()
     plan = prepared_plan(run.source, recipe)
     weights = {weight.name: weight for weight in (*plan.groups, *plan.embeddings)}
-    by_group = {unit.group.name: unit for unit in units if unit.group}
+    by_group = {layer.group.name: layer for layer in layers if layer.group}
     left = [weights[name] for name in by_group]
     collected = shared.of(replace(plan, recipe=statistics_recipe(recipe)), left)
     logger.info("calibration: %.1f s of CPU", time.process_time() - start)
     for group, stats in collected:
         yield by_group[group.name], task_of(recipe, weights[group.name], stats)
-    for unit in units:
-        if unit.group is None:
-            yield unit, task_of(recipe, weights[unit.name], None)
+    for layer in layers:
+        if layer.group is None:
+            yield layer, task_of(recipe, weights[layer.name], None)
 
 
 def _distances(
-    run: Run, recipe: Recipe, units: Sequence[MixedLayer], batches: Sequence[Feed]
+    run: Run, recipe: Recipe, layers: Sequence[MixedLayer], batches: Sequence[Feed]
 ) -> dict[str, tuple[float, float]]:
     """Returns how far each layer moves the outputs once its group, and once its table, is rounded to `NOISE`."""
     from onnx_woq.runtime.evaluation.perturb import distances, group_variant, table_variant
@@ -264,13 +264,13 @@ def _distances(
     tables = {one.name: (one, one.source) for one in plan.embeddings if isinstance(one.source, Embedding)}
     step = max(1, len(batches) // PROBES)
     variants = []
-    for unit in units:
-        if unit.group:
-            weight, group = groups[unit.group.name]
+    for layer in layers:
+        if layer.group:
+            weight, group = groups[layer.group.name]
             variants.append(group_variant(group, partial(_noisy, weight)))
-    for unit in units:
-        if unit.table:
-            weight, table = tables[unit.table.name]
+    for layer in layers:
+        if layer.table:
+            weight, table = tables[layer.table.name]
             variants.append(table_variant(table, partial(_noisy, weight)))
     found = distances(
         plan.model,
@@ -279,9 +279,9 @@ def _distances(
         memory_budget=run.resources.memory.window,
         progress=lambda done, total: run.say("sensitivities", done, total),
     )
-    logger.info("sensitivities of %d units: %.1f s of CPU", len(units), time.process_time() - start)
+    logger.info("sensitivities of %d layers: %.1f s of CPU", len(layers), time.process_time() - start)
     of = lambda weight: found[weight.name] if weight else 0.0  # noqa: E731
-    return {unit.name: (of(unit.group), of(unit.table)) for unit in units}
+    return {layer.name: (of(layer.group), of(layer.table)) for layer in layers}
 
 
 def _noisy(weight: PlannedWeight, source: LinearGroup | Embedding) -> np.ndarray:
@@ -315,10 +315,10 @@ def _sampled(task: Task) -> tuple[np.ndarray, float]:
     return weight, n / weight.shape[1]
 
 
-def _key(run: Run, recipe: Recipe, unit: MixedLayer) -> str:
+def _key(run: Run, recipe: Recipe, layer: MixedLayer) -> str:
     """Returns the journal's key of the sensitivity of a layer: everything that it follows from."""
     collecting = statistics_recipe(recipe)
-    follows: list[object] = [recipe.method, dict(recipe.options), collecting.to_dict(), str(unit.specs)]
-    follows += [COLUMNS, FINE, str(NOISE), PROBES, PROBE_TOKENS, unit.names]
+    follows: list[object] = [recipe.method, dict(recipe.options), collecting.to_dict(), str(layer.specs)]
+    follows += [COLUMNS, FINE, str(NOISE), PROBES, PROBE_TOKENS, layer.names]
     digest = hashlib.blake2b(json.dumps(follows, sort_keys=True, default=list).encode(), digest_size=8).hexdigest()
-    return f"{run.key}/sensitivity/{digest}/{unit.name}"
+    return f"{run.key}/sensitivity/{digest}/{layer.name}"

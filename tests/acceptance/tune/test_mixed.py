@@ -22,7 +22,7 @@ from onnx_woq.engine.solve import task_of
 from onnx_woq.errors import RecipeError
 from onnx_woq.graph.io.model import load
 from onnx_woq.runtime.evaluation.metrics import compare
-from onnx_woq.tuning.mixed.sensitivity import unit_losses
+from onnx_woq.tuning.mixed.sensitivity import layer_losses
 from tests.support import measure
 from tests.zoo import small as zoo
 
@@ -320,7 +320,7 @@ def test_what_finer_grids_lose_is_foretold_from_four_bits(method, symmetric, lm)
         stats = Stats.empty(group.k)
         stats.update(x.astype(np.float32))
         task, specs = task_of(recipe, planned, stats), [Spec(bits, 32, symmetric) for bits in (4, 5, 6, 8)]
-        foretold = unit_losses(task, specs).group
+        foretold = layer_losses(task, specs).group
         for spec, loss in zip(specs, foretold, strict=True):
             q = METHODS[method].solve(group.weight(), stats, spec, **recipe.options)
             assert loss == pytest.approx(output_error(q.effective() - group.weight(), stats.gram), rel=0.25), spec
@@ -418,7 +418,7 @@ def test_limits_on_trials_and_time_hold(lm, data, tmp_path):
 
 
 def test_a_tied_embedding_follows_its_head(tied_lm, data, tmp_path):
-    """One unit: whatever the head becomes, the table is stored once, and no float copy is left."""
+    """One layer: whatever the head becomes, the table is stored once, and no float copy is left."""
     base = dataclasses.replace(BASE, embedding=Spec(4, 32))
     whole = sum(path.stat().st_size for path in tied_lm.parent.glob(f"{tied_lm.name}*"))
     result = tune(

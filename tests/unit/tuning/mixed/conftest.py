@@ -25,10 +25,10 @@ def tied(tmp_path_factory):
 def mixer(tied):
     """All mixes, a layer losing four times less with each bit, and the first layer ten times as much as the others."""
 
-    def losses(unit, factor):
-        return tuple(0.0 if spec is None else factor * 4.0**-spec.bits * spec.group_size for spec in unit.specs)
+    def losses(layer, factor):
+        return tuple(0.0 if spec is None else factor * 4.0**-spec.bits * spec.group_size for spec in layer.specs)
 
     first, *others = mixed_layers(tied, BASE)
-    weighed = [(first, 10.0), *((unit, 1.0) for unit in others)]
-    known = tuple(replace(unit, losses=losses(unit, factor), alpha=1.0) for unit, factor in weighed)
+    weighed = [(first, 10.0), *((layer, 1.0) for layer in others)]
+    known = tuple(replace(layer, losses=losses(layer, factor), alpha=1.0) for layer, factor in weighed)
     return MixCandidates(tied, BASE, known, ("hash", "data"), None)

@@ -1,4 +1,4 @@
-"""Sharing bytes out over units, against trying every combination."""
+"""Sharing bytes out over layers, against trying every combination."""
 
 from __future__ import annotations
 
@@ -16,74 +16,74 @@ UNITS = st.lists(st.lists(CHOICES, min_size=1, max_size=6), min_size=1, max_size
 BENT = [Choice(0, 9.0), Choice(4, 6.0), Choice(9, 0.0)]  # the middle one lies a little above the line
 
 
-def everything(units: list[list[Choice]]) -> list[tuple[int, float]]:
+def everything(layers: list[list[Choice]]) -> list[tuple[int, float]]:
     """(bytes, loss) of every combination; whole numbers, so sums are exact."""
-    return [(sum(c.bytes for c in picks), sum(c.loss for c in picks)) for picks in itertools.product(*units)]
+    return [(sum(c.bytes for c in picks), sum(c.loss for c in picks)) for picks in itertools.product(*layers)]
 
 
-def totals(units: list[list[Choice]], picks: tuple[int, ...]) -> tuple[int, float]:
-    chosen = [unit[pick] for unit, pick in zip(units, picks, strict=True)]
+def totals(layers: list[list[Choice]], picks: tuple[int, ...]) -> tuple[int, float]:
+    chosen = [layer[pick] for layer, pick in zip(layers, picks, strict=True)]
     return sum(c.bytes for c in chosen), sum(c.loss for c in chosen)
 
 
 @given(UNITS)
-def test_no_combination_beats_a_frontier_point_at_its_bytes(units):
-    combinations = everything(units)
-    for point in frontier(units):
-        assert totals(units, point.picks) == (point.bytes, point.loss)
+def test_no_combination_beats_a_frontier_point_at_its_bytes(layers):
+    combinations = everything(layers)
+    for point in frontier(layers):
+        assert totals(layers, point.picks) == (point.bytes, point.loss)
         assert point.loss == min(loss for size, loss in combinations if size <= point.bytes)
 
 
 @example([BENT, [Choice(0, 3.0), Choice(9, 0.0)]])
 @given(UNITS)
-def test_the_frontier_falls_from_the_fewest_bytes_to_the_least_loss(units):
-    points, combinations = frontier(units), everything(units)
+def test_the_frontier_falls_from_the_fewest_bytes_to_the_least_loss(layers):
+    points, combinations = frontier(layers), everything(layers)
     assert all(a.bytes < b.bytes and a.loss > b.loss for a, b in itertools.pairwise(points))
     assert points[0].bytes == min(size for size, _ in combinations)
     assert points[-1].loss == min(loss for _, loss in combinations)
 
 
 @given(UNITS)
-def test_slopes_get_flatter(units):
-    slopes = [(a.loss - b.loss) / (b.bytes - a.bytes) for a, b in itertools.pairwise(frontier(units))]
+def test_slopes_get_flatter(layers):
+    slopes = [(a.loss - b.loss) / (b.bytes - a.bytes) for a, b in itertools.pairwise(frontier(layers))]
     assert all(a >= b - 1e-9 for a, b in itertools.pairwise(slopes))
 
 
 @given(UNITS, st.integers(-1, 50))
-def test_a_byte_budget_holds_and_is_never_worse_than_the_frontier(units, budget):
-    combinations = everything(units)
-    found = within_bytes(units, budget)
+def test_a_byte_budget_holds_and_is_never_worse_than_the_frontier(layers, budget):
+    combinations = everything(layers)
+    found = within_bytes(layers, budget)
     if found is None:
         assert all(size > budget for size, _ in combinations)
         return
-    assert totals(units, found.picks) == (found.bytes, found.loss)
+    assert totals(layers, found.picks) == (found.bytes, found.loss)
     assert found.bytes <= budget
-    assert found.loss <= min((p.loss for p in frontier(units) if p.bytes <= budget), default=math.inf)
-    for unit, pick in zip(units, found.picks, strict=True):  # no single change is left that fits and helps
-        old = unit[pick]
-        assert not any(c.loss < old.loss and found.bytes - old.bytes + c.bytes <= budget for c in unit)
+    assert found.loss <= min((p.loss for p in frontier(layers) if p.bytes <= budget), default=math.inf)
+    for layer, pick in zip(layers, found.picks, strict=True):  # no single change is left that fits and helps
+        old = layer[pick]
+        assert not any(c.loss < old.loss and found.bytes - old.bytes + c.bytes <= budget for c in layer)
 
 
 @given(UNITS, st.integers(-1, 50))
-def test_a_loss_limit_holds_and_takes_no_more_bytes_than_the_frontier(units, limit):
-    combinations = everything(units)
-    found = within_loss(units, limit)
+def test_a_loss_limit_holds_and_takes_no_more_bytes_than_the_frontier(layers, limit):
+    combinations = everything(layers)
+    found = within_loss(layers, limit)
     if found is None:
         assert all(loss > limit for _, loss in combinations)
         return
-    assert totals(units, found.picks) == (found.bytes, found.loss)
+    assert totals(layers, found.picks) == (found.bytes, found.loss)
     assert found.loss <= limit
-    assert found.bytes <= min((p.bytes for p in frontier(units) if p.loss <= limit), default=math.inf)
+    assert found.bytes <= min((p.bytes for p in frontier(layers) if p.loss <= limit), default=math.inf)
 
 
 def test_the_gap_that_one_large_unit_leaves_is_filled_by_small_ones():
-    """The next point of the frontier takes the large unit; until then its bytes go to the small units."""
+    """The next point of the frontier takes the large layer; until then its bytes go to the small layers."""
     large = [Choice(0, 1000.0), Choice(100, 0.0)]
     small = [Choice(0, 5.0), Choice(10, 0.0)]
-    units = [large, *[small] * 6]
-    assert [p.bytes for p in frontier(units)] == [0, 100, 110, 120, 130, 140, 150, 160]
-    assert (within_bytes(units, 99).bytes, within_bytes(units, 99).loss) == (60, 1000.0)
-    assert within_bytes(units, 115).picks == (1, 1, 0, 0, 0, 0, 0)
+    layers = [large, *[small] * 6]
+    assert [p.bytes for p in frontier(layers)] == [0, 100, 110, 120, 130, 140, 150, 160]
+    assert (within_bytes(layers, 99).bytes, within_bytes(layers, 99).loss) == (60, 1000.0)
+    assert within_bytes(layers, 115).picks == (1, 1, 0, 0, 0, 0, 0)
 
 
 def test_filling_starts_on_the_frontier_and_takes_what_saves_most():
@@ -99,22 +99,22 @@ def test_filling_starts_on_the_frontier_and_takes_what_saves_most():
 
 
 def test_a_choice_above_the_hull_is_taken_where_it_fits():
-    units = [[Choice(0, 10.0), Choice(4, 8.0), Choice(10, 0.0)]]
-    assert [p.bytes for p in frontier(units)] == [0, 10]
-    assert within_bytes(units, 9).picks == (1,)
-    assert within_loss(units, 9.0).picks == (1,)
+    layers = [[Choice(0, 10.0), Choice(4, 8.0), Choice(10, 0.0)]]
+    assert [p.bytes for p in frontier(layers)] == [0, 10]
+    assert within_bytes(layers, 9).picks == (1,)
+    assert within_loss(layers, 9.0).picks == (1,)
 
 
 @given(UNITS, st.randoms())
-def test_the_order_of_choices_does_not_matter(units, random):
-    shuffled = [random.sample(unit, len(unit)) for unit in units]
-    assert [(p.bytes, p.loss) for p in frontier(units)] == [(p.bytes, p.loss) for p in frontier(shuffled)]
+def test_the_order_of_choices_does_not_matter(layers, random):
+    shuffled = [random.sample(layer, len(layer)) for layer in layers]
+    assert [(p.bytes, p.loss) for p in frontier(layers)] == [(p.bytes, p.loss) for p in frontier(shuffled)]
 
 
 def test_the_same_question_has_the_same_answer():
-    units = [[Choice(3, 4.0), Choice(3, 4.0), Choice(5, 2.0)]] * 3  # everything is a tie
-    assert frontier(units) == frontier(units)
-    assert [p.picks for p in frontier(units)] == [(0, 0, 0), (2, 0, 0), (2, 2, 0), (2, 2, 2)]
+    layers = [[Choice(3, 4.0), Choice(3, 4.0), Choice(5, 2.0)]] * 3  # everything is a tie
+    assert frontier(layers) == frontier(layers)
+    assert [p.picks for p in frontier(layers)] == [(0, 0, 0), (2, 0, 0), (2, 2, 0), (2, 2, 2)]
 
 
 def test_one_choice_and_equal_bytes_and_no_loss():
@@ -126,9 +126,9 @@ def test_one_choice_and_equal_bytes_and_no_loss():
 
 
 @pytest.mark.parametrize(
-    ("units", "word"),
-    [([], "unit"), ([[]], "choice"), ([[Choice(1, math.nan)]], "finite"), ([[Choice(1, -1.0)]], "negative")],
+    ("layers", "word"),
+    [([], "layer"), ([[]], "choice"), ([[Choice(1, math.nan)]], "finite"), ([[Choice(1, -1.0)]], "negative")],
 )
-def test_what_cannot_be_shared_out_is_refused(units, word):
+def test_what_cannot_be_shared_out_is_refused(layers, word):
     with pytest.raises(ValueError, match=word):
-        frontier(units)
+        frontier(layers)

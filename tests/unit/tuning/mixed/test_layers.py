@@ -28,17 +28,17 @@ EVERY = [Spec(bits, group, symmetric) for group in GROUPS for bits in BITS for s
 
 
 def test_a_layer_for_each_group_and_the_tied_table_goes_with_its_head(tied):
-    units = mixed_layers(tied, BASE)
+    layers = mixed_layers(tied, BASE)
     plan = make_plan(tied, BASE)
-    assert [unit.name for unit in units] == [group.name for group in plan.groups]
-    assert [unit.table is not None for unit in units] == [False] * (len(units) - 1) + [True]
-    assert all(unit.specs[-1] is None and not unit.settled for unit in units)
+    assert [layer.name for layer in layers] == [group.name for group in plan.groups]
+    assert [layer.table is not None for layer in layers] == [False] * (len(layers) - 1) + [True]
+    assert all(layer.specs[-1] is None and not layer.settled for layer in layers)
 
 
 def test_a_table_of_its_own_is_a_layer_and_one_that_stays_float_is_none(tmp_path):
     model = load(zoo.language_model(tmp_path / "m.onnx", layers=1))
     with_tables, without = mixed_layers(model, BASE), mixed_layers(model, Recipe("rtn"))
-    assert [unit.name for unit in with_tables[:-1]] == [unit.name for unit in without]
+    assert [layer.name for layer in with_tables[:-1]] == [layer.name for layer in without]
     assert (with_tables[-1].group, with_tables[-1].name) == (None, "tokens")
 
 
@@ -48,13 +48,13 @@ def test_a_table_that_a_product_reads_the_same_way_round_is_left_to_the_recipe(t
     main = graph(nodes, inputs, [value("rows"), value("y")], {"T": random(160, 160)})
     model = load(write(tmp_path / "m.onnx", main))
     assert [table.source.counted for table in make_plan(model, BASE).embeddings] == [True]
-    assert [(unit.name, unit.table) for unit in mixed_layers(model, BASE)] == [("y", None)]
+    assert [(layer.name, layer.table) for layer in mixed_layers(model, BASE)] == [("y", None)]
 
 
 def test_what_the_recipe_names_is_settled(tied):
-    units = {unit.name: unit for unit in mixed_layers(tied, Recipe("rtn", overrides={"down": Spec(8, 64)}))}
-    settled = [unit for unit in units.values() if unit.settled]
-    assert [unit.name for unit in settled] == ["layer0.down"]
+    layers = {layer.name: layer for layer in mixed_layers(tied, Recipe("rtn", overrides={"down": Spec(8, 64)}))}
+    settled = [layer for layer in layers.values() if layer.settled]
+    assert [layer.name for layer in settled] == ["layer0.down"]
     assert settled[0].specs == (Spec(8, 64),)
     assert settled[0].stored == (settled[0].group.bytes,)
 
@@ -71,13 +71,13 @@ def test_only_what_nothing_beats_in_no_more_bytes_is_a_choice(sizes):
 
 
 def test_the_bytes_of_a_choice_are_those_of_a_plan_that_has_it(tied):
-    for unit, pick in itertools.product(mixed_layers(tied, BASE), (0, 5)):
-        spec = unit.specs[pick]
+    for layer, pick in itertools.product(mixed_layers(tied, BASE), (0, 5)):
+        spec = layer.specs[pick]
         plan = make_plan(tied, Recipe("gptq", spec, embedding=spec))
-        group = next(one for one in plan.groups if one.name == unit.name)
-        table = plan.embeddings[0] if unit.table else None
-        assert unit.stored[pick] == made_bytes(unit, [group], table) == bytes_on(unit.group, unit.table, spec)
-        assert unit.stored[-1] == bytes_on(unit.group, unit.table, None) == unit.main.weight_bytes
+        group = next(one for one in plan.groups if one.name == layer.name)
+        table = plan.embeddings[0] if layer.table else None
+        assert layer.stored[pick] == made_bytes(layer, [group], table) == bytes_on(layer.group, layer.table, spec)
+        assert layer.stored[-1] == bytes_on(layer.group, layer.table, None) == layer.main.weight_bytes
 
 
 def test_float_weights_that_stay_for_others_cost_nothing(tied):
@@ -94,14 +94,14 @@ def test_float_weights_that_stay_for_others_cost_nothing(tied):
 def test_what_is_freed_are_the_float_weights_that_leave_the_file(base, tied, tmp_path):
     """One layer quantized, and everything else left float by the recipe."""
     before = float_bytes(tied.path)
-    units = mixed_layers(tied, base)
-    for place, unit in enumerate(units):
-        picks = [len(one.specs) - 1 for one in units]
+    layers = mixed_layers(tied, base)
+    for place, layer in enumerate(layers):
+        picks = [len(one.specs) - 1 for one in layers]
         picks[place] = 0
-        recipe = MixCandidates(tied, base, tuple(units), ("", ""), None).recipe(picks)
+        recipe = MixCandidates(tied, base, tuple(layers), ("", ""), None).recipe(picks)
         out = tmp_path / f"{place}.onnx"
         quantize(tied.path, out, replace(recipe, method="rtn", options={}))
-        assert before - float_bytes(out) == freed(tied, unit)
+        assert before - float_bytes(out) == freed(tied, layer)
 
 
 def float_bytes(path):

@@ -30,7 +30,7 @@ def lab_of(target, trials=(), predicted=(), *, judge_limit=1.0, bits=None, plann
     mixer = SimpleNamespace(
         loss=lambda picks: losses[tuple(picks)],
         planned=lambda recipe: planned[recipe.nsamples],
-        layers=lambda recipe: [SimpleNamespace(bytes=bits[recipe.nsamples])],
+        layer_choices=lambda recipe: [SimpleNamespace(bytes=bits[recipe.nsamples])],
         weights=8,
     )
     judge = Judge("eval_fn", "", len, 0.0, judge_limit, False)
