@@ -11,7 +11,7 @@ from typing import Any
 from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data
 from onnx_woq.engine.execute import execute
 from onnx_woq.engine.metadata import metadata, warn_of_old_runtime
-from onnx_woq.engine.output import destination
+from onnx_woq.engine.output import check_room, destination
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.results import QuantizeReport
@@ -88,6 +88,7 @@ def quantize(
     plan.require_work()
     plan = plan.raised()
     plan.prepare()
+    check_room(plan, place)  # before the whole model is read for its hash
     wanted = recipe.nsamples if recipe.needs_data else 0
     batches = read_data(source, path, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
     calibration = feeds_hash(batches)
