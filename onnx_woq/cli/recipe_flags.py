@@ -138,7 +138,7 @@ def read_recipe(path: Path) -> Recipe:
             toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
             return Recipe.from_dict(toml.loads(text))
         return Recipe.from_dict(json.loads(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path} is neither JSON nor (by its name) TOML: {error}") from error
 
 
@@ -155,7 +155,7 @@ def parse_assignments(pairs: tuple[str, ...]) -> dict[str, Any]:
             raise RecipeError(f"--option {pair!r}: write NAME=VALUE")
         try:
             options[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             options[name] = value
     return options
 

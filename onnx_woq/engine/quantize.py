@@ -12,7 +12,7 @@ from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_dat
 from onnx_woq.engine.convert import converted
 from onnx_woq.engine.execute import execute
 from onnx_woq.engine.metadata import metadata, warn_of_old_runtime
-from onnx_woq.engine.output import destination
+from onnx_woq.engine.output import check_room, destination
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.engine.resources import open_resources
 from onnx_woq.engine.results import QuantizeReport
@@ -101,6 +101,7 @@ def quantize(
             plan.require_work()
         plan = plan.raised()
         plan.prepare()
+        check_room(plan, place)  # before the whole model is read for its hash
         wanted = recipe.nsamples if recipe.needs_data and plan.groups else 0
         batches = read_data(source, given, data, recipe, wanted, tokenizer, at_most=samples is None) if wanted else []
         warn_of_few_tokens(plan.groups, batches)

@@ -96,8 +96,8 @@ def blames_models(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, 
     """Returns a decorator that turns whatever is raised on a model that ONNX Runtime finds invalid into a ModelError.
 
     A model may be malformed in more ways than anyone checks, and be met anywhere. An error on a model that the runtime
-    opens, or refuses only for an operator that it lacks, is a fault of this package and is raised as it is; but memory
-    that runs out is a MemoryLimit. Data that does not fit such a model is not to blame either.
+    opens, or refuses only for an operator that it lacks, is a fault of this package and is raised as it is; so is a
+    DataError. But memory that runs out is a MemoryLimit, and too deep a recursion comes from the model.
 
     Args:
         arguments: the names of the function's arguments that are paths of models.
@@ -117,6 +117,9 @@ def blames_models(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, 
                     if refusal and not lacks_operators(refusal):
                         first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                         raise ModelError(f"{refusal}; the model is damaged, export it again ({first})") from error
+                if isinstance(error, RecursionError):
+                    named = find_model(given[arguments[0]])
+                    raise ModelError(f"{named} nests or chains its nodes too deeply: simplify the model") from error
                 if isinstance(error, MemoryError):
                     raise MemoryLimit(f"there is too little memory for this model and data: {error}") from error
                 raise

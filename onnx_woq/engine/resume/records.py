@@ -229,7 +229,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
     """Returns a line of the journal as a dictionary, empty if the line is malformed or cut short."""
     try:
         entry = json.loads(line) if line.endswith(b"\n") else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return entry if isinstance(entry, dict) else {}
 

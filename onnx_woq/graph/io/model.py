@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,9 @@ OPSETS = range(13, 26)
 
 OLDEST = 7
 """The oldest opset that ONNX's version converter knows all operators of."""
+
+MOST_NODES = 1_000_000
+"""Nodes that a model may have once its functions are inlined."""
 
 MEMORY = "in memory"
 """The file name that `serialize` writes as the place of the tensors that `memory_tensors` holds."""
@@ -278,12 +283,28 @@ def _to_ir(named: Path, proto: onnx.ModelProto) -> ir.Model:
     heavy = _heavy_functions(model)
     if not heavy:
         return model
+    if (nodes := _nodes_inlined(model)) > MOST_NODES:
+        raise ModelError(f"{named} calls its functions so often that they are {nodes:,} nodes: export it without them")
     try:
         InlinePass(lambda function: function.identifier() in heavy)(model)
     except Exception as error:  # the pass raises ValueError or its own; it may stop half way, so start over
         logger.warning("the functions of %s cannot be inlined (%s); the MatMuls inside them stay float", named, error)
         return from_proto(proto)
     return model
+
+
+def _nodes_inlined(model: ir.Model) -> int:
+    """Returns the nodes of the model if every call of a function were written out; 0 if functions call themselves."""
+    calls = {
+        key: Counter(node.op_identifier() for node in function.all_nodes()) for key, function in model.functions.items()
+    }
+    sizes: dict[ir.OperatorIdentifier, int] = {}
+    try:
+        for key in TopologicalSorter({key: calls[key].keys() & calls.keys() for key in calls}).static_order():
+            sizes[key] = sum(count * sizes.get(op, 1) for op, count in calls[key].items())
+    except CycleError:  # the inliner says which
+        return 0
+    return sum(sizes.get(node.op_identifier(), 1) for node in model.graph.all_nodes())
 
 
 def _heavy_functions(model: ir.Model) -> set[ir.OperatorIdentifier]:
