@@ -146,7 +146,7 @@ def _tune(
         raise KeyboardInterrupt(finished) from interrupt
     except (DiskError, ResourceError) as error:
         raise type(error)(f"{error}; {finished}") from error
-    if result.stopped == "timeout" and workdir.exists():
+    if result.stopped == "timeout" and workdir.exists() and any(workdir.iterdir()):
         announce(f"the time was over: {finished}")
     elif not flags.workdir:  # the run is finished: nothing is left to resume
         discard(workdir)

@@ -102,8 +102,11 @@ class Run:
         return self.timeout is not None and time.monotonic() - self.start > self.timeout
 
 
-class _OutOfTime(Exception):
-    """Signal that the run's time is over, raised between two linear groups."""
+class _OutOfTime(KeyboardInterrupt):
+    """Signal that the run's time is over, raised between two linear groups.
+
+    As an interrupt by the user does, it leaves what has been solved for a later run.
+    """
 
 
 @dataclass(frozen=True)
@@ -192,8 +195,6 @@ def _made(run: Run, name: str, recipe: Recipe, shared: SharedStatistics) -> Tria
     try:
         _make(run, path, recipe, shared)
         return _Candidate(name, recipe, path, stamp_files(load(path).files), time.monotonic() - start)
-    except _OutOfTime:
-        raise
     except Exception as error:
         failed = failure_of(error, path)
     logger.warning("%s failed: %s", name, failed.text)

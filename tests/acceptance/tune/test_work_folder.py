@@ -93,6 +93,13 @@ def test_what_was_finished_in_time_is_not_done_again(lm, ids, cli, tmp_path, mon
     assert not list(tmp_path.glob(".*"))
 
 
+def test_no_time_at_all_leaves_no_folder(lm, ids, cli, tmp_path):
+    done = cli("quantize", lm, "-o", tmp_path / "q.onnx", "--auto", "--calib", ids, "--timeout", 1e-6)
+    assert done.exit_code == 3
+    assert "are kept" not in done.stderr
+    assert not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["work folder", "temporary"])
 @pytest.mark.parametrize("before", [True, False], ids=["changed", "new"])
 def test_an_output_that_others_write_meanwhile_is_not_overwritten(before, given, enc, tmp_path):

@@ -136,6 +136,25 @@ def test_no_trial_begins_when_the_time_is_over(work):
     assert len(list(each_trial(run, RECIPES, judge(size_of), shared))) == 3
 
 
+def test_what_was_solved_in_time_is_not_solved_again(work, tmp_path, monkeypatch):
+    log, asked = tmp_path / "log", iter([False] * 3)
+    run, shared = work(tmp_path / "w")
+    run.folder.mkdir()
+    with hooks.solver("rtn", hooks.logged(log)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "out_of_time", lambda _: next(asked, True))
+            assert list(each_trial(run, {"a": Recipe()}, judge(size_of), shared)) == []
+        before = hooks.solved(log)
+        run, shared = work(tmp_path / "w")
+        [trial] = each_trial(run, {"a": Recipe()}, judge(size_of), shared)
+        again = hooks.solved(log) - before
+        run, shared = work(tmp_path / "x")
+        run.folder.mkdir()
+        [whole] = each_trial(run, {"a": Recipe()}, judge(size_of), shared)
+    assert 0 < again < hooks.solved(log) - before - again
+    assert measure.listing(trial.path.parent) == measure.listing(whole.path.parent)
+
+
 def test_a_model_that_was_dropped_is_made_again_the_same(work, tmp_path):
     run, shared = work()
     [trial] = each_trial(run, {"a": Recipe()}, judge(size_of), shared)
