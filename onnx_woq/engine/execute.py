@@ -23,6 +23,7 @@ from onnx_woq.engine.resume.store import ResumeStore, open_store
 from onnx_woq.engine.schedule import solve_all
 from onnx_woq.engine.solve import Solved, Task, cache_key, folding, task_of
 from onnx_woq.engine.verify import verify
+from onnx_woq.errors import ModelError
 from onnx_woq.graph.find.blocks import blocks_of
 from onnx_woq.graph.find.linears import LinearGroup
 
@@ -94,7 +95,11 @@ def execute(
             for weight in plan.solved
             if weight not in left
         }
-        rows |= _solve(plan, left, drawn, store, resources, blocks, cache)
+        try:
+            rows |= _solve(plan, left, drawn, store, resources, blocks, cache)
+        except ModelError:
+            plan.model.check_unchanged()  # a weight cannot be read because its file has gone meanwhile
+            raise
         borrowed = {table.name: table.report() for table in plan.embeddings if table.lender}
         every = [(rows | borrowed)[weight.name] for weight in (*plan.groups, *plan.embeddings)]
         final = final_metadata(plan.model, every)

@@ -112,8 +112,8 @@ def blames_models(*arguments: str) -> Callable[[Callable[_P, _R]], Callable[_P, 
                 if isinstance(error, OnnxWoqError) and not isinstance(error, DataError):
                     raise
                 given = inspect.signature(function).bind(*args, **kwargs).arguments
-                for path in (given[name] for name in arguments if isinstance(given[name], str | Path)):
-                    refusal = why_not_opened(find_model(path))
+                for path in (find_model(given[name]) for name in arguments if isinstance(given[name], str | Path)):
+                    refusal = why_not_opened(path) if path.exists() else ""
                     if refusal and not lacks_operators(refusal):
                         first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                         raise ModelError(f"{refusal}; the model is damaged, export it again ({first})") from error

@@ -74,7 +74,7 @@ def test_a_folder_in_a_place_that_cannot_be_written(lm_folder, ids, cli, tmp_pat
 
 
 def test_a_work_folder_that_cannot_be_made_names_the_option(lm, ids, cli, tmp_path):
-    long = "x" * 245 + ".onnx"  # a name that is not too long by itself
+    long = "x" * 245  # the name of a folder that is not too long by itself
     done = cli("quantize", lm, "-o", tmp_path / long, "--auto", "--calib", ids)
     assert done.exit_code == 2
     assert "--workdir" in done.stderr
