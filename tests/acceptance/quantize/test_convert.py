@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto
 
 from onnx_woq import Recipe, Spec, convert, evaluate, inspect, quantize, tune
-from onnx_woq.errors import ModelError, OnnxWoqError
+from onnx_woq.errors import ModelError, NothingToQuantize, OnnxWoqError
 from tests.support import measure
 from tests.zoo import small as zoo
 from tests.zoo.nodes import graph, node, random, value, write
@@ -60,6 +62,13 @@ def test_one_flag_is_enough(tmp_path, cli):
     tuned = tune(model, None, [X] * 8, configs=[EIGHT], output=tmp_path / "t.onnx", convert=True)
     assert (tuned.met, tuned.model) == (True, model)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_wrong_with_a_converted_model_is_said_of_the_one_that_was_given(tmp_path):
+    main = graph([node("Relu", ["x"], ["y"])], [value("x", ("b", 8))], [value("y", ("b", 8))])
+    model = write(tmp_path / "m.onnx", main)
+    with pytest.raises(NothingToQuantize, match=f"^{re.escape(str(model))} has no MatMul"):
+        quantize(model, tmp_path / "q.onnx", convert=True)
 
 
 @pytest.mark.parametrize("opset", [7, 9, 11, 12])

@@ -71,6 +71,7 @@ def test_what_tune_delivers_is_opened_too(broken, tmp_path):
     found = tune(model, lambda path: 1.0, output=tmp_path / "q.onnx", configs=["RTN_G32ASYM"])
     assert (found.best, found.path) == (None, None)
     assert "the_node" in found.trials[0].error
+    assert found.trials[0].status == "fault", "of this program, not of the configuration"
     assert measure.listing(tmp_path) == before
     found = tune(model, lambda path: 1.0, output=tmp_path / "q.onnx", configs=["RTN_G32ASYM"], verify=False)
     assert found.path == tmp_path / "q.onnx"
