@@ -54,10 +54,10 @@ def named_errors() -> Iterator[None]:
     except Exception as error:
         if scarce := system_failure(error):
             raise BadInput(visible(str(scarce))) from error
-        if isinstance(error, OSError) and error.filename is not None:
-            raise BadInput(visible(f"{os.fsdecode(error.filename)}: {error.strerror}: check the path")) from error
         if isinstance(error, OSError):
-            raise BadInput(visible(str(error))) from error
+            path = error.filename if isinstance(error.filename, str | bytes) else None  # a number of an open file
+            told = str(error) if path is None else f"{os.fsdecode(path)}: {error.strerror}: check the path"
+            raise BadInput(visible(told)) from error
         logger.debug("a fault of the program", exc_info=error)
         raise Fault(visible(fault_text(error))) from error
     except KeyboardInterrupt as interrupt:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from onnx_woq import quantize
 from onnx_woq.engine.calibration_data import calibrated_on, feeds_hash, read_data, warn_of_few_tokens
 from onnx_woq.engine.plan import make_plan
 from onnx_woq.errors import DataError
 from onnx_woq.graph.io.model import load
 from onnx_woq.recipe import Recipe
 from tests.zoo import small as zoo
+from tests.zoo.nodes import linear, random
 
 
 def read(path, data, recipe, samples, *, at_most=False):
@@ -77,3 +79,11 @@ def test_fewer_tokens_than_inputs_are_said(enc, caplog):
     assert not caplog.records
     warn_of_few_tokens(weights, zoo.float_feeds(1, length=widest - 1))
     assert f"{widest - 1} tokens, fewer than the {widest} inputs" in caplog.text
+
+
+def test_quantize_warns_of_few_tokens(tmp_path, caplog):
+    model = linear(tmp_path / "m.onnx", random(64, 48))
+    for tokens, warned in ((8, True), (64, False)):
+        caplog.clear()
+        quantize(model, tmp_path / "q.onnx", "GPTQ_G32ASYM", [{"x": random(tokens, 64)}])
+        assert ("fewer than the 64 inputs" in caplog.text) == warned
